@@ -201,6 +201,20 @@ def test_tables_are_found_by_name_and_shape(tmp_path, name):
         }
 
 
+def test_tables_for_layers_that_lack_the_last_tokens_go_on_lacking_them(tmp_path):
+    leaves, config, _ = PLACES["gemma 3n"]
+    path = folder_of(tmp_path / "m", leaves, config, {"[UNK]": 0, "a": 1, "b": 2})
+    tree, report = pm.vocabulary(pm.open(path)).pad(4)
+    assert [len(tree[name]) for name in leaves] == [8, 5, 2]
+    tree, report = pm.vocabulary(pm.open(path)).extend(["c", "d", "e", "f"])
+    assert [len(tree[name]) for name in leaves] == [7, 7, 2]
+    assert tree["embed_tokens_per_layer.weight"][3].tolist() == [3, 4, 5]
+    (path / "tokenizer.json").write_text((path / "tokenizer.json").read_text().replace('"b": 2', '"b": 5'))
+    tree, report = pm.vocabulary(pm.open(path)).extend(["c"])
+    assert [len(tree[name]) for name in leaves] == [7, 5, 2]
+    assert report.tokens == {"c": 6}
+
+
 def test_what_is_no_plain_table_is_refused(tmp_path):
     with pytest.raises(pm.errors.BadArgument, match="no leaf is known to be a table of tokens"):
         pm.vocabulary({"w": ramp(3)})

@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from paramend.anatomy.sections import SENSES
 
 # Old number of a token → its new one; None if it is gone.
-New = Callable[[int], int | None]
+New: TypeAlias = Callable[[int], int | None]
 
 _SIZES = re.compile(r"(?!type_)(?:\w+_)?vocab_size(?:_per_layer_input)?|n_vocab|n_words")
 _OFFSET = "vocab_offset"  # the first token of a part of a model, which has rows of its own
@@ -59,12 +59,8 @@ def names_in(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def renumbered(config: Mapping[str, Any], new: New, sizes: Mapping[int, int] | None) -> dict[str, Any]:
-    """A configuration after tokens got other numbers.
-
-    Args:
-        config: the configuration, or a part of it.
-        new: old number of a token → its new one; None if it is gone.
-        sizes: old number of rows of a table → the new one; None for a part with tokens of its own.
+    """A configuration after tokens got other numbers, and tables with `sizes` of rows other ones; a part for which
+    these are None, or that counts others, has tokens of its own.
 
     >>> renumbered({"vocab_size": 8, "eos_token_id": [2, 7], "bad_words_ids": [[5]]}, {2: 0, 7: 1}.get, {8: 2})
     {'vocab_size': 2, 'eos_token_id': [0, 1], 'bad_words_ids': []}
@@ -74,7 +70,8 @@ def renumbered(config: Mapping[str, Any], new: New, sizes: Mapping[int, int] | N
         if key == _OFFSET:
             return _moved(value, new)
         if isinstance(value, Mapping) and not _IDS.fullmatch(key):
-            apart = sizes is None or any(word in key for word in SENSES) or _differ({*_counted(value)}, sizes)
+            counted = {*_counted(value)}
+            apart = any(word in key for word in SENSES) or (bool(counted) and counted.isdisjoint(sizes or ()))
             return renumbered(value, new, None if apart else sizes)
         if sizes is None:
             return value
@@ -86,10 +83,6 @@ def renumbered(config: Mapping[str, Any], new: New, sizes: Mapping[int, int] | N
         return _moved(value, new) if _IDS.fullmatch(key) or key in _NEVER else value
 
     return {key: changed(key, value) for key, value in config.items()}
-
-
-def _differ(counted: set[int], sizes: Mapping[int, int]) -> bool:
-    return bool(counted and sizes) and counted.isdisjoint(sizes)
 
 
 def _moved(value: Any, new: New, *, inner: bool = False) -> Any:

@@ -6,8 +6,6 @@ from itertools import pairwise
 from typing import Any
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-
-
 # The characters that stand for bytes in vocabularies like that of GPT-2: those that can be seen stand for themselves.
 _SEEN = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _BYTES = {chr(byte): byte for byte in _SEEN}
@@ -15,11 +13,7 @@ _BYTES |= {chr(256 + at): byte for at, byte in enumerate(sorted(set(range(256)) 
 
 
 def text_of(token: str, *, bytewise: bool) -> bytes:
-    """What a token stands for in a text.
-
-    Args:
-        token: the token.
-        bytewise: whether characters stand for bytes.
+    """What a token stands for in a text; its characters stand for bytes if it is `bytewise`.
 
     >>> text_of("Ġfox", bytewise=True), text_of("▁fox", bytewise=False), text_of("<0x0A>", bytewise=False)
     (b' fox', b' fox', b'\\n')
@@ -30,15 +24,10 @@ def text_of(token: str, *, bytewise: bool) -> bytes:
 
 
 def closed(model: Mapping[str, Any], ids: Iterable[int], *, bytewise: bool) -> set[int]:
-    """Tokens of a model of a tokenizer, with those that they are made of.
+    """Tokens of the `model` of a `tokenizer.json`, or added to it, with those that they are made of.
 
     With them, whatever consists of the given tokens is cut as before: a greedy search finds no longer token than it
     did, merges come in the same order, and the best path through a text is among those that are left.
-
-    Args:
-        model: `model` of a `tokenizer.json`.
-        ids: the tokens; some may be of no model, but added to it.
-        bytewise: whether characters stand for bytes.
     """
     vocab = model["vocab"]
     if isinstance(vocab, list):  # Unigram

@@ -21,21 +21,14 @@ Mix: TypeAlias = tuple[Sequence[int], Sequence[float]] | Array | None
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Mixed(Origin):
-    """Rows that are weighted sums of others, added in float64 and rounded once.
-
-    Attributes:
-        whole: the table.
-        axis: the axis of its rows.
-        mixes: what each new row is.
-        count: how many rows, from the first on, the mean is of.
-    """
+    """Rows that are weighted sums of others, added in float64."""
 
     moves = False
 
     whole: Origin
     axis: int
     mixes: tuple[Mix, ...]
-    count: int
+    count: int  # of the rows, from the first on, that the mean is of
 
     @property
     def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
@@ -81,17 +74,11 @@ class Mixed(Origin):
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a new table.
+    """The rows of a new table."""
 
-    Attributes:
-        places: for each the old one that it is; from the number of old ones on, it is a new one.
-        mixes: what the new ones are made of.
-        count: how many old ones, from the first on, a mean is of.
-    """
-
-    places: Sequence[int]
-    mixes: Sequence[Mix] = ()
-    count: int = 0
+    places: Sequence[int]  # for each the old one that it is; from the number of old ones on, it is a new one
+    mixes: Sequence[Mix] = ()  # what the new ones are made of
+    count: int = 0  # as in `Mixed`
 
     def trivial(self, rows: int) -> bool:
         """Whether they are the old ones."""

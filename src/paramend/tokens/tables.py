@@ -23,31 +23,16 @@ _DRAFT = ("d2t", "t2d")
 
 
 class Table(NamedTuple):
-    """A leaf with a row for each token.
-
-    Attributes:
-        number: the number of the leaf.
-        axis: the axis of the tokens.
-        rows: its length.
-    """
+    """A leaf with a row for each token."""
 
     number: int
-    axis: int
-    rows: int
+    axis: int  # that of the tokens
+    rows: int  # its length
 
 
 def tables_of(leaves: Editable, sizes: Sequence[int], given: Mapping[str, int] | None = None) -> list[Table]:
-    """The tables of a model.
-
-    Args:
-        leaves: the model.
-        sizes: the sizes of vocabularies that its configuration has.
-        given: selector → the axis of the tokens, where names and shapes are not to say it.
-
-    Raises:
-        BadArgument: no leaf is known to be one, several have different lengths, or a leaf may be one or not.
-        Quantized: one is quantised.
-        Unsupported: the model drafts for another one, in whose vocabulary its own is numbered.
+    """The tables of a model whose configuration has vocabularies of some sizes; `given` and raised is what
+    `pm.vocabulary` says.
 
     >>> from paramend.edits.memory import editable
     >>> model = {"fc": np.zeros((2, 2)), "lm_head": {"bias": np.zeros(6)}, "wte": {"weight": np.zeros((6, 2))}}

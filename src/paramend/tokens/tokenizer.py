@@ -21,17 +21,11 @@ _DECODER = "added_tokens_decoder"
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """The tokens of a model.
+    """The tokens of a model."""
 
-    Attributes:
-        files: name → file, of those beside the weights that name tokens.
-        data: what `tokenizer.json` holds, with the tokens that other files add.
-        others: further files that list the tokens, which go when these change.
-    """
-
-    files: Mapping[str, Document]
-    data: Mapping[str, Any]
-    others: tuple[Path, ...] = ()
+    files: Mapping[str, Document]  # by their names
+    data: Mapping[str, Any]  # what `tokenizer.json` holds, with the tokens that other files add
+    others: tuple[Path, ...] = ()  # further files that list the tokens, which go when these change
 
     @cached_property
     def ids(self) -> dict[str, int]:
@@ -140,8 +134,8 @@ def tokenizer_of(leaves: Any) -> Tokenizer | None:
     """The tokenizer beside an opened checkpoint; None for other trees, and where there is none.
 
     Raises:
-        BadCheckpoint: one of its files is damaged.
-        Unsupported: there is one, and no `tokenizer.json`.
+        BadCheckpoint: it is damaged.
+        Unsupported: its tokens are listed, and there is no `tokenizer.json`.
     """
     path = getattr(leaves, "path", None)
     if not isinstance(path, Path):

@@ -44,6 +44,7 @@ def vocabulary(model: T, *, tables: Mapping[str, int] | None = None) -> "Vocabul
     Raises:
         BadArgument: no leaf is known to be a table of tokens, several have different lengths, or one may be another.
         Quantized: a table is quantised.
+        Unsupported: the model drafts for another one, in whose vocabulary its own is numbered.
         BadCheckpoint: a configuration is damaged.
 
     >>> model = {"embed_tokens": {"weight": np.eye(4)}, "lm_head": {"weight": np.eye(4)}}
@@ -117,14 +118,7 @@ class Vocabulary(Generic[T]):
         new = {old: place for place, old in enumerate(order)}
         files = tokens.renumbered(new) if tokens is not None and len(order) < end else []
         unasked = tuple(sorted(kept - asked - rest))
-        return self._made(
-            "kept",
-            lambda rows: Rows(order[: bisect_left(order, rows)]),
-            files,
-            lambda token: new.get(token) if token < end else token,
-            ids=new,
-            unasked=unasked,
-        )
+        return self._made("kept", lambda rows: Rows(order[: bisect_left(order, rows)]), files, new, unasked=unasked)
 
     def extend(self, tokens: Sequence[str], init: Init = "mean") -> tuple[T, VocabularyReport]:
         """The model with more tokens, at the next numbers of its tokenizer: in rows without a token, then in new ones.
@@ -165,7 +159,7 @@ class Vocabulary(Generic[T]):
 
         files = [] if known is None else known.extended(tokens)
         ids = {each: start + at for at, each in enumerate(tokens)}
-        return self._made("extended", order, files, lambda token: token, tokens=ids)
+        return self._made("extended", order, files, tokens=ids)
 
     def pad(self, multiple: int) -> tuple[T, VocabularyReport]:
         """The model with rows up to a multiple of a number, as servers that share tables among devices need.
@@ -187,10 +181,10 @@ class Vocabulary(Generic[T]):
             raise BadArgument(f"multiple={number} is not above 0", hint=".pad(64)")
 
         def order(rows: int) -> Rows:
-            more = -rows % number
+            more = -rows % number if rows == self.size else 0  # what a shorter table lacks, it lacks for a reason
             return Rows(range(rows + more), [None] * more, rows)
 
-        return self._made("padded", order, [], lambda token: token)
+        return self._made("padded", order)
 
     def transplant(
         self, donor: object, init: Literal["mean", "subwords", "zero"] = "mean"
@@ -243,8 +237,7 @@ class Vocabulary(Generic[T]):
             return Rows(places, mixes, min(mine.size, rows))
 
         tokens = {token: number for token, number in theirs.ids.items() if number in words}
-        files = theirs.instead_of(mine)
-        return self._made("transplanted", order, files, new.get, given, ids=new, tokens=tokens)
+        return self._made("transplanted", order, theirs.instead_of(mine), new, given, tokens=tokens)
 
     def _mixes(self, init: Init, texts: Sequence[str]) -> list[Mix]:
         """What the rows of new tokens are made of."""
@@ -267,12 +260,17 @@ class Vocabulary(Generic[T]):
         self,
         did: str,
         order: Callable[[int], Rows],
-        files: Sequence[Document],
-        new: Callable[[int], int | None],
+        files: Sequence[Document] = (),
+        new: dict[int, int] | None = None,
         given: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
         **told: Any,
     ) -> tuple[T, VocabularyReport]:
-        """The model with other rows in its tables, with the files that follow, and the report."""
+        """The model with other rows in its tables, with the files that follow, and the report; `new` says which number
+        each token gets, if not all keep theirs, `given` what configurations hold then in any case."""
+
+        def moved(token: int) -> int | None:
+            return token if new is None else new.get(token, None if token < self.size else token)
+
         orders = {table.rows: order(table.rows) for table in self.tables}
         size = {rows: len(each.places) for rows, each in orders.items()}
         changed: dict[int, Callable[[Any], Any]] = {}
@@ -285,14 +283,14 @@ class Vocabulary(Generic[T]):
                 changed[number] = partial(arranged, axis=axis, rows=orders[rows])
         texts: list[Document] = []
         for each in self._configs:
-            text = each.holding(renumbered(each.values, new, size) | dict(given.get(each.name, {})))
+            text = each.holding(renumbered(each.values, moved, size) | dict(given.get(each.name, {})))
             texts += [text] if text.text != each.text else []
         texts += files
         said = [f"{text.name}: {change}" for text in texts for change in text.changes]
         said += [f"{text.name} goes" for text in texts if not text.text]
         if self._configs and size[self.size] != self.size and self.size not in sizes_of(self._configs[0].values):
             said.append(f"{CONFIG} is not changed: nothing in it counts {self.size:,} rows")
-        report = VocabularyReport(did, tables, (self.size, size[self.size]), files=tuple(said), **told)
+        report = VocabularyReport(did, tables, (self.size, size[self.size]), new or {}, files=tuple(said), **told)
         return cast(T, _replaced(self._leaves, changed, texts)), report
 
 
