@@ -215,6 +215,20 @@ def test_tables_for_layers_that_lack_the_last_tokens_go_on_lacking_them(tmp_path
     assert report.tokens == {"c": 6}
 
 
+def test_parts_of_a_new_token_that_a_table_lacks(tmp_path):
+    leaves = {"embed_tokens.weight": ramp(6), "embed_tokens_per_layer.weight": ramp(5, 3)}
+    path = folder_of(tmp_path / "m", leaves, {"vocab_size": 6}, {"b": 0, "[UNK]": 2, "##ab": 5})
+    donor = folder_of(tmp_path / "donor", {"wte.weight": ramp(3)}, {"vocab_size": 3}, {"b": 0, "bab": 1, "[UNK]": 2})
+    for file in (path / "tokenizer.json", donor / "tokenizer.json"):
+        data = json.loads(file.read_text())
+        data["model"] |= {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
+        file.write_text(json.dumps(data))
+    tree, report = pm.vocabulary(pm.open(path)).transplant(pm.open(donor), init="subwords")
+    assert report.tokens == {"bab": 1}
+    assert tree["embed_tokens.weight"].tolist() == [[0, 1], [5, 6], [4, 5]]
+    assert tree["embed_tokens_per_layer.weight"].tolist() == [[0, 1, 2], [6, 7, 8], [6, 7, 8]]
+
+
 def test_what_is_no_plain_table_is_refused(tmp_path):
     with pytest.raises(pm.errors.BadArgument, match="no leaf is known to be a table of tokens"):
         pm.vocabulary({"w": ramp(3)})

@@ -55,6 +55,8 @@ class Mixed(Origin):
         if mix is None or isinstance(mix, np.ndarray):
             return mix if mix is not None and mix.shape == self.mean.shape else self.mean
         numbers, weights = mix
+        if max(numbers, default=0) >= self.whole.spec.shape[self.axis]:  # of a table that lacks the last tokens
+            return self.mean
         rows = take(self.whole, np.asarray(numbers, np.int64), self.axis).read().astype(np.float64)
         return np.asarray(np.tensordot(np.asarray(weights, np.float64), rows, (0, self.axis)))
 

@@ -118,15 +118,13 @@ class Tokenizer:
 
     def instead_of(self, other: "Tokenizer") -> list[Document]:
         """Its files in the places of those of another tokenizer."""
+        old = {path.name: b"" for path in other.others} | {name: each.text for name, each in other.files.items()}
+        new = {path.name: path.read_bytes() for path in self.others} | {n: each.text for n, each in self.files.items()}
+        shown = {JSON: (Change(JSON, "tokens", str(len(other.ids)), str(len(self.ids))),)}
         folder = other.files[JSON].file.parent
-        texts = {path.name: path.read_bytes() for path in self.others} | {
-            n: each.text for n, each in self.files.items()
-        }
-        gone = {*other.files, *(path.name for path in other.others)} - {*texts}
-        shown = (Change(JSON, "tokens", str(len(other.ids)), str(len(self.ids))),)
         return [
-            Document(folder / name, b"-", texts.get(name, b""), shown=shown if name == JSON else ())
-            for name in sorted({*texts, *gone})
+            Document(folder / name, old.get(name, b""), new.get(name, b""), shown=shown.get(name, ()))
+            for name in sorted({*old, *new})
         ]
 
 
