@@ -19,7 +19,6 @@ from paramend.merging import rankings
 from paramend.merging.averages import average, rounded
 from paramend.merging.methods import METHODS
 from paramend.merging.rankings import Member, Ranking
-from support.quantized import LAYOUTS, stored
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 SHORT = [BF16, np.dtype("float16"), np.dtype("float32")]
@@ -53,6 +52,11 @@ def inputs(how, make=model, base=9):
 
 def bits(tree):
     return {path.replace(".", "/"): np.asarray(leaf).tobytes() for path, leaf in pm.at(tree, "**").get().items()}
+
+
+def raw_bits(tree):
+    leaves = pm.at(tree, "**", raw=True).get().items()
+    return {path.replace(".", "/"): np.asarray(leaf).tobytes() for path, leaf in leaves}
 
 
 def nearest(exact, dtype):
@@ -442,9 +446,30 @@ def test_statistics_of_batches_are_averaged_only_with_a_word():
     assert pm.merge(flax, stats="first")[0]["batch_stats"]["mean"].tolist() == [1, 1]
 
 
-def test_quantised_weights_are_refused():
-    models = [stored(next(iter(LAYOUTS.values()))) for _ in range(2)]
-    with pytest.raises(Quantized, match="cannot be merged"):
+@pytest.mark.parametrize("scheme", ["fp8-block", "int4"])
+def test_quantised_weights_are_merged_by_their_values(scheme, tmp_path):
+    floats = [{"fc": {"weight": np.random.default_rng(at).standard_normal((16, 128)).astype("f4")}} for at in range(2)]
+    models = [pm.quantize(each, "fc/weight", scheme=scheme)[0] for each in floats]
+    tree, report = pm.merge(models, "slerp", t=0.4)
+    assert [row.path for row in report.rows] == ["fc/weight"]
+    decoded = [pm.dequantize(each, dtype="float32")[0] for each in models]
+    right = pm.merge(decoded, "slerp", t=0.4)[0]["fc"]["weight"]
+    off = pm.dequantize(tree, dtype="float32")[0]["fc"]["weight"] - right
+    assert np.linalg.norm(off) < 0.2 * np.linalg.norm(right)
+    paths = [tmp_path / f"{at}.safetensors" for at in range(2)]
+    for path, each in zip(paths, models, strict=True):
+        pm.save(each, path)
+    pm.merge(list(map(pm.open, paths)), "slerp", t=0.4)[0].save(tmp_path / "out.safetensors")
+    assert raw_bits(pm.open(tmp_path / "out.safetensors")) == raw_bits(tree)
+    assert raw_bits(pm.merge([models[0]] * 3, "ties", base=models[0])[0]) == raw_bits(models[0])
+    mixed = pm.merge([decoded[0], models[1]])[0]["fc"]["weight"]  # floats stay floats
+    assert np.array_equal(mixed, pm.merge(decoded)[0]["fc"]["weight"])
+
+
+def test_quantised_weights_that_cannot_be_decoded_are_refused():
+    lacking = {"fc": {"weight_packed": np.ones((2, 1), "int32"), "weight_shape": np.array([2, 8])}}
+    models = [lacking, {"fc": {**lacking["fc"], "weight_packed": np.zeros((2, 1), "int32")}}]
+    with pytest.raises((Quantized, SpecMismatch)):
         pm.merge(models)
 
 

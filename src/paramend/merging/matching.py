@@ -8,11 +8,10 @@ from typing import Literal
 import numpy as np
 
 from paramend.anatomy.beside import EMBEDDINGS, HEADS
-from paramend.checkpoints.assemble import origin_of
 from paramend.edits.memory import Memory
 from paramend.edits.quantized import check_values
 from paramend.errors import SpecMismatch
-from paramend.freezing.moving import moved_by_model
+from paramend.freezing.places import moved_by_model
 from paramend.leaves.leaves import Editable
 from paramend.leaves.origins.boxes import bare
 from paramend.leaves.specs import Spec
@@ -62,7 +61,7 @@ class Models:
         """The leaves that are one; `only` some of the host, if these are given.
 
         Raises:
-            Quantized: a model has quantised weights.
+            Quantized: a model has quantised weights that are taken for several leaves.
             SpecMismatch: leaves cannot be merged; the message lists them all.
         """
         for model in self.all:
@@ -160,7 +159,7 @@ def _alike(*leaves: tuple[Editable, int]) -> bool:
         return False
     if next(iter(specs)).kind == "other":
         return len({str(model.read(number)) for model, number in leaves}) == 1
-    origins = [origin_of(*leaf) for leaf in leaves]
+    origins = [model.expression(number) for model, number in leaves]
     for start, stop in origins[0].ranges():
         first, *rest = (bare(origin.read_range(start, stop)) for origin in origins)
         if not all(np.array_equal(first, other) for other in rest):

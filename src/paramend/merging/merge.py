@@ -3,18 +3,17 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast, get_args
 
-from paramend.checkpoints.assemble import Pick, assemble, origin_of
+from paramend.checkpoints.assemble import Pick, assemble
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.gathering import ties_of
 from paramend.edits.memory import Memory, editable
 from paramend.edits.plan import call
 from paramend.edits.structure import enter
+from paramend.edits.weights import Weights, weighed
 from paramend.errors import BadArgument
-from paramend.formats.gathered import Gathered
 from paramend.leaves.leaves import Editable, keys_of
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.reduced import Reduced
-from paramend.leaves.origins.stored import Stored
 from paramend.leaves.specs import AnyTree
 from paramend.mapping.report import LayoutReport, Moved
 from paramend.merging.choices import changed, settings_of
@@ -76,7 +75,7 @@ def merge(
     Raises:
         BadArgument: a setting means nothing to the method, is lacking or out of range.
         SpecMismatch: leaves do not fit together, are in some models only, or hold integers that differ: all are listed.
-        Quantized: a model has quantised weights.
+        Quantized: a model has quantised weights that cannot be decoded.
         NoMatch: a selector of `at` matches nothing.
 
     >>> tree, report = merge([{"w": np.array([1.0, 2.0])}, {"w": np.array([2.0, 4.0])}], weights=[1, 3])
@@ -88,12 +87,12 @@ def merge(
     for name, word, known in (("missing", missing, get_args(Missing)), ("stats", stats, (None, *get_args(Stats)))):
         if word not in known:
             raise BadArgument(f"{name}={word!r} is not known", hint=f"{name}={known[-1]!r}")
-    trees = [editable(model) for model in models]
+    trees = [weighed(editable(model)) for model in models]
     given: dict[str, Any] = {"how": how, "weights": weights, "t": t, "density": density, "gamma": gamma}
     given |= {"epsilon": epsilon, "seed": seed, "scale": scale, "convention": convention}
     check_models(how, len(trees), based=base is not None)
     whole = settings_of(given, len(trees))
-    under = None if base is None else editable(base)
+    under = None if base is None else weighed(editable(base))
     host = trees[0]
     some: dict[int, Settings] = {}
     for selector, others in (at or {}).items():
@@ -138,7 +137,7 @@ def reduced(
         if number in found.averaged:
             settings = settings_of({"how": "linear"}, count)
         method, kind = method_of(settings.how), dtype or host.spec(number).dtype
-        parts = tuple(origin_of(*each) for each in zip(models.all, numbers, strict=True))
+        parts = tuple(model.expression(each) for model, each in zip(models.all, numbers, strict=True))
         parts = parts[:count] if method.base == "refused" else parts
         merging = Merging(method, settings, parts, len(parts) > count, kind, tuple(models.short), path, pieces)
         if method.name == "ties" and settings.convention == "paper":
@@ -161,18 +160,16 @@ def finished(
     kept = tuple(path for number, path in paths.items() if number not in made)
     report = LayoutReport(how, rows, kept, ("merged", "kept"))
     ones = {n: new for n, new in made.items() if host.ties.get(n, n) == n or host.ties[n] not in made}
-    if not isinstance(host, Checkpoint):
-        tree = host.edited({number: call("set", {"value": new.read()}) for number, new in ones.items()})
-        entries = [(keys_of(lent.index.paths[number]), lent.fetch(number)) for lent, number in extra]
-        return (enter(cast(Memory, editable(tree)), entries) if entries else tree), report
-    dtypes = {number: new.spec.dtype for number, new in ones.items()}
-    casts = {n: call("cast", {"dtype": dtype}) for n, dtype in dtypes.items() if dtype != host.spec(n).dtype}
-    tree = host.edited(casts) if casts else host
-    lent = Gathered(None, (((str(place),), new) for place, new in enumerate(ones.values())))
-    tree = tree.edited({n: call("set", {"value": Stored(lent, place)}) for place, n in enumerate(ones)})
-    if not extra:
-        return tree, report
-    picks: list[Pick] = [(tree.index.paths[n], (tree, n)) for n in tree.index.numbers]
-    picks += [(other.index.paths[number], (other, number)) for other, number in extra]
-    ties = ties_of(tree.ties, {n: [place] for place, n in enumerate(tree.index.numbers)})
-    return assemble(tree, picks, ties=ties), report
+    lazy = isinstance(host.stored if isinstance(host, Weights) else host, Checkpoint)
+    dtypes = {n: new.spec.dtype for n, new in ones.items() if new.spec.dtype != host.spec(n).dtype}
+    tree = host.edited({n: call("cast", {"dtype": dtype}) for n, dtype in dtypes.items()}) if dtypes else host
+    tree = tree.edited({n: call("set", {"value": new if lazy else new.read()}) for n, new in ones.items()})
+    if extra and lazy:
+        picks: list[Pick] = [(tree.index.paths[n], (tree, n)) for n in tree.index.numbers]
+        picks += [(other.index.paths[number], other.expression(number)) for other, number in extra]
+        ties = ties_of(tree.ties, {n: [place] for place, n in enumerate(tree.index.numbers)})
+        return assemble(tree, picks, ties=ties), report
+    if extra:
+        entries = [(keys_of(other.index.paths[number]), other.fetch(number)) for other, number in extra]
+        return enter(cast(Memory, editable(tree)), entries), report
+    return tree, report

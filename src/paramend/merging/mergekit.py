@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from paramend.anatomy.beside import EMBEDDINGS
-from paramend.checkpoints.assemble import origin_of
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.errors import BadArgument, BadRecipe, Problem
 from paramend.growth import numbered
@@ -255,7 +254,7 @@ def _copied(host: Checkpoint, tree: Checkpoint, numbers: Sequence[int]) -> dict[
     lacking = [host.index.path(number) for number in numbers if host.index.pieces(number) not in known]
     if lacking:
         raise BadArgument(f"{wording.listing(lacking, 4)} are not in {tree.path}")
-    return {n: origin_of(tree, known[host.index.pieces(n)]) for n in numbers} if tree is not host else {}
+    return {n: tree.expression(known[host.index.pieces(n)]) for n in numbers} if tree is not host else {}
 
 
 def _check_tokenizers(config: Configuration, opened: Mapping[str, Checkpoint], name: str) -> None:
