@@ -1,5 +1,6 @@
 """Matching: which leaves of several models are one, and what hinders that they are merged."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,6 @@ from paramend.anatomy.beside import EMBEDDINGS, HEADS
 from paramend.edits.memory import Memory
 from paramend.edits.quantized import check_values
 from paramend.errors import SpecMismatch
-from paramend.freezing.places import moved_by_model
 from paramend.leaves.leaves import Editable
 from paramend.leaves.origins.boxes import bare
 from paramend.leaves.specs import Spec
@@ -68,7 +68,11 @@ class Models:
             check_values(model, model.index.numbers, "cannot be merged", "pm.dequantize(model) makes floats of it")
         found, problems, hints = Matched(), [], []
         numbers = [{model.index.pieces(n): n for n in model.index.numbers} for model in self.all]
-        moved = moved_by_model(self.host) if isinstance(self.host, Memory) else frozenset[int]()
+        moved = frozenset[int]()
+        if isinstance(self.host, Memory) and "jax" in sys.modules:  # else there is no such leaf
+            from paramend.freezing.places import moved_by_model  # imports jax
+
+            moved = moved_by_model(self.host)
         own = {self.host.index.pieces(n): n for n in only or self.host.index.numbers}
         for pieces in dict.fromkeys(each for known in (own, *([] if only else numbers)) for each in known):
             here = [known.get(pieces) for known in numbers]

@@ -184,7 +184,7 @@ class Merging:
         return total * settings.scale if settings.scale != 1 else total
 
     def _on(self, base: Array, total: Array, values: Sequence[Array]) -> Array:
-        """The base with a change: its own bits where there is none, and those of the models where all are the same."""
+        """The base with a change, and its own bits where there is none."""
         found = rounded(base + total, self.dtype)
         if values[-1].dtype == found.dtype:
             put(found, values[-1], total == 0)
@@ -229,7 +229,8 @@ class Merging:
             rows = np.abs(change).reshape(-1, self._row)
             ranks = rows.argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
             share = ranks / max(self._row - 1, 1) if self._row > 1 else np.full(rows.shape, 0.5)
-            yield (density - epsilon + share * 2 * epsilon).reshape(-1).astype(change.dtype)
+            chance = density - epsilon + share * 2 * epsilon if density < 1 else np.ones(rows.shape)
+            yield chance.reshape(-1).astype(change.dtype)
 
     def _drawn(self, model: int, start: int, count: int) -> Array:
         """Numbers from 0 to 1 that depend on the seed, the path, the model and the place alone."""
