@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from paramend.checkpoints.config import Config as Config
     from paramend.checkpoints.config import config as config
     from paramend.checkpoints.patching import patch as patch
+    from paramend.checkpoints.tying import tie as tie
+    from paramend.checkpoints.tying import untie as untie
     from paramend.checkpoints.whole import load as load
     from paramend.checkpoints.whole import save as save
     from paramend.edits.selection import Selection as Selection
@@ -81,6 +83,7 @@ _LATER = {
         "paramend.checkpoints.anatomy": ("anatomy",),
         "paramend.checkpoints.checkpoint": ("Checkpoint", "open"),
         "paramend.checkpoints.config": ("Config", "config"),
+        "paramend.checkpoints.tying": ("tie", "untie"),
         "paramend.checkpoints.whole": ("load", "save"),
         "paramend.evidence.diff": ("diff", "verify"),
         "paramend.edits.selection": ("Selection", "at", "labels", "param_count"),

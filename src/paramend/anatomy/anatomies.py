@@ -26,7 +26,7 @@ class Anatomy(Paged):
         bodies: all parts that have layers, by name.
         others: the other parts of a model of several: name → path.
         texts: number → path of each leaf.
-        ties: path of a weight that is another → the path of that one: a head that is the embedding.
+        tied: path of a weight that is another → the path of that one: a head that is the embedding.
         groups: scheme → how many quantised weights there are.
         separator: that between the keys of paths.
     """
@@ -35,7 +35,7 @@ class Anatomy(Paged):
     bodies: Mapping[str, Body]
     others: Mapping[str, Pieces]
     texts: Mapping[int, str]
-    ties: Mapping[str, str] | None
+    tied: Mapping[Pieces, Pieces]
     groups: Mapping[str, int] | None
     separator: str = "."
 
@@ -77,6 +77,11 @@ class Anatomy(Paged):
     def vocabulary(self) -> int | None:
         """How many tokens the embedding holds."""
         return self.body.sizes.get("vocabulary")
+
+    @property
+    def ties(self) -> dict[str, str] | None:
+        """Path of a weight that is another, such as a head that is the embedding → the path of that one."""
+        return {self._path(one): self._path(of) for one, of in self.tied.items()} or None
 
     @cached_property
     def parts(self) -> dict[str, Any] | None:

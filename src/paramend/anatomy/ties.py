@@ -1,6 +1,6 @@
 """Ties: which weights are one, as configuration and names tell it: the head that is the embedding."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from paramend.anatomy.beside import EMBEDDINGS, HEADS, WITH_HEAD
@@ -25,13 +25,20 @@ _UNTIED = words(
     qwen3_5_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen3_vl seed_oss stablelm
     """
 )
-# Heads with names of their own; others are `lm_head.weight`.
+# Families in which the key also scales what the head reads, or which tie whatever it says.
+FORCED = words("t5 mt5 umt5 longt5 pop2piano switch_transformers udop t5gemma")
+# The path of the head of families that do not call it `lm_head`, and the bias that is one with its own.
+_BERT = ("cls.predictions.decoder", "cls.predictions.bias")
+_ROBERTA = ("lm_head.decoder", "lm_head.bias")
 _NAMED = {
-    "whisper": "proj_out.weight",
-    "gpt_neox": "embed_out.weight",
-    **dict.fromkeys(("bert", "electra"), "cls.predictions.decoder.weight"),
-    **dict.fromkeys(("roberta", "xlm-roberta"), "lm_head.decoder.weight"),
+    "whisper": ("proj_out", ""),
+    **dict.fromkeys(("bert",), _BERT),
+    **dict.fromkeys(("roberta", "xlm-roberta"), _ROBERTA),
 }
+# The families of which it is known what the key means and what it ties.
+KNOWN = _TIED | _UNTIED
+Pieces = tuple[str, ...]
+Paths = Mapping[int, Pieces]
 
 
 def said(config: Mapping[str, Any]) -> bool | None:
@@ -40,53 +47,68 @@ def said(config: Mapping[str, Any]) -> bool | None:
     >>> said({"model_type": "llama"}), said({"model_type": "llama", "tie_word_embeddings": True}), said({})
     (False, True, None)
     """
-    inner = config.get("text_config")
-    for part in (config, inner if isinstance(inner, Mapping) else {}):
-        if part.get(KEY) is not None:
-            return bool(part[KEY])
+    told = [part[KEY] for part in _parts(config) if part.get(KEY) is not None]
     kind = config.get("model_type")
-    return True if kind in _TIED else False if kind in _UNTIED else None
+    return bool(told[0]) if told else True if kind in _TIED else False if kind in _UNTIED else None
 
 
-def ties_of(
-    config: Mapping[str, Any], paths: Mapping[int, tuple[str, ...]], shared: Mapping[int, int], separator: str
-) -> dict[str, str] | None:
-    """Path of a weight that is another → the path of that one; None if there are none, or it is not known.
+def saying(config: Mapping[str, Any], tied: bool) -> dict[str, Any]:
+    """A configuration that says whether the head is the embedding, wherever it says so."""
+    new = {**config, KEY: tied}
+    for key, part in config.items():
+        if isinstance(part, Mapping) and part.get(KEY) is not None and part in _parts(config):
+            new[key] = {**part, KEY: tied}
+    return new
+
+
+def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield config
+    yield from (part for key in ("text_config", "decoder") if isinstance(part := config.get(key), Mapping))
+
+
+def ties_of(config: Mapping[str, Any], paths: Paths, shared: Mapping[int, int]) -> dict[Pieces, Pieces]:
+    """Path of a weight that is another → the path of that one, as far as it is known.
 
     Args:
         config: the configuration; {} if there is none.
         paths: number → path of each leaf.
         shared: number → the first number of the same leaf, where leaves are known to be one.
-        separator: that between the keys of paths.
 
     >>> paths = {0: ("model", "embed_tokens", "weight"), 1: ("model", "norm", "weight")}
-    >>> ties_of({"model_type": "gemma", "architectures": ["GemmaForCausalLM"]}, paths, {}, ".")
-    {'lm_head.weight': 'model.embed_tokens.weight'}
+    >>> ties_of({"model_type": "gemma", "architectures": ["GemmaForCausalLM"]}, paths, {})
+    {('lm_head', 'weight'): ('model', 'embed_tokens', 'weight')}
     """
-    found = {separator.join(paths[n]): separator.join(paths[one]) for n, one in shared.items() if n != one}
-    embedding, head = embedding_of(paths), head_of(paths)
-    if shared or embedding is None:
-        return found or None
-    to, tied = separator.join(paths[embedding]), said(config)
-    if head is not None:
-        return {separator.join(paths[head]): to} if tied else None
+    if shared:
+        return {paths[n]: paths[one] for n, one in shared.items() if n != one}
+    tied, stored = said(config), head_of(paths) is not None
     kinds = config.get("architectures")
-    if tied is False or not isinstance(kinds, list) or not kinds or not str(kinds[0]).endswith(WITH_HEAD):
-        return None
-    if paths[embedding][-2] == "shared":
-        found = {separator.join((side, "embed_tokens", "weight")): to for side in ("encoder", "decoder")}
-    return {**found, _NAMED.get(str(config.get("model_type")), "lm_head.weight"): to}
+    whole = isinstance(kinds, list) and bool(kinds) and str(kinds[0]).endswith(WITH_HEAD)
+    if tied is False or not (tied or not stored) or not (stored or whole):
+        return {}
+    return tiable(config, paths)
 
 
-def embedding_of(paths: Mapping[int, tuple[str, ...]]) -> int | None:
-    """The number of the embedding of tokens; that of the text model, if there are several."""
-    named = {name: n for n, path in [*paths.items()][::-1] for name in path[-2:-1] if path[-1] in _WEIGHTS}
-    return next((named[name] for name in EMBEDDINGS if name in named), None)
+def tiable(config: Mapping[str, Any], paths: Paths) -> dict[Pieces, Pieces]:
+    """The same for the weights that are others where the head is the embedding, stored or not."""
+    embedding, head = embedding_of(paths), head_of(paths)
+    if embedding is None:
+        return {}
+    of, (name, bias) = paths[embedding], _NAMED.get(str(config.get("model_type")), ("lm_head", ""))
+    own, other = tuple(name.split(".")), tuple(bias.split("."))
+    sides = ("encoder", "decoder") if of[-2:-1] == ("shared",) else ()
+    found = {(*of[:-2], side, "embed_tokens", of[-1]): of for side in sides}
+    found[(*own, of[-1]) if head is None else paths[head]] = of
+    return found | ({(*own, "bias"): other} if other in paths.values() else {})
 
 
-def head_of(paths: Mapping[int, tuple[str, ...]]) -> int | None:
+def embedding_of(paths: Paths) -> int | None:
+    """The number of the embedding of tokens; None if it has none of the usual names."""
+    named = {path[-2]: n for n, path in [*paths.items()][::-1] if len(path) > 1 and path[-1] in _WEIGHTS}
+    return next((named[name] for name in ("shared", *EMBEDDINGS) if name in named), None)
+
+
+def head_of(paths: Paths) -> int | None:
     """The number of the weight of the head that gives logits; None if it is not stored."""
-    ends = (("predictions", "decoder"), ("lm_head", "decoder"))
-    named = [n for n, path in paths.items() if path[-1] in _WEIGHTS]
-    inner = [n for n in named if paths[n][-3:-1] in ends]
-    return next(iter([*inner, *(n for n in named if HEADS.intersection(paths[n][-2:-1]))]), None)
+    named = {n: path[:-1] for n, path in paths.items() if path[-1] in _WEIGHTS}
+    inner = [n for n, path in named.items() if path[-2:] in (("predictions", "decoder"), ("lm_head", "decoder"))]
+    return next(iter([*inner, *(n for n, path in named.items() if HEADS.intersection(path[-1:]))]), None)

@@ -58,7 +58,8 @@ def anatomy(model: AnyTree, config: ConfigLike | None = None) -> Anatomy:
     main, bodies = bodies_of(values, held, candidates(index))
     paths = {number: leaf.path for number, leaf in held.items()}
     groups = Counter(group.scheme.name for group in groups_of(leaves))
-    ties = ties_of(values, paths, leaves.ties, index.separator)
+    module = isinstance(leaves, Memory) and is_torch_module(leaves.root)
+    ties = ties_of({} if module else values, paths, leaves.ties)  # a module shows what is one
     texts = {number: index.path(number) for number in index.numbers}
     return Anatomy(main, bodies, _others(held, bodies), texts, ties, dict(groups) or None, index.separator)
 

@@ -1,0 +1,192 @@
+"""`pm.tie` and `pm.untie`: the head that is the embedding, or has a weight of its own."""
+
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from typing import Any, Literal, TypeVar, cast
+
+from paramend.anatomy.documents import document_of
+from paramend.anatomy.ties import FORCED, KEY, KNOWN, saying, tiable
+from paramend.arrays.registry import backend
+from paramend.checkpoints.anatomy import anatomy, configuration
+from paramend.checkpoints.assemble import origin_of
+from paramend.edits.memory import Memory, editable
+from paramend.edits.quantized import check_whole
+from paramend.errors import BadArgument, NoMatch, SpecMismatch, Unsupported
+from paramend.leaves.leaves import Editable, Group, keys_of
+from paramend.leaves.origins.origin import Origin
+from paramend.leaves.paths import labels, text_of
+from paramend.mapping.report import LayoutReport, Moved
+from paramend.piecewise.rows import data
+from paramend.trees.lookup import is_torch_module
+
+T = TypeVar("T")
+Keep = Literal["embedding", "head"]
+Path = tuple[str, ...]
+Ties = Mapping[Path, Path]  # a weight that is another → that one
+
+
+def tie(model: T, *, head: str | None = None, keep: Keep | None = None) -> tuple[T, LayoutReport]:
+    """The model with the embedding as its head, and a report.
+
+    Files lose the weight of the head; in a torch module both are one parameter then. The configuration follows.
+
+    Args:
+        model: an opened checkpoint, of which nothing is written before its `.save(out)`; a module of transformers; or a
+            tree of arrays.
+        head: the path of the head's weight, where its name is not one of the usual ones.
+        keep: whose values stay if they differ.
+
+    Raises:
+        NoMatch: there is no embedding of a usual name, or no head.
+        SpecMismatch: shapes or dtypes differ; or values, and `keep` is not given.
+        Quantized: one of them is a part of a quantised weight.
+        Unsupported: the class of the model fixes what it holds, or ties whatever the configuration says.
+
+    >>> tree, report = tie({"wte": {"weight": np.ones((3, 2))}, "lm_head": {"weight": np.ones((3, 2))}})
+    >>> list(tree), report.rows[0].path
+    (['wte'], 'lm_head/weight')
+    """
+    if keep not in (None, "embedding", "head"):
+        raise BadArgument(f'keep={keep!r} is neither "embedding" nor "head"', hint='keep="embedding"')
+    work = _Work(model, head)
+    pairs = {one: of for one, of in work.pairs.items() if one in work.numbers}
+    if not pairs:
+        raise NoMatch("there is no head with a weight of its own", hint='head="lm_head.weight", its path')
+    for one, of in pairs.items():
+        work.check(work.numbers[one], work.numbers[of], keep)
+    return cast(T, work.done(pairs, tied=True, keep=keep)), work.report("tie", pairs)
+
+
+def untie(model: T, *, head: str | None = None) -> tuple[T, LayoutReport]:
+    """The model with a head whose weight is a copy of the embedding, and a report. The configuration follows.
+
+    All weights that the configuration ties are made, such as the bias of BERT's head: none is drawn anew when the
+    model is loaded.
+
+    Args:
+        model: as in `tie`.
+        head: the path that the head's weight gets, where the family is not known.
+
+    Raises:
+        NoMatch: nothing is tied, or it is not known what.
+        Quantized, Unsupported: as in `tie`.
+
+    >>> tree, report = untie({"wte": {"weight": np.ones((3, 2))}}, head="lm_head.weight")
+    >>> list(tree), report.rows[0].origin
+    (['wte', 'lm_head'], 'wte/weight')
+    """
+    work = _Work(model, head)
+    if not work.tied:
+        raise NoMatch(
+            "no weights are tied, as far as the configuration and the names tell", hint='head="lm_head.weight"'
+        )
+    return cast(T, work.done(work.tied, tied=False)), work.report("untie", work.tied)
+
+
+class _Work:
+    """Weights of a model that are one, or may be.
+
+    Attributes:
+        numbers: path of each leaf → its number.
+        pairs: path of a weight that may be another → the path of that one.
+        tied: those that are one now, as far as configuration and names tell.
+    """
+
+    def __init__(self, model: Any, head: str | None) -> None:
+        self.leaves: Editable = editable(model)
+        config, paths = configuration(self.leaves), {n: self.leaves.index.pieces(n) for n in self.leaves.index.numbers}
+        self.numbers = {path: number for number, path in paths.items()}
+        kind = str(config.get("model_type"))
+        if kind in FORCED:
+            raise Unsupported(f"{kind} ties its weights whatever {KEY} says, which scales the logits as well")
+        self.pairs, self.tied = tiable(config, paths), dict(anatomy(model).tied)
+        if head is not None:
+            self.pairs = (
+                dict.fromkeys([tuple(map(text_of, labels(head)))], [*self.pairs.values()][-1]) if self.pairs else {}
+            )
+            self.tied = self.pairs
+        elif self.tied.keys() - self.numbers.keys() and kind not in KNOWN:
+            self.tied = {}  # the name of a head that is not stored is known by the family
+
+    def check(self, one: int, of: int, keep: Keep | None) -> None:
+        """Raise if a weight cannot become another."""
+        leaves, path = self.leaves, self.leaves.index.path
+        check_whole(leaves, (one, of), "be tied")
+        if leaves.spec(one) != leaves.spec(of):
+            both = f"{path(one)} is {leaves.spec(one)}, and {path(of)} is {leaves.spec(of)}"
+            raise SpecMismatch(f"{both}: they cannot be one weight", hint=f'pm.at(model, "{path(one)}").cast(...)')
+        same = leaves.ties.get(one, one) == leaves.ties.get(of, of)
+        if keep is None and not same and self._digest(one) != self._digest(of):
+            raise SpecMismatch(
+                f"{path(one)} and {path(of)} hold different values", hint='keep="embedding" or keep="head"'
+            )
+
+    def _digest(self, number: int) -> bytes:
+        found = blake2b()
+        for piece in data(origin_of(self.leaves, number)):
+            found.update(piece)
+        return found.digest()
+
+    def done(self, pairs: Ties, *, tied: bool, keep: Keep | None = None) -> Any:
+        """The model with each of some weights as another, or as a copy of it, and the configuration that says so."""
+        if isinstance(self.leaves, Memory) and is_torch_module(self.leaves.root):
+            return _module_done(self.leaves, pairs, tied, keep)
+        groups = [self._group(of, [one for one in pairs if pairs[one] == of], tied, keep) for of in {*pairs.values()}]
+        new = self.leaves.regrouped(groups)
+        document = document_of(new)
+        if document is not None:
+            new = new.planned(new.plan.beside(document.holding(saying(document.values, tied))))
+        return new
+
+    def _group(self, of: Path, others: Sequence[Path], tied: bool, keep: Keep | None) -> Group:
+        there = [self.numbers[one] for one in others if one in self.numbers]
+        number = self.numbers[of]
+        value = self.leaves.read(number) if isinstance(self.leaves, Memory) else None
+        shares = value is not None and backend(value).__name__.endswith(".torch")  # type: ignore[attr-defined]
+
+        def make(stored: Sequence[Any]) -> list[Any]:
+            kept = stored[-1 if keep == "head" else 0]
+            if tied:
+                return [kept] * len(paths)
+            return [kept, *(kept if isinstance(kept, Origin) else backend(kept).get(kept, ...) for _ in others)]
+
+        paths = [of, *(others if shares or not tied else ())]
+        flat = len(keys_of(self.leaves.index.paths[number])) == 1
+        keys = ([self._text(path)] if flat else path for path in paths)
+        return Group((number, *there), tuple([(key, None) for key in path] for path in keys), make)
+
+    def _text(self, path: Path) -> str:
+        return self.leaves.index.separator.join(path)
+
+    def report(self, name: str, pairs: Ties) -> LayoutReport:
+        """What became of the weights."""
+        rows = (
+            Moved(self._text(one), self.leaves.spec(self.numbers[of]), self._text(of), (self._text(of),))
+            for one, of in pairs.items()
+        )
+        return LayoutReport(
+            name,
+            tuple(rows),
+            tuple(self._text(path) for path in self.numbers if path not in pairs),
+            (f"{name}d", "kept"),
+        )
+
+
+def _module_done(memory: Any, pairs: Ties, tied: bool, keep: Keep | None) -> Any:
+    """A torch module, in which unchanged tensors are the same objects."""
+    import torch
+
+    new = memory.with_leaves({})
+    for one, of in pairs.items():
+        to, source = (of, one) if keep == "head" else (one, of)
+        weight = new.get_parameter(".".join(source))
+        if not tied:
+            weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+        setattr(new.get_submodule(".".join(to[:-1])), to[-1], weight)
+    config = getattr(new, "config", None)
+    for part in (config, getattr(config, "text_config", None)):
+        if hasattr(part, KEY):
+            setattr(part, KEY, tied)
+    if hasattr(new, "all_tied_weights_keys"):
+        new.all_tied_weights_keys = new.get_expanded_tied_weights_keys(all_submodels=True)
+    return new
