@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any
 
 from paramend.anatomy.bodies import Body, Pieces
@@ -89,9 +90,8 @@ class Anatomy(Paged):
         found: dict[str, Any] = {}
         for name, body in self.bodies.items():
             sizes = {key: body.sizes.get(key) for key in ("hidden", "mlp", "vocabulary")}
-            inner = [
-                leaf.path for leaf in body.leaves.values() if body.run is None or leaf.path[:1] == body.run.parent[:1]
-            ]
+            above = body.stack.run.parent[:1] if body.stack else ()
+            inner = [leaf.path for leaf in body.leaves.values() if leaf.path[: len(above)] == above]
             where = self._path(common(inner))
             found[name] = {"where": where, "layers": self._layers(body), "heads": self._heads(body), **sizes}
         return {**found, **{name: {"where": self._path(path)} for name, path in self.others.items()}} or None
@@ -114,7 +114,7 @@ class Anatomy(Paged):
             Column("shape", [str(list(leaf.shape)) if leaf else None for leaf in leaves], "text"),
             Column("axes", [_shown(bodies[n].axes(n)) if n in bodies else "" for n in numbers], "text"),
         ]
-        sizes = [leaf.size if leaf else 0 for leaf in leaves]
+        sizes = [prod(leaf.shape) if leaf else 0 for leaf in leaves]
         kinds = [bodies[n].kind_of(n) if n in bodies else "" for n in numbers]
         return Page("anatomy", self.headline(), [self.texts[n] for n in numbers], sizes, columns, kinds, "kind")
 
@@ -134,11 +134,10 @@ class Anatomy(Paged):
         return [(name, str(text)) for name, text in told.items() if text] or [("nothing", "is known of it")]
 
     def _layers(self, body: Body) -> dict[str, Any] | None:
-        count = len(body.layers) or next(
-            (body.section[key] for key in counts_of(body.section, ()) if type(body.section.get(key)) is int), None
-        )
-        head = body.run and body.run.head
-        where = None if body.run is None else self._path((*body.run.parent, f"{head}*") if head else body.run.parent)
+        keys = counts_of(body.section, body.stack.run.parent if body.stack else ())
+        said = next((body.section[key] for key in keys if type(body.section.get(key)) is int), None)
+        count = len(body.inside) or said
+        where = self._path(body.stack.where) if body.stack else None
         return {"count": count, "kinds": body.kinds, "where": where} if count else None
 
     def _heads(self, body: Body) -> dict[str, int | None] | None:

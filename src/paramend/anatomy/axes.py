@@ -41,7 +41,7 @@ _ANYWHERE = _rows(
 # The same for names that mean something else in attention.
 _ATTENTION = _rows(("o out_proj dense c_proj wo proj", _R, _H), ("in_proj", (*_H, *_K, *_K), _R))
 _OTHERS = _rows(("c_proj wo", _R, _M))
-_ATTENDS = re.compile(r"attn|attention", re.IGNORECASE)
+ATTENDS = re.compile(r"attn|attention|^q_proj$", re.IGNORECASE)
 _NORM = re.compile(r"norm|^ln_|layrnorm", re.IGNORECASE)
 _HEAD_NORM = re.compile(r"^(q|k|query|key)_(layer)?norm$")
 _INSIDE = {"weight", "kernel", "bias", "scale", "embedding"}  # leaves of a module; others are named like one
@@ -97,7 +97,7 @@ def _module(path: Sequence[str]) -> str:
 
 def proposed(path: Sequence[str]) -> tuple[Axis, Axis]:
     """What the outputs and the inputs of a leaf's module may count, by its name."""
-    module, attends = _module(path), any(map(_ATTENDS.search, path[:-2]))
+    module, attends = _module(path), any(map(ATTENDS.search, path[:-2]))
     found = (_ATTENTION if attends else _OTHERS).get(module) or _ANYWHERE.get(module)
     if module == "dense" and not attends:  # as BERT has it
         found = {"intermediate": (_M, _R), "output": (_R, _M), "transform": (_R, _R)}.get(

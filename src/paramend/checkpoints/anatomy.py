@@ -93,7 +93,7 @@ def configuration(leaves: Editable, given: ConfigLike | None = None) -> dict[str
 def _others(leaves: Mapping[int, Leaf], bodies: Mapping[str, Body]) -> dict[str, Pieces]:
     """The modules of a model of several parts that are in none of them: name → path."""
     mine = {number for body in bodies.values() for number in body.leaves}
-    if not bodies or any(body.side for body in bodies.values()):
+    if not bodies or {*bodies} == {"encoder", "decoder"}:
         return {}
     found: dict[str, Pieces] = {}
     for number, leaf in leaves.items():
