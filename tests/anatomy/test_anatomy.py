@@ -2,11 +2,16 @@
 
 import json
 
+import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 import transformers
+from click.testing import CliRunner
 
 import paramend as pm
+from paramend.cli.main import cli
+from paramend.errors import BadCheckpoint, CannotRead
 from support.tiny_models import MODELS
 
 KEYS = ["layers", "mtp", "experts", "heads", "hidden", "mlp", "vocabulary", "ties", "parts", "groups"]
@@ -107,7 +112,7 @@ def test_families(kind):
     told = getattr(model.config, "layer_types", None) or getattr(model.config, "layers_block_type", None)
     if told:
         assert found["layers"]["kinds"] == list(told)
-    tied = {name: of for name, of in model.all_tied_weights_keys.items()}
+    tied = dict(model.all_tied_weights_keys)
     assert (found["ties"] or {}) == tied
 
 
@@ -118,3 +123,161 @@ def test_families_of_growth(family):
     found = pm.anatomy(built).to_dict()
     assert sizes(found) == _TINY | _OWN.get(family, {})
     assert len(built.get_submodule(found["layers"]["where"])) == 3
+
+
+def test_kinds_without_a_list():
+    deepseek, _ = row("deepseek_v3")
+    assert pm.anatomy(deepseek).layers["kinds"] == ["dense", "sparse", "sparse", "sparse"]
+    config = transformers.JambaConfig(**BASE, num_experts=2, mamba_d_state=4, attn_layer_period=2, attn_layer_offset=1)
+    jamba = on_meta("JambaForCausalLM", config)
+    assert pm.anatomy(jamba).layers["kinds"] == ["linear_attention", "attention"] * 2
+    assert (
+        pm.anatomy(on_meta("LlamaForCausalLM", transformers.LlamaConfig(**BASE))).layers["kinds"] == ["attention"] * 4
+    )
+
+
+def test_parts():
+    clip, _ = row("clip")
+    parts = pm.anatomy(clip).parts
+    assert {name: part["where"] for name, part in parts.items()} == {
+        "text": "text_model",
+        "vision": "vision_model",
+        "visual_projection": "visual_projection",
+        "text_projection": "text_projection",
+    }
+    vision = parts["vision"]
+    assert (vision["layers"]["count"], vision["hidden"], vision["mlp"], vision["vocabulary"]) == (2, 24, 40, None)
+    assert vision["heads"] == {"query": 3, "key_value": 3, "head_dim": 8}
+    whisper, _ = row("whisper")
+    sides = pm.anatomy(whisper).parts
+    assert {name: (part["layers"]["count"], part["mlp"], part["where"]) for name, part in sides.items()} == {
+        "encoder": (3, 40, "model.encoder"),
+        "decoder": (2, 48, "model.decoder"),
+    }
+    llava = transformers.LlavaConfig(text_config=BASE | {"model_type": "llama"}, vision_config=TOWERS["vision_config"])
+    found = pm.anatomy(on_meta("LlavaForConditionalGeneration", llava)).to_dict()
+    assert (found["hidden"], found["vocabulary"], found["layers"]["where"]) == (32, 96, "model.language_model.layers")
+    assert found["parts"]["multi_modal_projector"] == {"where": "model.multi_modal_projector"}
+    assert found["parts"]["vision"]["hidden"] == 24
+
+
+@pytest.mark.parametrize(
+    ("names", "blocks"),
+    [
+        (["model.layers.2.eh_proj", "model.layers.2.mlp.up_proj"], ["model.layers.2"]),
+        (["model.layers.2.eh_proj", "model.layers.3.hnorm"], ["model.layers.2", "model.layers.3"]),
+        (["mtp.layers.0.mlp.up_proj", "mtp.layers.1.mlp.up_proj", "mtp.fc"], ["mtp.layers.0", "mtp.layers.1"]),
+        (["model.mtp_layers.0.up_proj"], ["model.mtp_layers.0"]),
+        (["mtp.fc"], ["mtp"]),
+    ],
+)
+@pytest.mark.parametrize("config", [None, {"num_hidden_layers": 2, "num_nextn_predict_layers": 1}])
+def test_blocks_that_predict_further_tokens(names, blocks, config):
+    layers = [
+        f"model.layers.{i}.{name}" for i in range(2) for name in ("self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+    ]
+    tree = {f"{name}.weight": np.ones((4, 4)) for name in (*layers, *names)}
+    found = pm.anatomy(tree, config)
+    assert found.mtp == {"count": len(blocks), "where": blocks}
+    assert (found.layers["count"], found.layers["where"]) == (2, "model.layers")
+
+
+def test_names_and_shapes_alone():
+    layer = {"attn": {"q_norm": {"weight": np.ones(4)}, "o_proj": {"weight": np.ones((8, 12))}}}
+    layer["attn"]["k_proj"] = {"weight": np.ones((4, 8))}
+    layer["mlp"] = {"gate_up_proj": {"weight": np.ones((20, 8))}, "down_proj": {"weight": np.ones((8, 10))}}
+    tree = {"wte": {"weight": np.ones((50, 8))}, "h": [layer] * 3, "extra": [{"w": np.ones(1)}] * 2}
+    found = pm.anatomy(tree).to_dict()
+    assert found["layers"] == {"count": 3, "kinds": ["attention"] * 3, "where": "h"}
+    assert found["heads"] == {"query": 3, "key_value": 1, "head_dim": 4}
+    assert [found[key] for key in ("hidden", "mlp", "vocabulary", "ties", "groups", "parts")] == [
+        8,
+        10,
+        50,
+        None,
+        None,
+        None,
+    ]
+
+
+def test_nothing_is_guessed():
+    assert set(pm.anatomy({"a": np.ones(3), "b": {"c": np.ones((2, 2))}}).to_dict().values()) == {None}
+    two = {"left": [{"w": np.ones(2)}] * 2, "right": [{"w": np.ones(2)}] * 2}
+    assert pm.anatomy(two).layers is None
+    assert str(pm.anatomy(two)) == "nothing  is known of it"
+    new = {"model_type": "new", "num_hidden_layers": 2, "hidden_size": 2, "num_attention_heads": 7}
+    found = pm.anatomy({"x": [{"attn": {"mix": np.ones((2, 2))}}] * 2}, new)
+    assert (found.heads, found.hidden, found.mlp) == ({"query": 7, "key_value": None, "head_dim": None}, 2, None)
+
+
+def test_flax_parameters():
+    layer = {"self_attn": {"q_proj": {"kernel": np.ones((8, 12))}, "o_proj": {"kernel": np.ones((12, 8))}}}
+    layer |= {"mlp": {"up_proj": {"kernel": np.ones((8, 10))}, "down_proj": {"kernel": np.ones((10, 8))}}}
+    tree = {"params": {"embed_tokens": {"embedding": np.ones((50, 8))}, **{f"layers_{i}": layer for i in range(11)}}}
+    found = pm.anatomy(tree, {"num_hidden_layers": 11, "num_attention_heads": 3})
+    assert found.layers == {"count": 11, "kinds": ["attention"] * 11, "where": "params/layers_*"}
+    assert (found.hidden, found.mlp, found.vocabulary, found.heads["head_dim"]) == (8, 10, 50, 4)
+    number = next(n for n, text in found.texts.items() if text.endswith("layers_10/mlp/down_proj/kernel"))
+    assert found.body.axes(number) == (("mlp",), ("hidden",))
+
+
+CASES = {
+    "gpt2": ("h.0.attn.c_attn.weight", (("hidden",), ("heads", "kv_heads", "kv_heads"))),
+    "gpt_neox": ("layers.0.attention.query_key_value.bias", (("heads", "kv_heads", "kv_heads"),)),
+    "phi3": ("layers.0.mlp.gate_up_proj.weight", (("mlp", "mlp"), ("hidden",))),
+    "qwen3_moe": ("layers.1.mlp.experts.down_proj", (("experts",), ("hidden",), ("expert_mlp",))),
+    "olmo2": ("layers.0.self_attn.q_norm.weight", (("heads",),)),
+    "qwen3": ("layers.0.self_attn.q_norm.weight", ((),)),
+    "gemma3": ("norm.weight", (("hidden",),)),
+    "vit": ("embeddings.position_embeddings", ((), (), ("hidden",))),
+}
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_axes(family):
+    config, model, says = MODELS[family]
+    found = pm.anatomy(on_meta(model, getattr(transformers, config)(**says)))
+    end, wanted = CASES[family]
+    assert [found.body.axes(n) for n, text in found.texts.items() if text.endswith(f".{end}")] == [wanted]
+
+
+def test_configurations(tmp_path):
+    tree = {"embed_tokens.weight": np.ones((9, 4), "float32"), "layers.0.fc1.weight": np.ones((6, 4), "float32")}
+    nested = {"vocab_size": 9, "text_config": {"model_type": "llama", "num_hidden_layers": 1, "intermediate_size": 6}}
+    (tmp_path / "m").mkdir()
+    safetensors.numpy.save_file(tree, tmp_path / "m/model.safetensors")
+    (tmp_path / "m/config.json").write_text(json.dumps(nested))
+    for found in (
+        pm.anatomy(pm.open(tmp_path / "m")),
+        pm.anatomy(tree, tmp_path / "m"),
+        pm.anatomy(tree, str(tmp_path / "m/config.json")),
+        pm.anatomy(tree, nested),
+        pm.anatomy(
+            tree, transformers.GemmaConfig(num_hidden_layers=1, vocab_size=9, intermediate_size=6, hidden_size=4)
+        ),
+    ):
+        assert (found.hidden, found.mlp, found.vocabulary, found.layers["count"]) == (4, 6, 9, 1)
+    assert pm.anatomy(tree, nested).body.said["mlp"] == (6, [("text_config", "intermediate_size")])
+    with pytest.raises(CannotRead, match=r"none/config.json"):
+        pm.anatomy(tree, tmp_path / "none/config.json")
+    (tmp_path / "m/config.json").write_text("{")
+    with pytest.raises(BadCheckpoint):
+        pm.anatomy(pm.open(tmp_path / "m"))
+
+
+def test_quantised_groups():
+    tree = {"fc.weight_packed": np.zeros((4, 2), "int32"), "fc.weight_scale": np.ones((4, 1), "float32")}
+    assert pm.anatomy(tree).groups == {"int4": 1}
+
+
+def test_the_command(tmp_path):
+    model, _ = row("qwen3_next")
+    model.to_empty(device="cpu").save_pretrained(tmp_path / "m")
+    run = CliRunner().invoke(cli, ["show", str(tmp_path / "m"), "--anatomy", "--html", str(tmp_path / "page.html")])
+    assert run.exit_code == 0, run.output
+    assert "layers      4 in model.layers: 3 linear_attention, 1 full_attention\n" in run.stdout
+    page = (tmp_path / "page.html").read_text()
+    assert "full_attention" in page and "expert_mlp" in page
+    run = CliRunner().invoke(cli, ["show", str(tmp_path / "m"), "--anatomy", "--json"])
+    assert json.loads(run.stdout) == pm.anatomy(pm.open(tmp_path / "m")).to_dict()
+    assert CliRunner().invoke(cli, ["show", str(tmp_path / "m"), "--html", "x.html"]).exit_code == 2

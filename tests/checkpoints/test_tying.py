@@ -122,6 +122,27 @@ def test_state_dicts_share_a_tensor():
     assert [row.path for row in report.rows] == ["lm_head.weight"]
 
 
+def test_keys_of_flat_dicts_stay():
+    flat = {"wte.weight": np.ones((3, 2)), "a/b": np.ones(1), "norm": np.ones(2)}
+    own, report = pm.untie(flat, head="lm_head.weight")
+    assert set(own) == {*flat, "lm_head.weight"} and report.rows[0].path == "lm_head.weight"
+    assert list(pm.tie(own)[0]) == list(flat)
+
+
+def test_several_weights_become_the_head(tmp_path):
+    model, _ = pm.untie(made("bart"))
+    with torch.no_grad():
+        model.lm_head.weight += 1
+    tied, _ = pm.tie(model, keep="head")
+    assert set(pm.anatomy(tied).ties) == FAMILIES["bart"][2] and torch.equal(
+        tied.model.shared.weight, model.lm_head.weight
+    )
+    model.save_pretrained(tmp_path / "old")
+    tied, _ = pm.tie(pm.open(tmp_path / "old"), keep="head")
+    assert np.array_equal(tied["model.shared.weight"], model.lm_head.weight.detach().numpy())
+    assert not FAMILIES["bart"][2] & set(tied)
+
+
 def test_edits_so_far_are_tied_too(tmp_path):
     made("gpt2").save_pretrained(tmp_path / "old")
     doubled = pm.at(pm.open(tmp_path / "old"), "**.wte.weight").multiply(2.0)

@@ -14,7 +14,7 @@ from paramend.anatomy.ties import ties_of
 from paramend.edits.memory import Memory, editable
 from paramend.errors import CannotRead
 from paramend.leaves.groups import groups_of
-from paramend.leaves.leaves import Editable
+from paramend.leaves.leaves import Editable, separator_of
 from paramend.leaves.specs import AnyTree
 from paramend.selectors.layers import candidates
 from paramend.trees.lookup import is_torch_module
@@ -61,7 +61,7 @@ def anatomy(model: AnyTree, config: ConfigLike | None = None) -> Anatomy:
     module = isinstance(leaves, Memory) and is_torch_module(leaves.root)
     ties = ties_of({} if module else values, paths, leaves.ties)  # a module shows what is one
     texts = {number: index.path(number) for number in index.numbers}
-    return Anatomy(main, bodies, _others(held, bodies), texts, ties, dict(groups) or None, index.separator)
+    return Anatomy(main, bodies, _others(held, bodies), texts, ties, dict(groups) or None, separator_of(texts.values()))
 
 
 def configuration(leaves: Editable, given: ConfigLike | None = None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from paramend.checkpoints.assemble import origin_of
 from paramend.edits.memory import Memory, editable
 from paramend.edits.quantized import check_whole
 from paramend.errors import BadArgument, NoMatch, SpecMismatch, Unsupported
-from paramend.leaves.leaves import Editable, Group, keys_of
+from paramend.leaves.leaves import Editable, Group, keys_of, separator_of
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.paths import labels, text_of
 from paramend.mapping.report import LayoutReport, Moved
@@ -54,7 +54,7 @@ def tie(model: T, *, head: str | None = None, keep: Keep | None = None) -> tuple
         raise NoMatch("there is no head with a weight of its own", hint='head="lm_head.weight", its path')
     for one, of in pairs.items():
         work.check(work.numbers[one], work.numbers[of], keep)
-    return cast(T, work.done(pairs, tied=True, keep=keep)), work.report("tie", pairs)
+    return cast(T, work.done(pairs, tied=True, last=keep == "head")), work.report("tie", pairs)
 
 
 def untie(model: T, *, head: str | None = None) -> tuple[T, LayoutReport]:
@@ -88,23 +88,23 @@ class _Work:
 
     Attributes:
         numbers: path of each leaf → its number.
-        pairs: path of a weight that may be another → the path of that one.
+        pairs: path of a weight that may be another → the path of that one; the head is the last one of its embedding.
         tied: those that are one now, as far as configuration and names tell.
     """
 
     def __init__(self, model: Any, head: str | None) -> None:
         self.leaves: Editable = editable(model)
-        config, paths = configuration(self.leaves), {n: self.leaves.index.pieces(n) for n in self.leaves.index.numbers}
+        index, config = self.leaves.index, configuration(self.leaves)
+        paths = {number: index.pieces(number) for number in index.numbers}
         self.numbers = {path: number for number, path in paths.items()}
+        self.separator = separator_of(index.texts.values())
         kind = str(config.get("model_type"))
         if kind in FORCED:
             raise Unsupported(f"{kind} ties its weights whatever {KEY} says, which scales the logits as well")
         self.pairs, self.tied = tiable(config, paths), dict(anatomy(model).tied)
         if head is not None:
-            self.pairs = (
-                dict.fromkeys([tuple(map(text_of, labels(head)))], [*self.pairs.values()][-1]) if self.pairs else {}
-            )
-            self.tied = self.pairs
+            one = tuple(map(text_of, labels(head)))
+            self.pairs = self.tied = dict.fromkeys([one], next(iter(self.pairs.values()))) if self.pairs else {}
         elif self.tied.keys() - self.numbers.keys() and kind not in KNOWN:
             self.tied = {}  # the name of a head that is not stored is known by the family
 
@@ -127,62 +127,61 @@ class _Work:
             found.update(piece)
         return found.digest()
 
-    def done(self, pairs: Ties, *, tied: bool, keep: Keep | None = None) -> Any:
-        """The model with each of some weights as another, or as a copy of it, and the configuration that says so."""
+    def done(self, pairs: Ties, *, tied: bool, last: bool = False) -> Any:
+        """The model with each of some weights as another, or as a copy of it, and the configuration that says so.
+
+        Of several weights that become one, the values of the last count if `last`, else those of the first.
+        """
+        groups = {of: [one for one in pairs if pairs[one] == of] for of in pairs.values()}
         if isinstance(self.leaves, Memory) and is_torch_module(self.leaves.root):
-            return _module_done(self.leaves, pairs, tied, keep)
-        groups = [self._group(of, [one for one in pairs if pairs[one] == of], tied, keep) for of in {*pairs.values()}]
-        new = self.leaves.regrouped(groups)
+            return _module_done(self.leaves, groups, tied, last)
+        new = self.leaves.regrouped([self._group(of, others, tied, last) for of, others in groups.items()])
         document = document_of(new)
         if document is not None:
             new = new.planned(new.plan.beside(document.holding(saying(document.values, tied))))
         return new
 
-    def _group(self, of: Path, others: Sequence[Path], tied: bool, keep: Keep | None) -> Group:
-        there = [self.numbers[one] for one in others if one in self.numbers]
-        number = self.numbers[of]
-        value = self.leaves.read(number) if isinstance(self.leaves, Memory) else None
-        shares = value is not None and backend(value).__name__.endswith(".torch")  # type: ignore[attr-defined]
+    def _group(self, of: Path, others: Sequence[Path], tied: bool, last: bool) -> Group:
+        first = self.leaves.read(self.numbers[of]) if isinstance(self.leaves, Memory) else None
+        shares = first is not None and backend(first).__name__.endswith(".torch")  # type: ignore[attr-defined]
+        paths = [of, *(others if shares or not tied else ())]
 
         def make(stored: Sequence[Any]) -> list[Any]:
-            kept = stored[-1 if keep == "head" else 0]
-            if tied:
-                return [kept] * len(paths)
-            return [kept, *(kept if isinstance(kept, Origin) else backend(kept).get(kept, ...) for _ in others)]
+            kept = stored[-1 if last else 0]
+            copied = tied or isinstance(kept, Origin)
+            return [kept, *(kept if copied else backend(kept).get(kept, ...) for _ in paths[1:])]
 
-        paths = [of, *(others if shares or not tied else ())]
-        flat = len(keys_of(self.leaves.index.paths[number])) == 1
-        keys = ([self._text(path)] if flat else path for path in paths)
-        return Group((number, *there), tuple([(key, None) for key in path] for path in keys), make)
+        there = [self.numbers[path] for path in (of, *others) if path in self.numbers]
+        return Group(tuple(there), tuple([(key, None) for key in self._keys(path, of)] for path in paths), make)
+
+    def _keys(self, path: Path, of: Path) -> Path:
+        """The keys of a weight: its own, or for a new one as many as another has."""
+        index = self.leaves.index
+        if path in self.numbers:
+            return keys_of(index.paths[self.numbers[path]])
+        return path if len(keys_of(index.paths[self.numbers[of]])) > 1 else (self._text(path),)
 
     def _text(self, path: Path) -> str:
-        return self.leaves.index.separator.join(path)
+        return self.separator.join(path)
 
     def report(self, name: str, pairs: Ties) -> LayoutReport:
         """What became of the weights."""
-        rows = (
-            Moved(self._text(one), self.leaves.spec(self.numbers[of]), self._text(of), (self._text(of),))
-            for one, of in pairs.items()
-        )
-        return LayoutReport(
-            name,
-            tuple(rows),
-            tuple(self._text(path) for path in self.numbers if path not in pairs),
-            (f"{name}d", "kept"),
-        )
+        texts = {self._text(one): (self._text(of), self.leaves.spec(self.numbers[of])) for one, of in pairs.items()}
+        rows = tuple(Moved(one, spec, of, (of,)) for one, (of, spec) in texts.items())
+        kept = tuple(self._text(path) for path in self.numbers if path not in pairs)
+        return LayoutReport(name, rows, kept, (f"{name}d", "kept"))
 
 
-def _module_done(memory: Any, pairs: Ties, tied: bool, keep: Keep | None) -> Any:
+def _module_done(memory: Any, groups: Mapping[Path, Sequence[Path]], tied: bool, last: bool) -> Any:
     """A torch module, in which unchanged tensors are the same objects."""
     import torch
 
     new = memory.with_leaves({})
-    for one, of in pairs.items():
-        to, source = (of, one) if keep == "head" else (one, of)
-        weight = new.get_parameter(".".join(source))
-        if not tied:
-            weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-        setattr(new.get_submodule(".".join(to[:-1])), to[-1], weight)
+    for of, others in groups.items():
+        kept = new.get_parameter(".".join(others[-1] if last else of))
+        for path in (of, *others) if tied else others:
+            weight = kept if tied else torch.nn.Parameter(kept.detach().clone(), requires_grad=kept.requires_grad)
+            setattr(new.get_submodule(".".join(path[:-1])), path[-1], weight)
     config = getattr(new, "config", None)
     for part in (config, getattr(config, "text_config", None)):
         if hasattr(part, KEY):
