@@ -237,12 +237,17 @@ def bodies_of(
         runs: the outermost numbered entries, from `selectors.layers`.
     """
     stacks = [_stack(run, config, leaves) for run in runs if not {*MTP} & {*run.parent}]
-    blocks = {n for n, leaf in leaves.items() if any(stack.run.place(leaf.path) in stack.blocks for stack in stacks)}
+    blocks = {
+        n
+        for n, leaf in leaves.items()
+        if {*MTP} & {*leaf.path} or any(stack.run.place(leaf.path) in stack.blocks for stack in stacks)
+    }
     parts: dict[str, Body] = {}
     for part in parts_of(config, {n: leaf.path for n, leaf in leaves.items() if n not in blocks}):
-        mine = {n: leaf for n, leaf in leaves.items() if n in part.leaves | part.head | blocks}
+        name = part.name.removesuffix("_config")
+        own = part.leaves | part.head | (blocks if name in _TEXTS else set())
         stack = next((stack for stack in stacks if stack.run.parent == part.layers and not stack.run.head), None)
-        parts[part.name.removesuffix("_config")] = Body(config, (part.name,), mine, stack)
+        parts[name] = Body(config, (part.name,), {n: leaf for n, leaf in leaves.items() if n in own}, stack)
     sides = {side: [stack for stack in stacks if side in stack.run.parent] for side in ("encoder", "decoder")}
     if not parts and all(sides.values()) and config.get("is_encoder_decoder", True):
         for side, other in (("encoder", "decoder"), ("decoder", "encoder")):
