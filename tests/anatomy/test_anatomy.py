@@ -217,28 +217,6 @@ def test_flax_parameters():
     found = pm.anatomy(tree, {"num_hidden_layers": 11, "num_attention_heads": 3})
     assert found.layers == {"count": 11, "kinds": ["attention"] * 11, "where": "params/layers_*"}
     assert (found.hidden, found.mlp, found.vocabulary, found.heads["head_dim"]) == (8, 10, 50, 4)
-    number = next(n for n, text in found.texts.items() if text.endswith("layers_10/mlp/down_proj/kernel"))
-    assert found.body.axes(number) == (("mlp",), ("hidden",))
-
-
-CASES = {
-    "gpt2": ("h.0.attn.c_attn.weight", (("hidden",), ("heads", "kv_heads", "kv_heads"))),
-    "gpt_neox": ("layers.0.attention.query_key_value.bias", (("heads", "kv_heads", "kv_heads"),)),
-    "phi3": ("layers.0.mlp.gate_up_proj.weight", (("mlp", "mlp"), ("hidden",))),
-    "qwen3_moe": ("layers.1.mlp.experts.down_proj", (("experts",), ("hidden",), ("expert_mlp",))),
-    "olmo2": ("layers.0.self_attn.q_norm.weight", (("heads",),)),
-    "qwen3": ("layers.0.self_attn.q_norm.weight", ((),)),
-    "gemma3": ("norm.weight", (("hidden",),)),
-    "vit": ("embeddings.position_embeddings", ((), (), ("hidden",))),
-}
-
-
-@pytest.mark.parametrize("family", CASES)
-def test_axes(family):
-    config, model, says = MODELS[family]
-    found = pm.anatomy(on_meta(model, getattr(transformers, config)(**says)))
-    end, wanted = CASES[family]
-    assert [found.body.axes(n) for n, text in found.texts.items() if text.endswith(f".{end}")] == [wanted]
 
 
 def test_configurations(tmp_path):
@@ -257,7 +235,6 @@ def test_configurations(tmp_path):
         ),
     ):
         assert (found.hidden, found.mlp, found.vocabulary, found.layers["count"]) == (4, 6, 9, 1)
-    assert pm.anatomy(tree, nested).body.said["mlp"] == (6, [("text_config", "intermediate_size")])
     with pytest.raises(CannotRead, match=r"none/config.json"):
         pm.anatomy(tree, tmp_path / "none/config.json")
     (tmp_path / "m/config.json").write_text("{")
@@ -277,7 +254,7 @@ def test_the_command(tmp_path):
     assert run.exit_code == 0, run.output
     assert "layers      4 in model.layers: 3 linear_attention, 1 full_attention\n" in run.stdout
     page = (tmp_path / "page.html").read_text()
-    assert "full_attention" in page and "expert_mlp" in page
+    assert "full_attention" in page
     run = CliRunner().invoke(cli, ["show", str(tmp_path / "m"), "--anatomy", "--json"])
     assert json.loads(run.stdout) == pm.anatomy(pm.open(tmp_path / "m")).to_dict()
     assert CliRunner().invoke(cli, ["show", str(tmp_path / "m"), "--html", "x.html"]).exit_code == 2

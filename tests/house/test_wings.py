@@ -124,6 +124,6 @@ def test_no_child_of_the_package_bears_the_name_of_a_public_function():
 
 
 def test_the_wing_of_anatomy_leaves_its_name_to_the_function():
-    code = "import paramend as pm; from paramend.anatomy import axes; print(pm.anatomy.__name__, axes)"
+    code = "import paramend as pm; from paramend.anatomy import sizes; print(pm.anatomy.__name__, sizes)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.startswith("anatomy <module 'paramend.anatomy.axes'")
+    assert out.startswith("anatomy <module 'paramend.anatomy.sizes'")

@@ -1,7 +1,7 @@
 """`Anatomy`: what configuration, names and shapes say of a model, as a report."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -72,7 +72,7 @@ class Anatomy(Paged):
     @property
     def mlp(self) -> int | None:
         """The width inside an MLP; of experts, where all layers have them and nothing else is said."""
-        return self.body.sizes.get("mlp", self.body.sizes.get("expert_mlp"))
+        return self.body.sizes.get("mlp")
 
     @property
     def vocabulary(self) -> int | None:
@@ -106,17 +106,12 @@ class Anatomy(Paged):
         return "\n".join(aligned(self._rows()))
 
     def page(self) -> Page:
-        """The leaves as a map, with what their axes count, by the kinds of their layers."""
-        numbers = [*self.texts]
+        """The leaves as a map, by the kinds of their layers."""
         bodies = {number: body for body in (*self.bodies.values(), self.body) for number in body.leaves}
-        leaves = [bodies[n].leaves[n] if n in bodies else None for n in numbers]
-        columns = [
-            Column("shape", [str(list(leaf.shape)) if leaf else None for leaf in leaves], "text"),
-            Column("axes", [_shown(bodies[n].axes(n)) if n in bodies else "" for n in numbers], "text"),
-        ]
-        sizes = [prod(leaf.shape) if leaf else 0 for leaf in leaves]
-        kinds = [bodies[n].kind_of(n) if n in bodies else "" for n in numbers]
-        return Page("anatomy", self.headline(), [self.texts[n] for n in numbers], sizes, columns, kinds, "kind")
+        shapes = [bodies[n].leaves[n].shape if n in bodies else () for n in self.texts]
+        kinds = [bodies[n].kind_of(n) if n in bodies else "" for n in self.texts]
+        columns = [Column("shape", [str(list(shape)) for shape in shapes], "text")]
+        return Page("anatomy", self.headline(), [*self.texts.values()], [*map(prod, shapes)], columns, kinds, "kind")
 
     def _rows(self) -> list[tuple[str, str]]:
         layers, mtp, experts, heads = self.layers, self.mtp, self.experts, self.heads
@@ -147,10 +142,6 @@ class Anatomy(Paged):
 
     def _path(self, path: Pieces) -> str:
         return self.separator.join(path)
-
-
-def _shown(axes: Sequence[Sequence[str]]) -> str:
-    return " × ".join("+".join(axis) or "?" for axis in axes)
 
 
 def _layered(layers: Mapping[str, Any]) -> str:

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
-from paramend.anatomy.axes import TRANSPOSED, Axis, axes_of
 from paramend.anatomy.entries import entries, entry_of
 from paramend.anatomy.parts import parts_of
 from paramend.anatomy.schedules import DENSE, SPARSE, schedules_of
 from paramend.anatomy.sections import counted, part_at, sections_of, side_of
-from paramend.anatomy.sizes import Place, measured, sizes_of
+from paramend.anatomy.sizes import Leaf, sizes_of
 from paramend.leaves.paths import number_of
 
 Pieces = tuple[str, ...]
@@ -41,14 +40,6 @@ class Run(Protocol):
     def blocks(self) -> tuple[int, ...]: ...
     def place(self, path: Pieces) -> int | None: ...
     def piece(self, number: int) -> str: ...
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """The path of a leaf, piece by piece, and its shape."""
-
-    path: Pieces
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -93,7 +84,7 @@ class Body:
     """
 
     config: Mapping[str, Any]
-    place: Place
+    place: Pieces
     leaves: Mapping[int, Leaf]
     stack: Stack | None
 
@@ -112,22 +103,9 @@ class Body:
         return str(self.section.get("model_type") or self.config.get("model_type") or "")
 
     @cached_property
-    def said(self) -> Mapping[str, tuple[int, list[Place]]]:
-        """Size → what the configuration says, and the keys that do."""
-        return sizes_of(self.config, self.place, self.side)
-
-    @cached_property
     def sizes(self) -> dict[str, int]:
-        """Size → its value, by the configuration; what it does not say, by shapes. Absent if not known."""
-        said = {name: value for name, (value, _) in self.said.items()}
-        return measured(said, self.section, [(leaf.path, leaf.shape) for leaf in self.leaves.values()])
-
-    def axes(self, number: int) -> tuple[Axis, ...]:
-        """What each axis of a leaf counts, by its number; see `axes.axes_of`."""
-        leaf, sizes = self.leaves[number], dict(self.sizes)
-        if "kv_lora_rank" in self.section:  # queries, keys and values have head sizes of their own
-            sizes.pop("head_dim", None)
-        return axes_of(leaf.path, leaf.shape, sizes, transposed=self.model_type in TRANSPOSED)
+        """Size → its value, by the names of `sizes.KEYS`; absent if not known."""
+        return sizes_of(self.section, self.leaves.values(), self.side)
 
     @property
     def inside(self) -> list[list[Pieces]]:
@@ -277,7 +255,7 @@ def _rest(
     return Body(config, text, rest, most)
 
 
-def _counting(config: Mapping[str, Any], stack: Stack, text: Place) -> Place | None:
+def _counting(config: Mapping[str, Any], stack: Stack, text: Pieces) -> Pieces | None:
     """The section that counts some layers, or lists their kinds."""
     n = len(stack.layers)
     found = sections_of(config, n, stack.run.parent)

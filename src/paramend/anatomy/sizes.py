@@ -1,15 +1,13 @@
-"""Sizes: what a configuration calls the widths and counts of a model, and where it says them."""
+"""Sizes: the widths and counts of a model, by its configuration and the shapes of its leaves."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
-from paramend.anatomy.axes import ATTENDS, Axis, is_stacked, proposed
-from paramend.anatomy.counts import EXPERTS
-from paramend.anatomy.sections import part_at
+from paramend.anatomy.beside import EMBEDDINGS
+from paramend.anatomy.entries import words
+from paramend.leaves.paths import number_of
 
-Place = tuple[str, ...]
-Leaf = tuple[tuple[str, ...], tuple[int, ...]]  # the path of a leaf and its shape
-_HEADS = ("heads", "head_dim", "kv_heads")
 # Size → the keys that say it, the first of which counts; `{side}` is "encoder" or "decoder".
 KEYS: Mapping[str, tuple[str, ...]] = {
     "hidden": ("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "model_dim"),
@@ -18,48 +16,58 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "kv_heads": ("num_key_value_heads", "num_kv_heads", "kv_n_heads"),
     "head_dim": ("head_dim", "d_kv"),
     "vocabulary": ("vocab_size",),
-    "layer_vocabulary": ("vocab_size_per_layer_input",),
-    "experts": EXPERTS,
-    "expert_mlp": ("moe_intermediate_size", "ffn_hidden_size"),
-    "shared_mlp": ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"),
-    "top_k": ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_top_k", "moe_topk", "moe_k"),
 }
 # Sections of a section that say some of its sizes, as in DBRX.
 _INNER = ("attn_config", "ffn_config")
+# Modules by what they have beside the residual width; some names mean something else in attention.
+_MODULES = {
+    "outputs": words("o_proj out_proj o dense c_proj wo proj"),
+    "keys": words("k_proj key k wk v_proj value v wv"),
+    "fused": words("qkv_proj qkv query_key_value c_attn Wqkv in_proj"),
+    "wide": words("gate_proj up_proj fc1 w1 w3 c_fc wi wi_0 wi_1 dense_h_to_4h intermediate"),
+    "wide twice": words("gate_up_proj"),
+}
+_ATTENDS = re.compile(r"attn|attention|^q_proj$", re.IGNORECASE)
+_OF_HEADS = re.compile(r"(?:q|k|query|key)_(?:layer)?norm")
 
 
-def sizes_of(config: Mapping[str, Any], place: Place = (), side: str = "") -> dict[str, tuple[int, list[Place]]]:
-    """Size → its value and the keys that say it, in the section at a place and the outer ones that repeat it.
+class Leaf(NamedTuple):
+    """The path of a leaf, piece by piece, and its shape."""
 
-    Sizes that are not said, and lists of different ones, are left out.
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
 
-    >>> sizes_of({"vocab_size": 9, "text_config": {"vocab_size": 9, "n_embd": 4}}, ("text_config",))
-    {'hidden': (4, [('text_config', 'n_embd')]), 'vocabulary': (9, [('text_config', 'vocab_size'), ('vocab_size',)])}
+
+def sizes_of(section: Mapping[str, Any], leaves: Iterable[Leaf], side: str = "") -> dict[str, int]:
+    """Size → its value, by a section of a configuration; what that does not say, by shapes. Heads are those of the shapes.
+
+    >>> layer = {"self_attn.o_proj": (8, 12), "self_attn.k_proj": (4, 8), "mlp.up_proj": (20, 8)}
+    >>> leaves = [Leaf((*name.split("."), "weight"), shape) for name, shape in layer.items()]
+    >>> sizes_of({"hidden_size": 8, "num_attention_heads": 3}, leaves)
+    {'hidden': 8, 'mlp': 20, 'heads': 3, 'head_dim': 4, 'kv_heads': 1}
     """
-    found: dict[str, tuple[int, list[Place]]] = {}
-    places = [place[:depth] for depth in range(len(place), -1, -1)]
+    leaves = list(leaves)
+    found = dict(_said(section, side))
+    table = next((leaf.shape for leaf in leaves if len(leaf.shape) == 2 and {*EMBEDDINGS} & {*leaf.path[-2:-1]}), None)
+    if table is not None:
+        found = {"vocabulary": table[0], "hidden": table[1]} | found
+    lengths: dict[str, list[int]] = {}
+    for leaf in leaves:
+        for name, length in _lengths(leaf, found.get("hidden", 0)):
+            lengths.setdefault(name, []).append(length)
+    if lengths.get("wide") or lengths.get("wide twice"):
+        found.setdefault("mlp", lengths["wide"][0] if "wide" in lengths else lengths["wide twice"][0] // 2)
+    heads = {name: found.pop(name, 0) for name in ("heads", "head_dim", "kv_heads")}
+    attends = any(_ATTENDS.search(piece) for leaf in leaves for piece in leaf.path)
+    return found | {name: size for name, size in _heads(section, lengths, **heads).items() if size and attends}
+
+
+def _said(section: Mapping[str, Any], side: str) -> Iterator[tuple[str, int]]:
+    parts = [section, *(section[key] for key in _INNER if isinstance(section.get(key), Mapping))]
     for name, keys in KEYS.items():
-        said = [
-            (whole(part[key]), (*at, key))
-            for at in places
-            for part, at in _parts(config, at)
-            for key in _named(keys, side)
-            if key in part
-        ]
-        values = [(value, at) for value, at in said if value is not None]
-        if values:
-            found[name] = values[0][0], [at for value, at in values if value == values[0][0]]
-    return found
-
-
-def _named(keys: tuple[str, ...], side: str) -> list[str]:
-    return [key.format(side=side) for key in keys if side or "{" not in key]
-
-
-def _parts(config: Mapping[str, Any], place: Place) -> Iterator[tuple[Mapping[str, Any], Place]]:
-    part = part_at(config, place)
-    yield part, place
-    yield from ((part[key], (*place, key)) for key in _INNER if isinstance(part.get(key), Mapping))
+        values = (whole(part.get(key.format(side=side))) for part in parts for key in keys)
+        if (value := next((value for value in values if value is not None), None)) is not None:
+            yield name, value
 
 
 def whole(value: Any) -> int | None:
@@ -69,60 +77,36 @@ def whole(value: Any) -> int | None:
     return value if type(value) is int else None
 
 
-# ---- sizes by shapes ---------------------------------------------------------------------------------------------
+def _lengths(leaf: Leaf, hidden: int) -> Iterator[tuple[str, int]]:
+    """What the axis beside the residual width may be, and its length."""
+    path = [piece for piece in leaf.path if piece not in ("weight", "kernel") and number_of(piece) is None]
+    module, shape = path[-1] if path else "", leaf.shape[-2:]
+    attends = any(map(_ATTENDS.search, path[:-1]))
+    if module == "dense" and not attends:  # as BERT has it
+        module = path[-2] if len(path) > 1 else ""
+    if _OF_HEADS.fullmatch(module) and len(shape) == 1:
+        yield "of heads", shape[0]
+    elif len(shape) == 2 and hidden in shape:
+        for name, modules in _MODULES.items():
+            if module in modules and (attends or module == "o_proj" or name.startswith(("keys", "wide"))):
+                yield name, shape[0] if shape[1] == hidden else shape[1]
 
 
-def measured(said: Mapping[str, int], section: Mapping[str, Any], leaves: Sequence[Leaf]) -> dict[str, int]:
-    """Sizes, those that the configuration does not say by the shapes of leaves; heads are those of the shapes.
-
-    Args:
-        said: the sizes that are said.
-        section: the section of the configuration that says them.
-        leaves: paths and shapes.
-    """
-    found = dict(said)
-    for path, shape in leaves:
-        if proposed(path) == (("vocabulary",), ("hidden",)) and len(shape) == 2:
-            found.setdefault("vocabulary", shape[0])
-            found.setdefault("hidden", shape[1])
-    lengths: dict[Axis, list[int]] = {}
-    for path, shape in leaves:
-        for axis, length in _beside_hidden(path, shape, found.get("hidden", 0)):
-            lengths.setdefault(axis, []).append(length)
-    for name in ("mlp", "expert_mlp", "shared_mlp"):
-        for axis in ((name,), (name, name)):
-            if axis in lengths:
-                found.setdefault(name, lengths[axis][0] // len(axis))
-    attends = any(ATTENDS.search(piece) for path, _ in leaves for piece in path)
-    return _with_heads(found, lengths, section) if attends else {k: n for k, n in found.items() if k not in _HEADS}
-
-
-def _beside_hidden(path: Place, shape: tuple[int, ...], hidden: int) -> Iterator[tuple[Axis, int]]:
-    """What the axis beside the residual width may count, and its length; queries may be gated, and tell nothing."""
-    shape = shape[1:] if is_stacked(path, shape) else shape
-    out, into = proposed(path)
-    if len(shape) == 2 and hidden in shape and ("hidden",) in (out, into) and out != ("heads",):
-        yield (into if out == ("hidden",) else out), (shape[0] if shape[1] == hidden else shape[1])
-    elif out in (("heads",), ("kv_heads",)) and len(shape) == 1 and path[-1] != "bias":
-        yield ("head_dim",), shape[0]  # a norm of heads
-
-
-def _with_heads(sizes: dict[str, int], lengths: Mapping[Axis, list[int]], section: Mapping[str, Any]) -> dict[str, int]:
-    """Sizes with those of heads as the shapes have them."""
-    heads, dim, kv = (sizes.pop(name, 0) for name in _HEADS)
-    inner, keys, fused = (
-        lengths.get(axis, []) for axis in (("heads",), ("kv_heads",), ("heads", "kv_heads", "kv_heads"))
-    )
+def _heads(
+    section: Mapping[str, Any], lengths: Mapping[str, list[int]], heads: int, head_dim: int, kv_heads: int
+) -> dict[str, int]:
+    """How many heads there are, and their size, as the shapes have them."""
+    inner, keys, fused = (lengths.get(name, []) for name in ("outputs", "keys", "fused"))
     latent = [section.get(key) or 0 for key in ("qk_nope_head_dim", "qk_rope_head_dim")]
     if all(latent):  # keys have another size than values
-        dim, kv = sum(latent), kv or heads
-    elif inner or keys or fused:
-        dim = dim or lengths.get(("head_dim",), [0])[0]
-        heads = heads or (inner[0] // dim if dim and inner else 0)
-        if heads and inner and heads * dim not in inner:
-            dim = inner[0] // heads
-        if dim and keys:
-            kv = keys[0] // dim
-        elif dim and heads and fused:
-            kv = (fused[0] // dim - heads) // 2
-    return sizes | {name: size for name, size in zip(_HEADS, (heads, dim, kv), strict=True) if size}
+        return {"heads": heads, "head_dim": sum(latent), "kv_heads": kv_heads or heads}
+    dim = head_dim or lengths.get("of heads", [0])[0]
+    if inner and not heads:
+        heads = inner[0] // dim if dim else 0
+    elif inner and heads * dim not in inner:
+        dim = inner[0] // heads
+    if dim and keys:
+        kv_heads = keys[0] // dim
+    elif dim and heads and fused:
+        kv_heads = (fused[0] // dim - heads) // 2
+    return {"heads": heads, "head_dim": dim, "kv_heads": kv_heads}

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from paramend.anatomy.anatomies import Anatomy
-from paramend.anatomy.bodies import Body, Leaf, Pieces, bodies_of
+from paramend.anatomy.bodies import Body, Pieces, bodies_of
 from paramend.anatomy.documents import document_of
 from paramend.anatomy.sections import parsed
+from paramend.anatomy.sizes import Leaf
 from paramend.anatomy.ties import ties_of
 from paramend.edits.memory import Memory, editable
 from paramend.errors import CannotRead
