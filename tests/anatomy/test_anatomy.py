@@ -252,9 +252,20 @@ def test_the_command(tmp_path):
     model.to_empty(device="cpu").save_pretrained(tmp_path / "m")
     run = CliRunner().invoke(cli, ["show", str(tmp_path / "m"), "--anatomy", "--html", str(tmp_path / "page.html")])
     assert run.exit_code == 0, run.output
-    assert "layers      4 in model.layers: 3 linear_attention, 1 full_attention\n" in run.stdout
+    assert "layers      count: 4, kinds: 3 linear_attention, full_attention, where: model.layers\n" in run.stdout
     page = (tmp_path / "page.html").read_text()
     assert "full_attention" in page
     run = CliRunner().invoke(cli, ["show", str(tmp_path / "m"), "--anatomy", "--json"])
     assert json.loads(run.stdout) == pm.anatomy(pm.open(tmp_path / "m")).to_dict()
     assert CliRunner().invoke(cli, ["show", str(tmp_path / "m"), "--html", "x.html"]).exit_code == 2
+
+
+def test_experts():
+    model, _ = row("qwen3_next")
+    found = pm.anatomy(model).experts
+    where = [f"model.layers.{layer}.mlp" for layer in range(4)]
+    assert (found["count"], found["top_k"], found["storage"], found["where"]) == (4, 2, "fused", where)
+    assert "gate/weight" in found["router"] and "shared_expert" in found["shared"]
+    assert pm.anatomy(row("deepseek_v3")[0]).experts["where"] == [f"model.layers.{layer}.mlp" for layer in (1, 2, 3)]
+    gaps = {f"layers.0.experts.{expert}.w1.weight": np.ones((2, 2)) for expert in (0, 2)}
+    assert pm.anatomy(gaps).experts is None

@@ -20,11 +20,9 @@ _MIXERS = {
     "A_log": "linear_attention",
     **dict.fromkeys(("self_attn", "attention", "attn", "SelfAttention", "q_proj"), "attention"),
 }
-_ROUTERS = ("gate", "router")
 _PREDICTS = {"eh_proj", "enorm", "hnorm"}  # of a block that predicts further tokens
 _LISTED = ("layer_types", "layers_block_type")  # lists that tell kinds as transformers calls them
 MTP = ("mtp", "mtp_layers", "mtp_block")  # above such blocks
-_SHARED = ("shared_expert", "shared_experts", "shared_mlp")
 
 
 class Run(Protocol):
@@ -145,41 +143,6 @@ class Body:
         return sorted(dict.fromkeys(after), key=lambda path: int(path[-1])) or sorted(
             {path[: at + 1] for path, at in own}
         )
-
-    @cached_property
-    def experts(self) -> dict[str, Any] | None:
-        """How many experts there are, how they are stored, and where; None if there are none."""
-        held = [path for paths in self.inside for path in paths if "experts" in path]
-        if not held:
-            return None
-        depth = held[0].index("experts") + 1
-        separate = number_of(held[0][depth]) is not None
-        count = self.sizes.get("experts") if self.said.get("experts") else None
-        if count is None and separate:
-            count = 1 + max(int(path[depth]) for path in held)
-        all_paths = [path for paths in self.inside for path in paths]
-        return {
-            "count": count or self.sizes.get("experts"),
-            "top_k": self.sizes.get("top_k"),
-            "storage": "separate" if separate else "stacked",
-            "router": self._first(all_paths, _ROUTERS, without="experts"),
-            "shared": self._first(all_paths, _SHARED),
-            "where": self._anywhere(held[0][:depth]),
-        }
-
-    def _anywhere(self, inner: Pieces) -> Pieces:
-        assert self.stack is not None
-        return (*self.stack.run.parent, f"{self.stack.run.head}*", *inner)
-
-    def _first(self, paths: Iterable[Pieces], names: Sequence[str], without: str = "") -> Pieces | None:
-        """The path, in any layer, of the first module with one of these names."""
-        for path in paths:
-            at = next(
-                (depth for depth, piece in enumerate(path[:-1]) if piece in names and without not in path[:depth]), None
-            )
-            if at is not None:
-                return self._anywhere(path[: at + 1])
-        return None
 
 
 # ---- kinds -------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from paramend.anatomy.beside import EMBEDDINGS
 from paramend.anatomy.entries import words
+from paramend.anatomy.experts import alike
 from paramend.leaves.paths import number_of
 
 # Size → the keys that say it, the first of which counts; `{side}` is "encoder" or "decoder".
@@ -19,13 +20,14 @@ KEYS: Mapping[str, tuple[str, ...]] = {
 }
 # Sections of a section that say some of its sizes, as in DBRX.
 _INNER = ("attn_config", "ffn_config")
-# Modules by what they have beside the residual width; some names mean something else in attention.
+# Modules by what they have beside the residual width, in attention; in any module; outside of attention.
 _MODULES = {
-    "outputs": words("o_proj out_proj o dense c_proj wo proj"),
-    "keys": words("k_proj key k wk v_proj value v wv"),
-    "fused": words("qkv_proj qkv query_key_value c_attn Wqkv in_proj"),
-    "wide": words("gate_proj up_proj fc1 w1 w3 c_fc wi wi_0 wi_1 dense_h_to_4h intermediate"),
-    "wide twice": words("gate_up_proj"),
+    ("outputs", True): words("o out_proj dense c_proj wo proj"),
+    ("fused", True): words("qkv_proj qkv query_key_value c_attn Wqkv in_proj"),
+    ("outputs", None): words("o_proj"),
+    ("keys", None): words("k_proj key k wk v_proj value v wv"),
+    ("wide", False): words("gate_proj up_proj fc1 w1 w3 c_fc wi wi_0 wi_1 dense_h_to_4h intermediate"),
+    ("wide twice", False): words("gate_up_proj"),
 }
 _ATTENDS = re.compile(r"attn|attention|^q_proj$", re.IGNORECASE)
 _OF_HEADS = re.compile(r"(?:q|k|query|key)_(?:layer)?norm")
@@ -39,7 +41,7 @@ class Leaf(NamedTuple):
 
 
 def sizes_of(section: Mapping[str, Any], leaves: Iterable[Leaf], side: str = "") -> dict[str, int]:
-    """Size → its value, by a section of a configuration; what that does not say, by shapes. Heads are those of the shapes.
+    """Size → its value, by a section of a configuration or, if that does not say it, by shapes. Heads follow shapes.
 
     >>> layer = {"self_attn.o_proj": (8, 12), "self_attn.k_proj": (4, 8), "mlp.up_proj": (20, 8)}
     >>> leaves = [Leaf((*name.split("."), "weight"), shape) for name, shape in layer.items()]
@@ -65,16 +67,9 @@ def sizes_of(section: Mapping[str, Any], leaves: Iterable[Leaf], side: str = "")
 def _said(section: Mapping[str, Any], side: str) -> Iterator[tuple[str, int]]:
     parts = [section, *(section[key] for key in _INNER if isinstance(section.get(key), Mapping))]
     for name, keys in KEYS.items():
-        values = (whole(part.get(key.format(side=side))) for part in parts for key in keys)
+        values = (alike(part.get(key.format(side=side))) for part in parts for key in keys)
         if (value := next((value for value in values if value is not None), None)) is not None:
             yield name, value
-
-
-def whole(value: Any) -> int | None:
-    """A whole number, also one that a list repeats for each layer; None for anything else."""
-    if isinstance(value, list | tuple) and value and all(one == value[0] for one in value):
-        value = value[0]
-    return value if type(value) is int else None
 
 
 def _lengths(leaf: Leaf, hidden: int) -> Iterator[tuple[str, int]]:
@@ -87,8 +82,8 @@ def _lengths(leaf: Leaf, hidden: int) -> Iterator[tuple[str, int]]:
     if _OF_HEADS.fullmatch(module) and len(shape) == 1:
         yield "of heads", shape[0]
     elif len(shape) == 2 and hidden in shape:
-        for name, modules in _MODULES.items():
-            if module in modules and (attends or module == "o_proj" or name.startswith(("keys", "wide"))):
+        for (name, where), modules in _MODULES.items():
+            if module in modules and where in (attends, None):
                 yield name, shape[0] if shape[1] == hidden else shape[1]
 
 

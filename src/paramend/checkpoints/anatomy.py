@@ -3,17 +3,19 @@
 import os
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from paramend.anatomy.anatomies import Anatomy
 from paramend.anatomy.bodies import Body, Pieces, bodies_of
 from paramend.anatomy.documents import document_of
+from paramend.anatomy.experts import experts_of
 from paramend.anatomy.sections import parsed
 from paramend.anatomy.sizes import Leaf
 from paramend.anatomy.ties import ties_of
 from paramend.edits.memory import Memory, editable
-from paramend.errors import CannotRead
+from paramend.errors import CannotRead, SpecMismatch
 from paramend.leaves.groups import groups_of
 from paramend.leaves.leaves import Editable, separator_of
 from paramend.leaves.specs import AnyTree
@@ -48,8 +50,8 @@ def anatomy(model: AnyTree, config: ConfigLike | None = None) -> Anatomy:
     >>> layer = {"self_attn": {"o_proj": {"weight": np.ones((4, 4))}}}
     >>> tree = {"embed_tokens": {"weight": np.ones((9, 4))}, "layers": [layer, layer]}
     >>> print(anatomy(tree, {"num_hidden_layers": 2, "num_attention_heads": 2}))
-    layers      2 in layers: 2 attention
-    heads       query 2, head-dim 2
+    layers      count: 2, kinds: 2 attention, where: layers
+    heads       query: 2, head_dim: 2
     hidden      4
     vocabulary  9
     """
@@ -62,7 +64,13 @@ def anatomy(model: AnyTree, config: ConfigLike | None = None) -> Anatomy:
     module = isinstance(leaves, Memory) and is_torch_module(leaves.root)
     ties = ties_of({} if module else values, paths, leaves.ties)  # a module shows what is one
     texts = {number: index.path(number) for number in index.numbers}
-    return Anatomy(main, bodies, _others(held, bodies), texts, ties, dict(groups) or None, separator_of(texts.values()))
+    experts = None
+    with suppress(SpecMismatch):  # of names, shapes and configuration, which is told where experts are edited
+        experts = experts_of(leaves, values)
+    mixture = experts and experts.to_dict()
+    return Anatomy(
+        main, bodies, _others(held, bodies), texts, ties, mixture, dict(groups) or None, separator_of(texts.values())
+    )
 
 
 def configuration(leaves: Editable, given: ConfigLike | None = None) -> dict[str, Any]:
