@@ -1,5 +1,6 @@
 """Experts: what names, shapes and a configuration say of the mixtures of experts in a model."""
 
+import copy
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 
 from paramend.anatomy.counts import EXPERTS, Pieces
 from paramend.anatomy.sections import SENSES, counted, part_at
-from paramend.errors import SpecMismatch
+from paramend.errors import SpecMismatch, Unsupported
 from paramend.leaves.groups import Named
 from paramend.leaves.paths import number_of
 from paramend.leaves.specs import Spec
@@ -19,6 +20,34 @@ TOP_K = (
     *("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_top_k", "moe_k"),
     *("top_k_experts", "num_selected_experts"),
 )
+
+
+def _kinds(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Families by what becomes of the weights with which outputs of experts are added, where each expert is there m times
+# and m times as many are chosen. In sum they stay where they are normalised, or the shares of a softmax.
+_SUMMED = _kinds(
+    """
+    mixtral qwen2_moe qwen3_moe qwen3_next qwen3_vl_moe qwen3_vl_moe_text qwen3_5_moe qwen3_5_moe_text olmoe flex_olmo
+    gpt_oss granitemoe granitemoehybrid granitemoeshared jamba jetmoe minimax minimax_m2 ernie4_5_moe hunyuan_v1_moe
+    aria_text gemma4 gemma4_text deepseek_v2 deepseek_v4 afmoe hy_v3 laguna mistral4
+    """
+)
+# Here they are the scores of a sigmoid, normalised if the configuration says so, times a factor.
+_SCORED = _kinds(
+    """
+    deepseek_v3 deepseek_v32 dots1 glm4_moe glm4_moe_lite glm4v_moe glm4v_moe_text glm_moe_dsa exaone_moe solar_open
+    mimo_v2_flash nemotron_h lfm2_moe axk1 bailing_hybrid kimi_linear
+    """
+)
+# Here biases are added to the shares of a softmax, which become smaller.
+SHARES = ("ernie4_5_moe",)
+_NORMED, _FACTOR = ("norm_topk_prob", "moe_renormalize"), "routed_scaling_factor"
+# Keys of groups of experts, of which a token goes to the best ones, and what they are if they are left out.
+_GROUPS = ("n_group", "num_expert_group")
+_EIGHT_GROUPS = ("deepseek_v3", "deepseek_v32", "axk1")
 # Leaves of experts, by the path of their mixture: those of a single one, and those of all.
 _OWN = re.compile(r"(?:(?P<path>.*)/)?(?P<before>experts/(?:expert_)?)(?P<expert>[0-9]+)/.+")
 _ALL = re.compile(r"(?:(?P<path>.*)/)?(?:experts/.+|(?:input|output)_linear/weight|moe/(?:gate|up|down)_proj/weight)")
@@ -32,6 +61,10 @@ _ROWS = re.compile(r"experts/mlp/(?:w1|v1|w2)")
 _LAST_AXIS = re.compile(r".*/(?:kernel|moe_statics/\w+)|moe_statics/\w+")
 _ROUTED = re.compile(r"(?:moe/)?(?:gate|router)/.+")
 _SHARED = re.compile(r"shared?_(?:experts?|mlp)(?:_gate)?")
+# Names of modules in a configuration, also in a pattern.
+_NAMED = re.compile(r"(?P<above>.*?)[\\./]*(?<!\w)experts[\\./]+(?:expert_)?(?P<expert>[0-9]+)(?![0-9]).*", re.DOTALL)
+# What numbered layers are called, where other numbers come before them.
+_LAYERS = ("layers", "blocks", "block", "h")
 # Leaves of a router that have no axis of experts, whatever their length is.
 _PLAIN = ("router/scale", "router/norm/weight")
 
@@ -59,7 +92,8 @@ class Block:
 
     Attributes:
         path: its module.
-        layer: the number of the layer; None if it has none.
+        layers: the path of the numbered layers.
+        layer: the number of its own; None if there are none.
         predicts: whether it is in a block that predicts further tokens (multi-token prediction).
         along: leaf → its axis of experts: leaves of all experts, and of the router.
         own: leaf → its expert, for leaves of a single one.
@@ -70,6 +104,7 @@ class Block:
     """
 
     path: Pieces
+    layers: Pieces
     layer: int | None
     predicts: bool
     along: Mapping[int, Along]
@@ -148,24 +183,105 @@ def experts_of(leaves: Named, config: Mapping[str, Any] | None = None) -> Mixtur
         for path, (_, inside) in counts.items()
     )
     kind = section.get("model_type") or config.get("model_type") or ""
-    top = next((each for key in TOP_K if (each := alike(section.get(key))) is not None), None)
-    return Mixture(count, top, _storage(leaves, blocks), places, kind, blocks)
+    tops = [each for key in TOP_K for each in _numbers(section.get(key))]
+    return Mixture(count, max(tops, default=None), _storage(leaves, blocks), places, kind, blocks)
 
 
-def alike(value: object) -> int | None:
-    """A whole number, or the one that all entries of a list are; None for anything else.
+def _numbers(value: object) -> list[int]:
+    """A whole number, or those of a list with one for each layer."""
+    numbers = value if isinstance(value, list | tuple) else [value]
+    return list(numbers) if all(type(number) is int for number in numbers) else []
 
-    >>> alike(8), alike([2, 2]), alike([2, 4]), alike(None)
-    (8, 2, None, None)
+
+class Groups(NamedTuple):
+    """Groups of experts, one after the other: how many, to how many of them a token may go, and the least size of one
+    (they are compared by the sum of so many scores)."""
+
+    count: int
+    top: int
+    least: int
+
+
+def groups_of(config: Mapping[str, Any], mixture: Mixture) -> Groups:
+    """The groups that a router knows; a single one if it knows none."""
+    part = part_at(config, mixture.places[0]) if mixture.places else {}
+    known = (8, 4) if mixture.model_type in _EIGHT_GROUPS else (1, 1)
+    count = next((part[key] for key in _GROUPS if key in part), known[0])
+    if part.get("topk_method") == "greedy" or not count:
+        return Groups(1, 1, 1)
+    return Groups(count, part.get("topk_group", known[1]) or count, 1 if mixture.model_type == "deepseek_v2" else 2)
+
+
+def recounted(config: Mapping[str, Any], mixture: Mixture, count: int, times: int = 1) -> dict[str, Any]:
+    """The configuration of a model with another number of experts, of which a token goes to `times` as many.
+
+    Raises:
+        Unsupported: tokens that go to more experts would get more of them, or it is not known whether they would.
+
+    >>> mixture = Mixture(8, 2, "fused", ((),), "mixtral", ())
+    >>> recounted({"num_local_experts": 8, "num_experts_per_tok": 2}, mixture, 16, 2)
+    {'num_local_experts': 16, 'num_experts_per_tok': 4}
     """
-    entries = set(value) if isinstance(value, list | tuple) and value else {value} if type(value) is int else set()
-    one = entries.pop() if len(entries) == 1 else None
-    return one if type(one) is int else None
+    new = copy.deepcopy(dict(config))
+    for part in (part_at(new, place) for place in mixture.places):
+        for key in (*EXPERTS, *TOP_K):
+            old = _numbers(part.get(key))
+            if key in TOP_K or set(old) == {mixture.count}:
+                now = [times * each if key in TOP_K else count for each in old]
+                part |= {key: now if isinstance(part[key], list | tuple) else now[0]} if old else {}
+        if times > 1:
+            _reweigh(part, mixture, times)
+    return new
+
+
+def _reweigh(part: dict[str, Any], mixture: Mixture, times: int) -> None:
+    """Make up for weights of experts that are not a share of one."""
+    kind = mixture.model_type
+    if kind in _SUMMED and not part.get("zero_expert_num"):
+        return
+    normed = next((part[key] for key in _NORMED if key in part), kind != "dots1")
+    if kind not in _SCORED or not (normed or _FACTOR in part):
+        raise Unsupported(
+            f"it is not known that experts of {kind or 'this model'} add up to the same where each is there {times} "
+            f"times, and {times} times as many are chosen"
+        )
+    if not normed:
+        part[_FACTOR] /= times
+
+
+def renumbered(values: Any, ids: Mapping[Pieces, Sequence[int]]) -> Any:
+    """A configuration in which names of modules follow experts; `ids` is path of a mixture → the old number of each.
+
+    A name without the path of a layer, as in a pattern, follows where all layers agree.
+
+    >>> renumbered({"ignore": ["layers.0.mlp.experts.2.up_proj", "lm_head"]}, {("layers", "0", "mlp"): [2, 0]})
+    {'ignore': ['layers.0.mlp.experts.0.up_proj', 'lm_head']}
+    """
+    if isinstance(values, Mapping):
+        return {new: renumbered(inner, ids) for key, inner in values.items() for new in _names(key, ids)}
+    if isinstance(values, list):
+        each = [[renumbered(one, ids)] if isinstance(one, list | dict) else _names(one, ids) for one in values]
+        return [new for names in each for new in names]
+    return values
+
+
+def _names(text: Any, ids: Mapping[Pieces, Sequence[int]]) -> list[Any]:
+    """The new names of a module; none if its expert is gone."""
+    match = _NAMED.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
+        return [text]
+    above = tuple(re.split(r"[\\./]+", match["above"]))[-3:]  # layers, number, module
+    own = [each for path, each in ids.items() if path[-len(above) :] == above] or list(ids.values())
+    if any(each != own[0] for each in own):
+        return [text]
+    places = [place for place, old in enumerate(own[0]) if old == int(match["expert"])]
+    return [f"{text[: match.start('expert')]}{place}{text[match.end('expert') :]}" for place in places]
 
 
 def _said(config: Mapping[str, Any], above: Pieces = ()) -> Iterator[tuple[Pieces, int]]:
     """Where a configuration counts experts, and how many."""
-    yield from ((above, count) for key in EXPERTS if (count := alike(config.get(key))) is not None)
+    counts = (set(_numbers(config.get(key))) for key in EXPERTS)
+    yield from ((above, count.pop()) for count in counts if len(count) == 1)
     for key, part in config.items():
         if isinstance(part, Mapping) and not any(word in key for word in SENSES):
             yield from _said(part, (*above, key))
@@ -227,10 +343,13 @@ def _block(
                 unknown.append(number)
         elif _ROUTED.fullmatch(name) and name not in _PLAIN:
             unknown.append(number)
-    layer = next((found for piece in path if (found := number_of(piece)) is not None), None)
-    predicts = "mtp" in path or any(layers <= (layer or 0) < layers + more for layers, more in ends.items())
+    numbers = [place for place, piece in enumerate(path) if number_of(piece) is not None]
+    at = next((place for place in numbers if path[place - 1] in _LAYERS), next(iter(numbers), 0))
+    layer = number_of(path[at]) if numbers else None
+    predicts = any(piece.startswith("mtp") for piece in path)
+    predicts = predicts or any(last <= (layer or 0) < last + more for last, more in ends.items())
     router = tuple(inside[number] for number in along if _ROUTER.fullmatch(inside[number].removeprefix("experts/")))
-    return Block(path, layer, predicts, along, own, before, router, tuple(shared), tuple(unknown))
+    return Block(path, path[:at], layer, predicts, along, own, before, router, tuple(shared), tuple(unknown))
 
 
 def _along(name: str, spec: Spec, count: int, zeros: int) -> Along | None:

@@ -1,7 +1,7 @@
 """Runs of recipes: step after step on a tree, with all problems collected."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,9 +13,11 @@ from paramend.checkpoints.config import config
 from paramend.edits.arguments import read_index
 from paramend.edits.call import Call, sliced_shape
 from paramend.edits.checks import fitted
-from paramend.edits.memory import editable
+from paramend.edits.memory import Memory, editable
 from paramend.edits.ops import OPS
 from paramend.errors import BadArgument, NoMatch, ParamendError, Problem
+from paramend.growth.experts import experts
+from paramend.growth.upcycling import upcycle
 from paramend.leaves.leaves import Editable, unique
 from paramend.leaves.specs import Spec
 from paramend.mapping import joining
@@ -32,6 +34,20 @@ _SECONDS = 5.0  # what the search for near misses of all steps may take
 # Addresses of problems that may follow from an earlier step that failed: one that changes paths, or specs.
 _FOLLOWS_PATHS = re.compile(r"\.((at|except)(\[\d+\])?|where|to|count|from|leaf)$")
 _FOLLOWS_SPECS = re.compile(rf"\.(at|where|from|{'|'.join({name for op in OPS.values() for name in op.parameters})})$")
+
+
+def _experts(tree: Any, given: Mapping[str, Any], donors: Donors) -> Any:
+    ((name, value),) = given.items()
+    return getattr(experts(tree), name)(value)[0]
+
+
+def _upcycled(tree: Any, given: Mapping[str, Any], donors: Donors) -> Any:
+    router = given.get("router", "random")
+    return upcycle(tree, **{**given, "router": donors.open(router) if router.endswith(".npy") else router})[0]
+
+
+# Steps that change a whole model.
+_WHOLE: Mapping[str, Callable[[Any, Mapping[str, Any], Donors], Any]] = {"experts": _experts, "upcycle": _upcycled}
 
 
 def run(steps: Sequence[RecipeStep], tree: Any, donors: Donors, *, raw: bool) -> tuple[Any, list[Problem]]:
@@ -107,6 +123,10 @@ class _Attempt:
             return self.problems.tried(f"{self.address}.at", self.leaves.edited, calls) if calls else None
         if self.step.verb.name == "config":
             return self._configured()
+        whole = _WHOLE.get(self.step.verb.name)
+        if whole is not None:
+            tree = self.leaves.root if isinstance(self.leaves, Memory) else self.leaves
+            return self.problems.tried(self.address, whole, tree, self.step.given, self.donors)
         numbers = [number for number, _ in self._chosen()]
         if self.problems or self.step.verb.name == "expect":
             return None

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from paramend.anatomy.documents import json_value
-from paramend.edits.arguments import AXIS, DTYPE_OR_KIND, INDEX, NATURAL, SHAPE, SIZES, TEXT, Value, shown
+from paramend.edits.arguments import AXIS, DTYPE_OR_KIND, INDEX, NATURAL, NUMBER, SEED, SHAPE, SIZES, TEXT, Value, shown
 from paramend.edits.call import Op
 from paramend.edits.ops import OPS
 from paramend.errors import BadArgument
@@ -44,6 +44,9 @@ class Verb:
     def example(self) -> dict[str, Any]:
         if self.any_of:
             return {self.name: {"set": {"text_config.num_hidden_layers": 12}}}
+        if self.keys[0].name != "at":  # of a whole model
+            named = [key for key in self.keys if key.required] or self.keys[:1]
+            return {self.name: {key.name: key.value.typed(key.value.example) for key in named}}
         new = {key.name for key in self.keys} & {"to", "into"}
         selector: Any = "h/<n>/w" if new else "**/kernel"
         if self.name in ("concat", "interleave"):
@@ -99,10 +102,22 @@ def _values(data: Any) -> dict[str, Any]:
     return {TEXT.read(key): json_value(key, value) for key, value in data.items()}
 
 
+def _experts(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {str(layer): SIZES.read(ids) for layer, ids in data.items()}
+    return SIZES.read(data)
+
+
 NEW_PATH = TEXT.named("a path", "layers/<n>/w")
 PATHS = Value("a list of paths", _texts, {"type": "array", "minItems": 1, "items": TEXT.schema}, example="layers/<n>/w")
 
 
+EXPERTS = Value(
+    "experts, or a map from layers to those of each",
+    _experts,
+    {"anyOf": [SIZES.schema, {"type": "object", "additionalProperties": SIZES.schema}]},
+    example="0,1",
+)
 VALUES = Value("a map of keys and values", _values, {"type": "object", "minProperties": 1})
 
 _AT = Key("at", SELECTOR, "which leaves: a selector, or a list of them", required=True)
@@ -163,6 +178,29 @@ VERBS: dict[str, Verb] = {
                 Key("delete", PATHS, "a list of keys, as in `set`; each must be there"),
             ),
             any_of=("set", "delete"),
+        ),
+        Verb(
+            "experts",
+            "a mixture has some of its experts, or each several times, with router and configuration",
+            (
+                Key("keep", EXPERTS, "the experts that stay, in this order: a list, or a map from layers to lists"),
+                Key("drop", EXPERTS, "the experts that are left out"),
+                Key("duplicate", NATURAL, "how often each expert is there; a token goes to as many times more"),
+            ),
+            one_of=("keep", "drop", "duplicate"),
+            changes=True,
+        ),
+        Verb(
+            "upcycle",
+            "a dense model becomes a mixture of experts",
+            (
+                Key("experts", NATURAL.named("a number", "8"), "how many experts each layer gets", required=True),
+                Key("top_k", NATURAL.named("a number", "2"), "how many of them a token goes to", required=True),
+                Key("router", TEXT, "`random`, or the .npy file of the weight of all routers"),
+                Key("drop", NUMBER, "the share of hidden units that are drawn anew in each expert"),
+                Key("seed", SEED, SEED.says),
+            ),
+            changes=True,
         ),
         Verb("delete", "the leaves are left out", (_AT, _EXCEPT, _WHERE), changes=True),
         Verb(
