@@ -184,3 +184,14 @@ def test_commands(tmp_path):
     assert not pm.diff(pm.open(tmp_path / "old"), pm.open(tmp_path / "back"))
     run = CliRunner().invoke(cli, ["tie", str(tmp_path / "old"), "--dry-run"])
     assert run.exit_code == 2 and "there is no head with a weight of its own" in run.output
+
+
+def test_steps_of_recipes(tmp_path):
+    made("gpt2").save_pretrained(tmp_path / "old")
+    checkpoint = pm.open(tmp_path / "old")
+    untied = pm.Recipe.parse("version: 1\nsteps: [untie: {}, {zero: lm_head.weight}]").apply(checkpoint)
+    assert not untied["lm_head.weight"].any() and untied["transformer.wte.weight"].any()
+    tied = pm.Recipe.parse("version: 1\nsteps: [untie: {}, tie: {keep: head}]").apply(checkpoint)
+    assert tied.paths == checkpoint.paths
+    with pytest.raises(pm.errors.BadRecipe, match="hold different values"):
+        pm.Recipe.parse("version: 1\nsteps: [tie: {}]").apply(untied)

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 from paramend.anatomy.beside import EMBEDDINGS
 from paramend.anatomy.entries import words
-from paramend.anatomy.experts import alike
 from paramend.leaves.paths import number_of
 
 # Size → the keys that say it, the first of which counts; `{side}` is "encoder" or "decoder".
@@ -67,9 +66,16 @@ def sizes_of(section: Mapping[str, Any], leaves: Iterable[Leaf], side: str = "")
 def _said(section: Mapping[str, Any], side: str) -> Iterator[tuple[str, int]]:
     parts = [section, *(section[key] for key in _INNER if isinstance(section.get(key), Mapping))]
     for name, keys in KEYS.items():
-        values = (alike(part.get(key.format(side=side))) for part in parts for key in keys)
+        values = (_whole(part.get(key.format(side=side))) for part in parts for key in keys)
         if (value := next((value for value in values if value is not None), None)) is not None:
             yield name, value
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number, also one that a list repeats for each layer; None for anything else."""
+    if isinstance(value, list | tuple) and value and all(one == value[0] for one in value):
+        value = value[0]
+    return value if type(value) is int else None
 
 
 def _lengths(leaf: Leaf, hidden: int) -> Iterator[tuple[str, int]]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from paramend.checkpoints.config import config
+from paramend.checkpoints.tying import tie, untie
 from paramend.edits.arguments import read_index
 from paramend.edits.call import Call, sliced_shape
 from paramend.edits.checks import fitted
@@ -47,7 +48,12 @@ def _upcycled(tree: Any, given: Mapping[str, Any], donors: Donors) -> Any:
 
 
 # Steps that change a whole model.
-_WHOLE: Mapping[str, Callable[[Any, Mapping[str, Any], Donors], Any]] = {"experts": _experts, "upcycle": _upcycled}
+_WHOLE: Mapping[str, Callable[[Any, Mapping[str, Any], Donors], Any]] = {
+    "experts": _experts,
+    "upcycle": _upcycled,
+    "tie": lambda tree, given, _: tie(tree, **given)[0],
+    "untie": lambda tree, given, _: untie(tree, **given)[0],
+}
 
 
 def run(steps: Sequence[RecipeStep], tree: Any, donors: Donors, *, raw: bool) -> tuple[Any, list[Problem]]:

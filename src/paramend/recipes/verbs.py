@@ -120,6 +120,8 @@ EXPERTS = Value(
 )
 VALUES = Value("a map of keys and values", _values, {"type": "object", "minProperties": 1})
 
+_HEAD = Key("head", TEXT.named("a path", "lm_head.weight"), "the path of the head's weight, if it is not a usual one")
+_KEEP = Key("keep", TEXT.named("a text", "embedding"), "whose values stay if they differ: `embedding` or `head`")
 _AT = Key("at", SELECTOR, "which leaves: a selector, or a list of them", required=True)
 _EXCEPT = Key("except", SELECTOR, "which of them are left out: a selector, or a list of them")
 _WHERE = Key("where", WHERE, "only leaves whose specs fit: ndim, dtype, shape, min_size, max_size")
@@ -202,6 +204,8 @@ VERBS: dict[str, Verb] = {
             ),
             changes=True,
         ),
+        Verb("tie", "the head becomes the embedding", (_HEAD, _KEEP), changes=True),
+        Verb("untie", "the head gets a weight of its own", (_HEAD,), changes=True),
         Verb("delete", "the leaves are left out", (_AT, _EXCEPT, _WHERE), changes=True),
         Verb(
             "expect",
