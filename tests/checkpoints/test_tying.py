@@ -113,6 +113,17 @@ def test_different_values_are_not_lost(tmp_path):
         pm.tie(checkpoint, keep="both")
 
 
+def test_a_stored_head_keeps_its_values(tmp_path):
+    """transformers reads a head that is there and differs, whatever the configuration says."""
+    model = made("gpt2", tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "old")
+    config = tmp_path / "old/config.json"
+    config.write_text(config.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
+    untied, report = pm.untie(pm.open(tmp_path / "old"))
+    assert not report.rows and pm.config(untied)["tie_word_embeddings"] is False
+    assert np.array_equal(untied["lm_head.weight"], model.lm_head.weight.detach().numpy())
+
+
 def test_state_dicts_share_a_tensor():
     state = {"wte.weight": torch.ones(3, 2), "lm_head.weight": torch.ones(3, 2), "norm": torch.ones(2)}
     tied, _ = pm.tie(state)

@@ -61,7 +61,7 @@ def untie(model: T, *, head: str | None = None) -> tuple[T, LayoutReport]:
     """The model with a head whose weight is a copy of the embedding, and a report. The configuration follows.
 
     All weights that the configuration ties are made, such as the bias of BERT's head: none is drawn anew when the
-    model is loaded.
+    model is loaded. A head that is stored all the same keeps its values.
 
     Args:
         model: as in `tie`.
@@ -80,7 +80,8 @@ def untie(model: T, *, head: str | None = None) -> tuple[T, LayoutReport]:
         raise NoMatch(
             "no weights are tied, as far as the configuration and the names tell", hint='head="lm_head.weight"'
         )
-    return cast(T, work.done(work.tied, tied=False)), work.report("untie", work.tied)
+    pairs = {one: of for one, of in work.tied.items() if work.is_one(one, of)}
+    return cast(T, work.done(pairs, tied=False)), work.report("untie", pairs)
 
 
 class _Work:
@@ -107,6 +108,12 @@ class _Work:
             self.pairs = self.tied = dict.fromkeys([one], next(iter(self.pairs.values()))) if self.pairs else {}
         elif self.tied.keys() - self.numbers.keys() and kind not in KNOWN:
             self.tied = {}  # the name of a head that is not stored is known by the family
+
+    def is_one(self, one: Path, of: Path) -> bool:
+        """Whether a weight is not stored beside another that it is one with; one that is stored keeps its values."""
+        first = self.leaves.ties.get
+        numbers = self.numbers.get(one), self.numbers[of]
+        return numbers[0] is None or first(numbers[0], -1) == first(numbers[1], -2)
 
     def check(self, one: int, of: int, keep: Keep | None) -> None:
         """Raise if a weight cannot become another."""
@@ -135,7 +142,8 @@ class _Work:
         groups = {of: [one for one in pairs if pairs[one] == of] for of in pairs.values()}
         if isinstance(self.leaves, Memory) and is_torch_module(self.leaves.root):
             return _module_done(self.leaves, groups, tied, last)
-        new = self.leaves.regrouped([self._group(of, others, tied, last) for of, others in groups.items()])
+        made = [self._group(of, others, tied, last) for of, others in groups.items()]
+        new: Any = self.leaves.regrouped(made) if made else self.leaves
         document = document_of(new)
         if document is not None:
             new = new.planned(new.plan.beside(document.holding(saying(document.values, tied))))
