@@ -185,6 +185,14 @@ def test_what_is_not_known_is_refused(tmp_path):
         pm.tie({"wte": {"weight": np.ones((3, 2))}, "lm_head": {"weight": np.ones((3, 4))}})
 
 
+def test_kernels_are_not_embeddings():
+    flax = {"wte": {"embedding": np.ones((4, 3))}, "lm_head": {"kernel": np.ones((3, 4))}}
+    with pytest.raises(SpecMismatch, match="cannot be one weight"):
+        pm.tie(flax)
+    with pytest.raises(Unsupported, match="transposed"):
+        pm.untie({"wte": flax["wte"]}, head="lm_head/kernel")
+
+
 def test_commands(tmp_path):
     made("gpt2").save_pretrained(tmp_path / "old")
     run = CliRunner().invoke(cli, ["untie", str(tmp_path / "old"), "-o", str(tmp_path / "own")])

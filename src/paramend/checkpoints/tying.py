@@ -105,6 +105,8 @@ class _Work:
         self.pairs, self.tied = tiable(config, paths), dict(anatomy(model).tied)
         if head is not None:
             one = tuple(map(text_of, labels(head)))
+            if one[-1] == "kernel":
+                raise Unsupported(f"{head} would hold the embedding transposed", hint='head="lm_head.weight"')
             self.pairs = self.tied = dict.fromkeys([one], next(iter(self.pairs.values()))) if self.pairs else {}
         elif self.tied.keys() - self.numbers.keys() and kind not in KNOWN:
             self.tied = {}  # the name of a head that is not stored is known by the family
@@ -121,7 +123,7 @@ class _Work:
         check_whole(leaves, (one, of), "be tied")
         if leaves.spec(one) != leaves.spec(of):
             both = f"{path(one)} is {leaves.spec(one)}, and {path(of)} is {leaves.spec(of)}"
-            raise SpecMismatch(f"{both}: they cannot be one weight", hint=f'pm.at(model, "{path(one)}").cast(...)')
+            raise SpecMismatch(f"{both}: they cannot be one weight")
         same = leaves.ties.get(one, one) == leaves.ties.get(of, of)
         if keep is None and not same and self._digest(one) != self._digest(of):
             raise SpecMismatch(
