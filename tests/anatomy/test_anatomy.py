@@ -70,6 +70,13 @@ ROWS = {
     "bart": ("BartForConditionalGeneration", SIDES, {"layers": 2, "heads": (4, 4, 8)}),
     "clip": ("CLIPModel", TOWERS, {"heads": (4, 4, 8)}),
     "siglip": ("SiglipModel", TOWERS, {"heads": (4, 4, 8)}),
+    "falcon": (
+        "FalconForCausalLM",
+        {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "multi_query": True},
+        {"heads": (4, 1, 8), "mlp": 128},
+    ),
+    "olmo_hybrid": ("OlmoHybridForCausalLM", BASE | LINEAR, {}),
+    "mimo_v2_flash": ("MiMoV2FlashForCausalLM", HEADS | MOE | {"v_head_dim": 6, "n_routed_experts": 4}, {}),
     "bert": ("BertForMaskedLM", {k: n for k, n in BASE.items() if k != "num_key_value_heads"}, {"heads": (4, 4, 8)}),
 }
 _TINY = {"heads": (4, 2, 8), "hidden": 32, "mlp": 64, "layers": 3, "vocabulary": 64}

@@ -151,9 +151,9 @@ class Body:
 def _told(body: Body) -> Iterator[list[str]]:
     """What the configuration says of each layer, list by list, then by schedules."""
     n = len(body.inside)
-    lists = [path for path, how in entries(body.section, n, len(body.blocks)) if how == "list"] if n else []
-    for path in sorted(lists, key=lambda path: path[-1] not in _LISTED):
-        values = [entry_of(part_at(body.section, path), "list", layer) for layer in range(n)]
+    lists = [pair for pair in entries(body.section, n, len(body.blocks)) if pair[1] in ("list", "cycle")] if n else []
+    for path, how in sorted(lists, key=lambda pair: pair[0][-1] not in _LISTED):
+        values = [entry_of(part_at(body.section, path), how, layer) for layer in range(n)]
         if all(isinstance(value, str) for value in values):
             yield values
     for schedule in schedules_of(body.section, body.model_type, body.side):

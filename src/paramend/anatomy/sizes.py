@@ -10,11 +10,21 @@ from paramend.leaves.paths import number_of
 
 # Size → the keys that say it, the first of which counts; `{side}` is "encoder" or "decoder".
 KEYS: Mapping[str, tuple[str, ...]] = {
-    "hidden": ("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "model_dim"),
+    "hidden": ("hidden_size", "d_model", "n_embd", "embed_dim", "emb_dim", "dim", "model_dim"),
     "mlp": ("{side}_ffn_dim", "intermediate_size", "d_ff", "ffn_dim", "n_inner", "ffn_hidden_size"),
-    "heads": ("{side}_attention_heads", "num_attention_heads", "n_head", "n_heads", "num_heads"),
+    "heads": (
+        *(
+            "{side}_attention_heads",
+            "num_{side}_attention_heads",
+            "num_attention_heads",
+            "n_head",
+            "n_heads",
+            "num_heads",
+        ),
+        "attention_heads",
+    ),
     "kv_heads": ("num_key_value_heads", "num_kv_heads", "kv_n_heads"),
-    "head_dim": ("head_dim", "d_kv"),
+    "head_dim": ("head_dim", "d_kv", "kv_channels"),
     "vocabulary": ("vocab_size",),
 }
 # Sections of a section that say some of its sizes, as in DBRX.
@@ -99,15 +109,15 @@ def _heads(
     """How many heads there are, and their size, as the shapes have them."""
     inner, keys, fused = (lengths.get(name, []) for name in ("outputs", "keys", "fused"))
     latent = [section.get(key) or 0 for key in ("qk_nope_head_dim", "qk_rope_head_dim")]
-    if all(latent):  # keys have another size than values
-        return {"heads": heads, "head_dim": sum(latent), "kv_heads": kv_heads or heads}
+    if all(latent) or section.get("v_head_dim"):  # keys have another size than values
+        return {"heads": heads, "head_dim": sum(latent) or head_dim, "kv_heads": kv_heads or heads}
     dim = head_dim or lengths.get("of heads", [0])[0]
     if inner and not heads:
         heads = inner[0] // dim if dim else 0
     elif inner and heads * dim not in inner:
         dim = inner[0] // heads
-    if dim and keys:
-        kv_heads = keys[0] // dim
-    elif dim and heads and fused:
+    if keys and kv_heads * dim not in keys:
+        kv_heads = keys[0] // dim if dim else 0
+    elif dim and heads and fused and (heads + 2 * kv_heads) * dim not in fused and not keys:
         kv_heads = (fused[0] // dim - heads) // 2
     return {"heads": heads, "head_dim": dim, "kv_heads": kv_heads}
