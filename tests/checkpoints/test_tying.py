@@ -8,8 +8,10 @@ import safetensors.numpy
 import torch
 import transformers
 from click.testing import CliRunner
+from transformers.models.auto import modeling_auto
 
 import paramend as pm
+from paramend.anatomy.ties import KNOWN, said, tiable
 from paramend.cli.main import cli
 from paramend.errors import BadArgument, NoMatch, SpecMismatch, Unsupported
 
@@ -171,15 +173,20 @@ def test_what_is_not_known_is_refused(tmp_path):
     safetensors.numpy.save_file({"wte.weight": np.ones((3, 2), "float32")}, folder / "model.safetensors")
     config = {"model_type": "new", "architectures": ["NewForCausalLM"], "tie_word_embeddings": True}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(NoMatch, match="no weights are tied"):
-        pm.untie(pm.open(folder))
+    for verb in (pm.tie, pm.untie):
+        with pytest.raises(Unsupported, match="not known that tie_word_embeddings ties the head of a 'new' model"):
+            verb(pm.open(folder))
     untied, _ = pm.untie(pm.open(folder), head="out.weight")
     assert untied["out.weight"].tolist() == [[1.0, 1.0]] * 3 and pm.config(untied)["tie_word_embeddings"] is False
+    config["model_type"] = "gpt2"
+    (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(NoMatch, match="no head with a weight"):
         pm.tie(pm.open(folder))
-    config["model_type"] = "t5"
+    with pytest.raises(NoMatch, match="no weights are tied"):
+        pm.untie({"wte": {"weight": np.ones((3, 2))}})
+    config["model_type"] = "t5"  # the key also scales what the head reads
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(Unsupported, match="t5 ties its weights whatever"):
+    with pytest.raises(Unsupported, match="t5"):
         pm.untie(pm.open(folder))
     with pytest.raises(SpecMismatch, match="they cannot be one weight"):
         pm.tie({"wte": {"weight": np.ones((3, 2))}, "lm_head": {"weight": np.ones((3, 4))}})
@@ -214,3 +221,24 @@ def test_steps_of_recipes(tmp_path):
     assert tied.paths == checkpoint.paths
     with pytest.raises(pm.errors.BadRecipe, match="hold different values"):
         pm.Recipe.parse("version: 1\nsteps: [tie: {}]").apply(untied)
+
+
+# Their configurations alone make no model.
+UNMADE = {"dbrx", "gemma3n", "ministral", "mllama_text_model", "nemotron", "qwen3_5", "qwen3_5_moe"}
+HEADS = ("MODEL_FOR_CAUSAL_LM", "MODEL_FOR_IMAGE_TEXT_TO_TEXT", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM", "MODEL_FOR_MASKED_LM")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(KNOWN))
+def test_what_families_tie_is_what_transformers_ties(kind):
+    config = transformers.CONFIG_MAPPING[kind]
+    assert config().tie_word_embeddings is said({"model_type": kind})
+    for name in HEADS if kind not in UNMADE else ():
+        mapping = getattr(modeling_auto, f"{name}_MAPPING")
+        if config in mapping:
+            with torch.device("meta"):
+                model = mapping[config]._from_config(config(tie_word_embeddings=True))
+            tied = dict(model.all_tied_weights_keys)
+            paths = dict(enumerate(tuple(name.split(".")) for name in model.state_dict() if name not in tied))
+            found = tiable({"model_type": kind}, paths)
+            assert {".".join(one): ".".join(of) for one, of in found.items()} == tied

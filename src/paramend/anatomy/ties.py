@@ -14,29 +14,31 @@ _TIED = words(
     albert bart bert biogpt bloom cohere cohere2 deberta deberta-v2 distilbert electra falcon falcon_mamba gemma gemma2
     gemma3 gemma3_text gemma3n gemma3n_text gemma4 gemma4_text gpt2 gpt_bigcode gpt_neo lfm2 mamba marian mbart
     modernbert mpt mt5 opt paligemma pegasus recurrent_gemma roberta smollm3 starcoder2 t5 umt5 whisper xglm xlm-roberta
-    zamba zamba2
     """
 )
 _UNTIED = words(
     """
     arcee bamba dbrx deepseek_v2 deepseek_v3 exaone4 falcon_h1 glm glm4 glm4_moe gpt_neox gpt_oss gptj granite
-    granitemoe helium jamba llama llama4 llama4_text mamba2 minimax ministral mistral mixtral mllama_text_model nemotron
+    granitemoe helium jamba llama llama4_text mamba2 minimax ministral mistral mixtral mllama_text_model nemotron
     nemotron_h olmo olmo2 olmo3 olmoe persimmon phi phi3 phimoe qwen2 qwen2_moe qwen2_vl qwen3 qwen3_5 qwen3_5_text
     qwen3_5_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen3_vl seed_oss stablelm
     """
 )
-# Families in which the key also scales what the head reads, or which tie whatever it says.
-FORCED = words("t5 mt5 umt5 longt5 pop2piano switch_transformers udop t5gemma")
-# The path of the head of families that do not call it `lm_head`, and the bias that is one with its own.
-_BERT = ("cls.predictions.decoder", "cls.predictions.bias")
-_ROBERTA = ("lm_head.decoder", "lm_head.bias")
+# Families in which the key does nothing, or also scales what the head reads.
+_FORCED = words("t5 mt5 umt5 longt5 pop2piano switch_transformers udop t5gemma nemotron_h")
+# Family → the head, where it is not `lm_head`, and the bias that is one with its own.
 _NAMED = {
+    **dict.fromkeys(("bert", "deberta", "deberta-v2"), ("cls.predictions.decoder", "cls.predictions.bias")),
+    **dict.fromkeys(("roberta", "xlm-roberta"), ("lm_head.decoder", "lm_head.bias")),
+    "albert": ("predictions.decoder", "predictions.bias"),
+    "biogpt": ("output_projection", ""),
+    "distilbert": ("vocab_projector", ""),
+    "electra": ("generator_lm_head", ""),
+    "modernbert": ("decoder", ""),
     "whisper": ("proj_out", ""),
-    **dict.fromkeys(("bert",), _BERT),
-    **dict.fromkeys(("roberta", "xlm-roberta"), _ROBERTA),
 }
-# The families of which it is known what the key means and what it ties.
-KNOWN = _TIED | _UNTIED
+# The families of which it is known that the key ties the head, and where it is.
+KNOWN = (_TIED | _UNTIED) - _FORCED
 Pieces = tuple[str, ...]
 Paths = Mapping[int, Pieces]
 
@@ -104,7 +106,7 @@ def tiable(config: Mapping[str, Any], paths: Paths) -> dict[Pieces, Pieces]:
 def embedding_of(paths: Paths) -> int | None:
     """The number of the embedding of tokens; None if it has none of the usual names."""
     named = {path[-2]: n for n, path in [*paths.items()][::-1] if len(path) > 1 and path[-1] in _WEIGHTS}
-    return next((named[name] for name in ("shared", *EMBEDDINGS) if name in named), None)
+    return next((named[name] for name in ("shared", *EMBEDDINGS, "embeddings") if name in named), None)
 
 
 def head_of(paths: Paths) -> int | None:

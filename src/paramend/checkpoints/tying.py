@@ -5,7 +5,7 @@ from hashlib import blake2b
 from typing import Any, Literal, TypeVar, cast
 
 from paramend.anatomy.documents import document_of
-from paramend.anatomy.ties import FORCED, KEY, KNOWN, saying, tiable
+from paramend.anatomy.ties import KEY, KNOWN, saying, tiable
 from paramend.arrays.registry import backend
 from paramend.checkpoints.anatomy import anatomy, configuration
 from paramend.checkpoints.assemble import origin_of
@@ -40,7 +40,7 @@ def tie(model: T, *, head: str | None = None, keep: Keep | None = None) -> tuple
         NoMatch: there is no embedding of a usual name, or no head.
         SpecMismatch: shapes or dtypes differ; or values, and `keep` is not given.
         Quantized: one of them is a part of a quantised weight.
-        Unsupported: the class of the model fixes what it holds, or ties whatever the configuration says.
+        Unsupported: the class of the model fixes what it holds; or it is not known what its family ties.
 
     >>> tree, report = tie({"wte": {"weight": np.ones((3, 2))}, "lm_head": {"weight": np.ones((3, 2))}})
     >>> list(tree), report.rows[0].path
@@ -99,17 +99,16 @@ class _Work:
         paths = {number: index.pieces(number) for number in index.numbers}
         self.numbers = {path: number for number, path in paths.items()}
         self.separator = separator_of(index.texts.values())
-        kind = str(config.get("model_type"))
-        if kind in FORCED:
-            raise Unsupported(f"{kind} ties its weights whatever {KEY} says, which scales the logits as well")
+        kind = config.get("model_type")
         self.pairs, self.tied = tiable(config, paths), dict(anatomy(model).tied)
         if head is not None:
             one = tuple(map(text_of, labels(head)))
             if one[-1] == "kernel":
                 raise Unsupported(f"{head} would hold the embedding transposed", hint='head="lm_head.weight"')
             self.pairs = self.tied = dict.fromkeys([one], next(iter(self.pairs.values()))) if self.pairs else {}
-        elif self.tied.keys() - self.numbers.keys() and kind not in KNOWN:
-            self.tied = {}  # the name of a head that is not stored is known by the family
+        elif kind is not None and kind not in KNOWN:
+            said = f"it is not known that {KEY} ties the head of a {kind!r} model, and nothing else"
+            raise Unsupported(said, hint='head="lm_head.weight", if it does')
 
     def is_one(self, one: Path, of: Path) -> bool:
         """Whether a weight is not stored beside another that it is one with; one that is stored keeps its values."""
