@@ -101,7 +101,7 @@ def test_different_values_are_not_lost(tmp_path):
     model = made("gpt2", tie_word_embeddings=False)
     model.save_pretrained(tmp_path / "old")
     checkpoint = pm.open(tmp_path / "old")
-    with pytest.raises(SpecMismatch, match=r"lm_head.weight and transformer.wte.weight hold different values"):
+    with pytest.raises(SpecMismatch, match=r"lm_head.weight .* and transformer.wte.weight .* hold different values"):
         pm.tie(checkpoint)
     with pytest.raises(SpecMismatch):
         pm.tie(model)
@@ -188,7 +188,7 @@ def test_what_is_not_known_is_refused(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(Unsupported, match="t5"):
         pm.untie(pm.open(folder))
-    with pytest.raises(SpecMismatch, match="they cannot be one weight"):
+    with pytest.raises(SpecMismatch, match="cannot be one weight"):
         pm.tie({"wte": {"weight": np.ones((3, 2))}, "lm_head": {"weight": np.ones((3, 4))}})
 
 

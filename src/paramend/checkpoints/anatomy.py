@@ -61,8 +61,7 @@ def anatomy(model: AnyTree, config: ConfigLike | None = None) -> Anatomy:
     main, bodies = bodies_of(values, held, candidates(index))
     paths = {number: leaf.path for number, leaf in held.items()}
     groups = Counter(group.scheme.name for group in groups_of(leaves))
-    module = isinstance(leaves, Memory) and is_torch_module(leaves.root)
-    ties = ties_of({} if module else values, paths, leaves.ties)  # a module shows what is one
+    ties = ties_of({} if is_module(leaves) else values, paths, leaves.ties)
     texts = {number: index.path(number) for number in index.numbers}
     experts = None
     with suppress(SpecMismatch):  # of names, shapes and configuration, which is told where experts are edited
@@ -86,17 +85,17 @@ def configuration(leaves: Editable, given: ConfigLike | None = None) -> dict[str
             return parsed(file.read_bytes(), file)
         except OSError as error:
             raise CannotRead(f"{file}: {error.strerror}") from None
-    root = leaves.root if given is None and isinstance(leaves, Memory) else None
-    if root is not None and is_torch_module(root):
-        given = getattr(root, "config", None)
+    if given is None and is_module(leaves):
+        given = getattr(leaves.root, "config", None)  # type: ignore[attr-defined]
     if given is not None:
-        values = dict(given) if isinstance(given, Mapping) else given.to_dict() if hasattr(given, "to_dict") else {}
-        return {
-            "architectures": [type(root).__name__],
-            **{k: v for k, v in values.items() if v is not None or k != "architectures"},
-        }
+        return dict(given) if isinstance(given, Mapping) else given.to_dict() if hasattr(given, "to_dict") else {}
     document = document_of(leaves)
     return {} if document is None else document.values
+
+
+def is_module(leaves: Editable) -> bool:
+    """Whether leaves are those of a torch module, which shows itself what is one."""
+    return isinstance(leaves, Memory) and is_torch_module(leaves.root)
 
 
 def _others(leaves: Mapping[int, Leaf], bodies: Mapping[str, Body]) -> dict[str, Pieces]:

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar, cast
 from paramend.anatomy.documents import document_of
 from paramend.anatomy.ties import KEY, KNOWN, saying, tiable
 from paramend.arrays.registry import backend
-from paramend.checkpoints.anatomy import anatomy, configuration
+from paramend.checkpoints.anatomy import anatomy, configuration, is_module
 from paramend.checkpoints.assemble import origin_of
 from paramend.edits.memory import Memory, editable
 from paramend.edits.quantized import check_whole
@@ -17,7 +17,6 @@ from paramend.leaves.origins.origin import Origin
 from paramend.leaves.paths import labels, text_of
 from paramend.mapping.report import LayoutReport, Moved
 from paramend.piecewise.rows import data
-from paramend.trees.lookup import is_torch_module
 
 T = TypeVar("T")
 Keep = Literal["embedding", "head"]
@@ -53,7 +52,7 @@ def tie(model: T, *, head: str | None = None, keep: Keep | None = None) -> tuple
     if not pairs:
         raise NoMatch("there is no head with a weight of its own", hint='head="lm_head.weight", its path')
     for one, of in pairs.items():
-        work.check(work.numbers[one], work.numbers[of], keep)
+        work.check(one, of, keep)
     return cast(T, work.done(pairs, tied=True, last=keep == "head")), work.report("tie", pairs)
 
 
@@ -80,7 +79,7 @@ def untie(model: T, *, head: str | None = None) -> tuple[T, LayoutReport]:
         raise NoMatch(
             "no weights are tied, as far as the configuration and the names tell", hint='head="lm_head.weight"'
         )
-    pairs = {one: of for one, of in work.tied.items() if work.is_one(one, of)}
+    pairs = {one: of for one, of in work.tied.items() if one not in work.numbers or work.shared(one, of)}
     return cast(T, work.done(pairs, tied=False)), work.report("untie", pairs)
 
 
@@ -110,24 +109,20 @@ class _Work:
             said = f"it is not known that {KEY} ties the head of a {kind!r} model, and nothing else"
             raise Unsupported(said, hint='head="lm_head.weight", if it does')
 
-    def is_one(self, one: Path, of: Path) -> bool:
-        """Whether a weight is not stored beside another that it is one with; one that is stored keeps its values."""
-        first = self.leaves.ties.get
-        numbers = self.numbers.get(one), self.numbers[of]
-        return numbers[0] is None or first(numbers[0], -1) == first(numbers[1], -2)
+    def shared(self, one: Path, of: Path) -> bool:
+        """Whether two weights that are stored are one leaf."""
+        ties = self.leaves.ties
+        return ties.get(self.numbers[one], -1) == ties.get(self.numbers[of], -2)
 
-    def check(self, one: int, of: int, keep: Keep | None) -> None:
+    def check(self, one: Path, of: Path, keep: Keep | None) -> None:
         """Raise if a weight cannot become another."""
-        leaves, path = self.leaves, self.leaves.index.path
-        check_whole(leaves, (one, of), "be tied")
-        if leaves.spec(one) != leaves.spec(of):
-            both = f"{path(one)} is {leaves.spec(one)}, and {path(of)} is {leaves.spec(of)}"
-            raise SpecMismatch(f"{both}: they cannot be one weight")
-        same = leaves.ties.get(one, one) == leaves.ties.get(of, of)
-        if keep is None and not same and self._digest(one) != self._digest(of):
-            raise SpecMismatch(
-                f"{path(one)} and {path(of)} hold different values", hint='keep="embedding" or keep="head"'
-            )
+        leaves, (a, b) = self.leaves, (self.numbers[one], self.numbers[of])
+        check_whole(leaves, (a, b), "be tied")
+        both = f"{self._text(one)} {leaves.spec(a)} and {self._text(of)} {leaves.spec(b)}"
+        if leaves.spec(a) != leaves.spec(b):
+            raise SpecMismatch(f"{both} cannot be one weight")
+        if keep is None and not self.shared(one, of) and self._digest(a) != self._digest(b):
+            raise SpecMismatch(f"{both} hold different values", hint='keep="embedding" or keep="head"')
 
     def _digest(self, number: int) -> bytes:
         found = blake2b()
@@ -141,7 +136,7 @@ class _Work:
         Of several weights that become one, the values of the last count if `last`, else those of the first.
         """
         groups = {of: [one for one in pairs if pairs[one] == of] for of in pairs.values()}
-        if isinstance(self.leaves, Memory) and is_torch_module(self.leaves.root):
+        if is_module(self.leaves):
             return _module_done(self.leaves, groups, tied, last)
         made = [self._group(of, others, tied, last) for of, others in groups.items()]
         new: Any = self.leaves.regrouped(made) if made else self.leaves
