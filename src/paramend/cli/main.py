@@ -76,10 +76,8 @@ ROWS = (
 
 @cache
 def edits() -> tuple[CommandRow, ...]:
-    """The rows of the table of edits that are commands.
-
-    The table is parsed, not imported: importing it imports numpy, and `--help` would take twice as long.
-    """
+    """The rows of the table of edits that are commands. The table is parsed, not imported: importing it imports numpy,
+    and `--help` would take twice as long."""
     table = util.find_spec("paramend.edits.ops")
     assert table is not None and table.origin is not None
     found = []

@@ -14,7 +14,7 @@ from paramend.edits.damage import Damage
 from paramend.errors import SpecMismatch
 from paramend.leaves.mapped import give_back, mapping
 from paramend.leaves.origins.origin import CHUNK as CHUNK
-from paramend.leaves.origins.stored import Stored
+from paramend.leaves.origins.origin import Origin
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 from paramend.piecewise.regions import region
 
@@ -28,12 +28,6 @@ def step_of(edit: Call, spec: Spec, place: Site, damage: Damage | None = None) -
 
     Pieces must come in order. Functions, JAX keys, indices that repeat an element, and random values or arrays for a
     slice whose elements are not in the order of the leaf need whole leaves.
-
-    >>> from paramend.arrays.initializers import NOWHERE
-    >>> from paramend.edits.ops import OPS
-    >>> step = step_of(Call(OPS["add"], {"value": np.array([10, 20])}), Spec((2, 2), "int64"), NOWHERE)
-    >>> step(np.array([1, 2, 3]), 0).tolist(), step(np.array([4]), 3).tolist()
-    ([11, 22, 13], [24])
     """
     if edit.index is not None:
         return _slice_step(edit, spec, place, damage)
@@ -42,7 +36,7 @@ def step_of(edit: Call, spec: Spec, place: Site, damage: Damage | None = None) -
     if not isinstance(seed, int | np.integer):  # a JAX key draws for the whole leaf at once
         return None
     if edit.op.name == "set":
-        if isinstance(value, Stored):
+        if isinstance(value, Origin):
             return lambda x, start: value.read_range(start, start + x.size)
         dtype, values = numpy_dtype(spec.dtype), _flat_reader(np.asarray(value))
         return lambda x, start: values(start, start + x.size).astype(dtype, copy=False)
@@ -57,10 +51,10 @@ def step_of(edit: Call, spec: Spec, place: Site, damage: Damage | None = None) -
         # One stream of numbers runs through the leaf, as when they are drawn at once.
         here = replace(place, stream=generator(int(seed), place)) if "seed" in edit.op.parameters else place
         return _counted(edit, lambda x, start: edit.run(x, here), damage)
-    if isinstance(value, Stored) and value.spec.shape == spec.shape:
+    if isinstance(value, Origin) and value.spec.shape == spec.shape:
         operand: Callable[[int, int], Array] = value.read_range
     else:
-        whole = np.asarray(value.read() if isinstance(value, Stored) else value)
+        whole = np.asarray(value.read() if isinstance(value, Origin) else value)
         operand = _flat_reader(np.broadcast_to(whole, spec.shape))
 
     def step(x: Array, start: int) -> Array:
