@@ -8,6 +8,7 @@ import torch
 from click.testing import CliRunner
 
 import paramend as pm
+from paramend.anatomy.experts import renumbered
 from paramend.cli.main import cli
 from support.doubles import double_throughout
 from support.tiny_experts import CASES, COUNT, TOKENS, logits, make
@@ -256,6 +257,21 @@ def test_quantised_experts_move_as_they_are_stored(tmp_path):
     assert config["quantization_config"]["ignore"] == ["lm_head", "model.layers.0.mlp.experts.0.up_proj"]
 
 
+def test_names_in_a_configuration_follow_their_experts():
+    paths = [("model", "layers", str(n), "mlp") for n in (1, 11)]
+    said = {"ignore": ["model.layers.1.mlp.experts.3.w1", "model.layers.11.mlp.experts.0.w1", "shared_experts.1.w1"]}
+    said["dynamic"] = {r"-:^model\.layers\.1\.mlp\.experts\.3\.w1$": {}}
+    alike = renumbered(said, dict.fromkeys(paths, (3, 0)), 4)
+    assert alike["ignore"] == [
+        said["ignore"][0].replace("3", "0"),
+        said["ignore"][1].replace(".0.", ".1."),
+        said["ignore"][2],
+    ]
+    assert list(alike["dynamic"]) == [r"-:^model\.layers\.1\.mlp\.experts\.0\.w1$"]
+    apart = renumbered(said["ignore"], {paths[0]: [1, 3], paths[1]: [2, 1]}, 4)
+    assert apart == ["model.layers.1.mlp.experts.1.w1", "shared_experts.1.w1"]
+
+
 def test_blocks_and_scales_of_gpt_oss(tmp_path):
     tree = {"model.layers.0.mlp.router.weight": np.eye(4, dtype="float32")}
     tree |= {"model.layers.0.mlp.router.bias": np.arange(4, dtype="float32")}
@@ -273,6 +289,18 @@ def test_blocks_and_scales_of_gpt_oss(tmp_path):
         assert new["model.layers.0.mlp.router.bias"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     found = json.loads((tmp_path / "b" / "config.json").read_text())
     assert (found["num_local_experts"], found["num_experts_per_tok"], found["experts_per_token"]) == (8, 2, 2)
+
+
+def test_the_text_model_of_another_model(tmp_path):
+    tree = {name.replace("model.", "model.language_model.", 1): value for name, value in mixture().items()}
+    tree["model.visual.blocks.0.mlp.linear_fc1.weight"] = np.ones((4, 4), "float32")
+    config = {"model_type": "qwen3_vl_moe", "text_config": QWEN | {"model_type": "qwen3_vl_moe_text"}}
+    with written(tmp_path / "a", tree, config | {"vision_config": {"depth": 1, "num_experts": 4}}) as old:
+        new, report = pm.experts(old).drop([3])
+        assert pm.config(new)["text_config.num_experts"] == 3
+        assert pm.config(new)["vision_config.num_experts"] == 4
+        assert report.said == ("text_config.num_experts: 4 -> 3",)
+        assert new["model.visual.blocks.0.mlp.linear_fc1.weight"].shape == (4, 4)
 
 
 def test_a_quantised_router_is_refused():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from paramend.anatomy.counts import EXPERTS, Pieces
+from paramend.anatomy.entries import Names
 from paramend.anatomy.sections import SENSES, counted, part_at
 from paramend.errors import SpecMismatch, Unsupported
 from paramend.leaves.groups import Named
@@ -61,8 +62,6 @@ _ROWS = re.compile(r"experts/mlp/(?:w1|v1|w2)")
 _LAST_AXIS = re.compile(r".*/(?:kernel|moe_statics/\w+)|moe_statics/\w+")
 _ROUTED = re.compile(r"(?:moe/)?(?:gate|router)/.+")
 _SHARED = re.compile(r"shared?_(?:experts?|mlp)(?:_gate)?")
-# Names of modules in a configuration, also in a pattern.
-_NAMED = re.compile(r"(?P<above>.*?)[\\./]*(?<!\w)experts[\\./]+(?:expert_)?(?P<expert>[0-9]+)(?![0-9]).*", re.DOTALL)
 # What numbered layers are called, where other numbers come before them.
 _LAYERS = ("layers", "blocks", "block", "h")
 # Leaves of a router that have no axis of experts, whatever their length is.
@@ -189,11 +188,12 @@ def experts_of(leaves: Named, config: Mapping[str, Any] | None = None) -> Mixtur
 
 def _numbers(value: object) -> list[int]:
     """A whole number, or those of a list with one for each layer."""
-    numbers = value if isinstance(value, list | tuple) else [value]
-    return list(numbers) if all(type(number) is int for number in numbers) else []
+    numbers: list[Any] = [*value] if isinstance(value, list | tuple) else [value]
+    return numbers if all(type(number) is int for number in numbers) else []
 
 
-class Groups(NamedTuple):
+@dataclass(frozen=True)
+class Groups:
     """Groups of experts, one after the other: how many, to how many of them a token may go, and the least size of one
     (they are compared by the sum of so many scores)."""
 
@@ -249,33 +249,19 @@ def _reweigh(part: dict[str, Any], mixture: Mixture, times: int) -> None:
         part[_FACTOR] /= times
 
 
-def renumbered(values: Any, ids: Mapping[Pieces, Sequence[int]]) -> Any:
-    """A configuration in which names of modules follow experts; `ids` is path of a mixture → the old number of each.
+def renumbered(values: Any, ids: Mapping[Pieces, Sequence[int]], count: int) -> Any:
+    """A configuration in which names of modules follow their experts, of which there were so many; `ids` is path of a
+    mixture → the old number of each.
 
-    A name without the path of a layer, as in a pattern, follows where all layers agree.
-
-    >>> renumbered({"ignore": ["layers.0.mlp.experts.2.up_proj", "lm_head"]}, {("layers", "0", "mlp"): [2, 0]})
+    >>> renumbered({"ignore": ["layers.0.mlp.experts.2.up_proj", "lm_head"]}, {("layers", "0", "mlp"): [2, 0]}, 3)
     {'ignore': ['layers.0.mlp.experts.0.up_proj', 'lm_head']}
     """
-    if isinstance(values, Mapping):
-        return {new: renumbered(inner, ids) for key, inner in values.items() for new in _names(key, ids)}
-    if isinstance(values, list):
-        each = [[renumbered(one, ids)] if isinstance(one, list | dict) else _names(one, ids) for one in values]
-        return [new for names in each for new in names]
+    if len(set(map(tuple, ids.values()))) == 1:  # patterns name no layer
+        ids = {(): next(iter(ids.values()))}
+    for path, olds in ids.items():
+        to = {one: [new for new, old in enumerate(olds) if old == one] for one in range(count)}
+        values = Names((".".join((*path[-3:], "experts")),), to).moved(values)
     return values
-
-
-def _names(text: Any, ids: Mapping[Pieces, Sequence[int]]) -> list[Any]:
-    """The new names of a module; none if its expert is gone."""
-    match = _NAMED.fullmatch(text) if isinstance(text, str) else None
-    if match is None:
-        return [text]
-    above = tuple(re.split(r"[\\./]+", match["above"]))[-3:]  # layers, number, module
-    own = [each for path, each in ids.items() if path[-len(above) :] == above] or list(ids.values())
-    if any(each != own[0] for each in own):
-        return [text]
-    places = [place for place, old in enumerate(own[0]) if old == int(match["expert"])]
-    return [f"{text[: match.start('expert')]}{place}{text[match.end('expert') :]}" for place in places]
 
 
 def _said(config: Mapping[str, Any], above: Pieces = ()) -> Iterator[tuple[Pieces, int]]:

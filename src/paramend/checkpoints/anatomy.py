@@ -15,6 +15,7 @@ from paramend.anatomy.sections import parsed
 from paramend.anatomy.sizes import Leaf
 from paramend.anatomy.ties import ties_of
 from paramend.edits.memory import Memory, editable
+from paramend.edits.weights import weighed
 from paramend.errors import CannotRead, SpecMismatch
 from paramend.leaves.groups import groups_of
 from paramend.leaves.leaves import Editable, separator_of
@@ -55,13 +56,14 @@ def anatomy(model: AnyTree, config: ConfigLike | None = None) -> Anatomy:
     hidden      4
     vocabulary  9
     """
-    leaves = editable(model)
-    index, values = leaves.index, configuration(leaves, config)
+    stored = editable(model)
+    leaves = weighed(stored, inputs=True)
+    index, values = leaves.index, configuration(stored, config)
     held = {number: Leaf(index.pieces(number), leaves.spec(number).shape) for number in index.numbers}
     main, bodies = bodies_of(values, held, candidates(index))
     paths = {number: leaf.path for number, leaf in held.items()}
-    groups = Counter(group.scheme.name for group in groups_of(leaves))
-    ties = ties_of({} if is_module(leaves) else values, paths, leaves.ties)
+    groups = Counter(group.scheme.name for group in groups_of(stored))
+    ties = ties_of({} if is_module(stored) else values, paths, leaves.ties)
     texts = {number: index.path(number) for number in index.numbers}
     experts = None
     with suppress(SpecMismatch):  # of names, shapes and configuration, which is told where experts are edited

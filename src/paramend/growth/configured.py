@@ -12,6 +12,7 @@ from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.edits.call import Call
 from paramend.edits.memory import editable
 from paramend.errors import Unsupported
+from paramend.formats.jsontext import CONFIG
 from paramend.growth.deepening import enter
 from paramend.leaves.leaves import Group, keys_of
 from paramend.leaves.paths import Label
@@ -28,7 +29,7 @@ class Configured:
     Attributes:
         model: the model.
         leaves: its leaves as they are stored; of a module, those of its state dict.
-        config: its configuration; None if it has none.
+        config: its configuration; empty if it has none.
         on_disk: whether it is a checkpoint.
 
     Raises:
@@ -44,9 +45,7 @@ class Configured:
             raise Unsupported(f"{wording.described(model)} has no configuration, which would change with its leaves")
         self.leaves = editable(model.state_dict() if self._module else model, raw=True)
         document = document_of(model)
-        self.config: dict[str, Any] | None = None if document is None else document.values
-        if self._module:
-            self.config = own.to_dict()
+        self.config: dict[str, Any] = own.to_dict() if self._module else document.values if document else {}
 
     def edited(self, calls: Mapping[int, Call]) -> "Configured":
         """The model with calls of edits on some leaves."""
@@ -82,12 +81,17 @@ class Configured:
 
     def _rebuilt(self, groups: Sequence[Group], change: Change, kind: str) -> tuple[Any, list[str]]:
         """A module of the new configuration with the new leaves. Those that stay share memory with the old one."""
-        old, module = self.model.config.to_dict(), self.model
-        new = change("config.json", copy.deepcopy(old))
+        old, module = self.config, self.model
+        new = change(CONFIG, copy.deepcopy(old))
         state = self.leaves.regrouped(groups) if groups else dict(module.state_dict())
-        cls, config = type(module), copy.deepcopy(module.config)
+        cls: Any = type(module)
+        config = copy.deepcopy(module.config)
         if kind:
-            cls = _class_named(kind)
+            import transformers  # the module is one of its own
+
+            cls = getattr(transformers, kind, None)
+            if cls is None:
+                raise Unsupported(f"transformers has no class {kind}", hint="model.save_pretrained(path)")
             config = cls.config_class.from_dict(new)
             for name in ("_attn_implementation", "_experts_implementation"):
                 setattr(config, name, getattr(module.config, name, None))
@@ -100,15 +104,6 @@ class Configured:
         _alike(made, module)
         said = [f"{key}: {old.get(key)} -> {value}" for key, value in new.items() if old.get(key) != value]
         return made, said
-
-
-def _class_named(name: str) -> Any:
-    import transformers  # it is there: the module is one of its own
-
-    cls = getattr(transformers, name, None)
-    if cls is None:
-        raise Unsupported(f"transformers has no class {name}", hint="model.save_pretrained(path); pm.open(path)")
-    return cls
 
 
 def _blank(cls: Any, config: Any) -> Any:

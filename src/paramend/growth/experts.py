@@ -179,15 +179,14 @@ class Experts(Generic[T]):
             raise BadArgument(f"{left} would be left, and a token goes to {top}", hint=f"keep at least {top}")
         if times > 1 and mixture.top_k is None:
             raise Unsupported("nothing says how many experts a token goes to, which would change too")
-        config = model.config or {}
-        recounted(config, mixture, count, times)  # for its error, before anything is made
+        recounted(model.config, mixture, count, times)  # for its error, before anything is made
         for each in set(map(tuple, ids)):
-            _check_groups(config, mixture, each, times)
+            _check_groups(model.config, mixture, each, times)
         of = {block.path: each for block, each in zip(mixture.blocks, ids, strict=True)}
 
         def change(file: str, values: dict[str, Any]) -> dict[str, Any]:
             own = recounted(values, mixture, count, times) if file == CONFIG else values
-            return dict(renumbered(own, of))
+            return dict(renumbered(own, of, mixture.count))
 
         if times > 1 and mixture.model_type in SHARES:
             model = model.edited(dict.fromkeys(self._biases(), call("multiply", {"value": 1 / times})))

@@ -36,7 +36,7 @@ class _Family(NamedTuple):
         names: the projections of an expert there: gate, up, down.
         defaults: what the dense family takes for granted, and the mixtures otherwise.
         says: what the configuration of the mixtures says too; "I" stands for the hidden units of an expert.
-        count: the key that counts experts.
+        counts: the key that counts experts.
     """
 
     kind: str
@@ -45,14 +45,14 @@ class _Family(NamedTuple):
     names: tuple[str, ...]
     defaults: Mapping[str, Any]
     says: Mapping[str, Any]
-    count: str = "num_experts"
+    counts: str = "num_experts"
 
 
 _W = ("w1", "w3", "w2")
 _LLAMA = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0}
 _QWEN = {"moe_intermediate_size": "I", "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
 _SHARED = {"shared_expert_intermediate_size": "I"}
-_MIXTRAL = partial(_Family, "mixtral", module="block_sparse_moe", names=_W, says={}, count="num_local_experts")
+_MIXTRAL = partial(_Family, "mixtral", module="block_sparse_moe", names=_W, says={}, counts="num_local_experts")
 _FAMILIES = {
     "llama": _MIXTRAL(("Llama", "Mixtral"), defaults=_LLAMA | {"max_position_embeddings": 2048}),
     "mistral": _MIXTRAL(("Mistral", "Mixtral"), defaults=_LLAMA | {"sliding_window": 4096}),
@@ -95,7 +95,7 @@ def upcycle(
     hint: pm.upcycle(pm.open("model/"), experts=8, top_k=2)
     """
     configured = Configured(model)
-    if configured.config is None:
+    if not configured.config:
         raise BadArgument(
             "a model becomes a mixture with its configuration, and this one has none",
             hint='pm.upcycle(pm.open("model/"), experts=8, top_k=2)',
@@ -163,7 +163,7 @@ class _Upcycling:
         theta = config.get("rope_theta", (config.get("rope_parameters") or {}).get("rope_theta"))
         defaults = {key: value for key, value in family.defaults.items() if key != "rope_theta" or theta is None}
         new = {**defaults, "intermediate_size": self.inner, "hidden_size": self.hidden, **config}
-        new |= {"model_type": family.kind, family.count: self.count, "num_experts_per_tok": top_k}
+        new |= {"model_type": family.kind, family.counts: self.count, "num_experts_per_tok": top_k}
         new["num_key_value_heads"] = config.get("num_key_value_heads") or config.get("num_attention_heads")
         new |= {key: self.inner if value == "I" else value for key, value in family.says.items()}
         if config.get("architectures"):
