@@ -249,9 +249,11 @@ def test_configurations(tmp_path):
         pm.anatomy(pm.open(tmp_path / "m"))
 
 
-def test_quantised_groups():
-    tree = {"fc.weight_packed": np.zeros((4, 2), "int32"), "fc.weight_scale": np.ones((4, 1), "float32")}
-    assert pm.anatomy(tree).groups == {"int4": 1}
+def test_quantised_weights_have_their_own_shapes():
+    packed = {"weight_packed": np.zeros((6, 1), "int32"), "weight_scale": np.ones((6, 1), "float32")}
+    layer = {"mlp": {"up_proj": packed}, "attn": {"o_proj": {"weight": np.ones((8, 12))}}}
+    found = pm.anatomy({"layers": [layer] * 2}, {"num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 3})
+    assert (found.groups, found.mlp, found.heads["head_dim"]) == ({"int4": 2}, 6, 4)
 
 
 def test_the_command(tmp_path):

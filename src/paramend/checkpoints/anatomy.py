@@ -67,7 +67,7 @@ def anatomy(model: AnyTree, config: ConfigLike | None = None) -> Anatomy:
     texts = {number: index.path(number) for number in index.numbers}
     experts = None
     with suppress(SpecMismatch):  # of names, shapes and configuration, which is told where experts are edited
-        experts = experts_of(leaves, values)
+        experts = experts_of(stored, values)
     mixture = None if experts is None else experts.to_dict()
     return Anatomy(
         main, bodies, _others(held, bodies), texts, ties, mixture, dict(groups) or None, separator_of(texts.values())
