@@ -46,6 +46,9 @@ class Backend(Protocol):
     def multiply(self, x: Any, value: Any) -> Any:
         """x * value, in the dtype of x."""
 
+    def matmul(self, x: Any, y: Any) -> Any:
+        """x @ y, in the precision of its dtype on every device."""
+
     def clip(self, x: Any, lo: Any, hi: Any) -> Any:
         """x clipped to two scalar bounds, in the dtype of x; None for no bound. NaN stays."""
 

@@ -116,6 +116,10 @@ def multiply(x: Any, value: Any) -> Any:
     return _placed(x * _operand(value, x), x)
 
 
+def matmul(x: Any, y: Any) -> Any:
+    return jnp.matmul(x, y, precision="highest")
+
+
 def clip(x: Any, lo: Any, hi: Any) -> Any:
     low, high = (None if bound is None else _operand(bound, x) for bound in (lo, hi))
     return _placed(jnp.clip(x, low, high), x)

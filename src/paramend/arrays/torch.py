@@ -112,6 +112,10 @@ def multiply(x: Any, value: Any) -> Any:
     return _new(x, lambda: _VERBS["multiply"](x, _tensor(value, x)))
 
 
+def matmul(x: Any, y: Any) -> Any:
+    return x @ y
+
+
 def clip(x: Any, lo: Any, hi: Any) -> Any:
     low, high = (None if bound is None else _tensor(bound, x) for bound in (lo, hi))
     return _new(x, lambda: _wide(torch.clamp)(x, low, high))

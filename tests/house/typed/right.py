@@ -154,6 +154,7 @@ def growing(params: Params, module: nn.Sequential, checkpoint: pm.Checkpoint) ->
     assert_type(pm.untie(checkpoint)[0], pm.Checkpoint)
     assert_type(pm.tie(params, keep="head")[0], Params)
     assert_type(pm.anatomy(params, {"num_hidden_layers": 2}).hidden, int | None)
+    assert_type(pm.vocabulary(checkpoint).extend(["<a>"], init="subwords")[0], pm.Checkpoint)
     assert_type(pm.dequantize(checkpoint, "**/mlp/**", dtype=None)[0], pm.Checkpoint)
     assert_type(pm.quantize(params, "**", scheme="int4", simulate=True)[0], Params)
     config: pm.Config = pm.config(checkpoint)
