@@ -221,6 +221,8 @@ def test_steps_of_recipes(tmp_path):
     assert tied.paths == checkpoint.paths
     with pytest.raises(pm.errors.BadRecipe, match="hold different values"):
         pm.Recipe.parse("version: 1\nsteps: [tie: {}]").apply(untied)
+    with pytest.raises(pm.errors.BadRecipe, match="by at and into alone"):
+        pm.Recipe.parse("version: 1\nsteps: [tie: {at: lm_head.weight, keep: head}]").apply(untied)
 
 
 # Their configurations alone make no model.
