@@ -56,6 +56,8 @@ ROWS = (
     CommandRow("insert", "make", "Write a checkpoint with leaves of another that it lacks."),
     CommandRow("part", "make", "Write leaves of a checkpoint as a model of their own.", also=("extract",)),
     CommandRow("merge", "merge", "Write a model made of several.", also=("average", "soup", "slerp", "ties")),
+    CommandRow("tie", "stack", "Write a checkpoint whose head is its embedding."),
+    CommandRow("untie", "stack", "Write a checkpoint whose head has a weight of its own."),
     CommandRow("dequantize", "codes", "Write a checkpoint with quantised weights as floats."),
     CommandRow("quantize", "codes", "Write a checkpoint with weights in a quantised scheme."),
     CommandRow("ablate", "ablate", "Score a checkpoint without each of its parts; write nothing."),

@@ -167,6 +167,8 @@ SHARES = Value(
     "a number, or one for each model", _shares, {"anyOf": [NUMBER.schema, {"type": "array", "items": NUMBER.schema}]}
 )
 
+_HEAD = Key("head", TEXT.named("a path", "lm_head.weight"), "the path of the head's weight, if it is not a usual one")
+_KEEP = Key("keep", TEXT.named("a text", "embedding"), "whose values stay if they differ: `embedding` or `head`")
 RENAMES = Value("a map of paths", _renames, {"type": "object", "minProperties": 1, "additionalProperties": TEXT.schema})
 SCHEME = Value("a scheme of quantised weights", _scheme, {"enum": list(WRITABLE)}, example="fp8-block")
 _COUNT = Value("a whole number, not 0", _count, {"type": "integer", "minimum": 1}, example="64")
@@ -239,11 +241,12 @@ VERBS: dict[str, Verb] = {
         ),
         Verb(
             "tie",
-            "a leaf stands under further names, too",
-            (_AT, Key("into", PATHS, _INTO, required=True)),
+            "the head becomes the embedding; with `at` and `into`, a leaf stands under further names, too",
+            (_HEAD, _KEEP, Key("at", SELECTOR, "the leaf"), Key("into", PATHS, _INTO)),
             changes=True,
             make=changes.tie,
         ),
+        Verb("untie", "the head gets a weight of its own", (_HEAD,), changes=True, make=changes.untie, selects=False),
         Verb(
             "dequantize",
             "quantised weights become floats",
