@@ -49,10 +49,6 @@ class Ranking:
     members: Sequence[Member]
     places: Sequence[tuple[int, int]]
 
-    def ready(self) -> None:
-        """Find the elements at all places, if that was not done."""
-        self._cuts  # noqa: B018 - it is kept
-
     def kept(self, member: int, piece: int, magnitudes: Sequence[Array]) -> list[Array]:
         """For each model, which elements of a piece of a leaf are kept."""
         found = []
@@ -65,7 +61,7 @@ class Ranking:
         """Which elements are before a place of the ranking."""
         if not 0 < place < self._size:
             return np.full(keys.shape, place > 0)
-        cut = self._cuts[model, place]
+        cut = self.cuts[model, place]
         key = keys.dtype.type(cut.key)
         left = cut.equal - int(cut.before[member][piece])
         if left <= 0:
@@ -80,7 +76,8 @@ class Ranking:
         return sum(member.size for member in self.members)
 
     @cached_property
-    def _cuts(self) -> dict[tuple[int, int], Cut]:
+    def cuts(self) -> dict[tuple[int, int], Cut]:
+        """(model, place) → the elements before that place."""
         found: dict[tuple[int, int], Cut] = {}
         spans = self._guesses()
         while spans:

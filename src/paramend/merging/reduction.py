@@ -75,7 +75,7 @@ class Merging:
             if self.method.blends is not None:
                 self._shares  # noqa: B018 - it is kept
             elif self._is_ranked:
-                (self._ranking).ready()
+                self._ranking.cuts  # noqa: B018 - as above
             elif self._by_norm:
                 self._factors  # noqa: B018 - as above
 
