@@ -1,0 +1,75 @@
+"""`widen` on models of transformers: each method is exact in float64, and what it makes is alive."""
+
+import pytest
+import torch
+
+import paramend as pm
+from paramend.porting.float64_torch import float64
+from support.slow import slow_except
+from support.tiny_models import MODELS, kind, logits, make
+
+WIDE = {
+    "tile": {"hidden": 64, "heads": 8, "kv_heads": 4, "mlp": 96},
+    "split": {"hidden": 96, "heads": 12, "mlp": 192, "method": "split"},
+    "zero": {"hidden": 40, "heads": 5, "kv_heads": 5, "mlp": 70, "method": "zero"},
+}
+# Heads that are counted by the residual width alone, without groups.
+BY_WIDTH = {"gpt2": 128, "gpt_neox": 64, "bert": 64}
+FAMILIES = slow_except({"llama", "gpt2"}, MODELS)
+
+
+def lengths(family, method):
+    """What to ask for: families without groups have no heads of keys, and their heads follow from the width."""
+    said = dict(WIDE[method])
+    groups = family not in BY_WIDTH and family not in ("phi", "vit")
+    if not groups:
+        said.pop("kv_heads", None)
+        said["mlp"] = {"gpt2": 192}.get(family, said["mlp"])
+    if family == "phi":
+        said |= {"heads": 8, "kv_heads": 4 if method == "tile" else 8}
+    if groups and method == "zero":
+        said |= {"heads": 8, "kv_heads": 4}
+    if family == "olmo2" and method != "tile":
+        said = {"hidden": said["hidden"], "mlp": said["mlp"], "method": method}
+    if family == "qwen3_moe":
+        said["mlp"] = 96 if method == "tile" else 80
+    return said
+
+
+def exact(family):
+    """A model in float64, and what it computes there."""
+    model = eager(make(family, torch.float64))
+    with torch.no_grad(), float64():
+        return model, logits(model, family)
+
+
+def eager(model):
+    """The model as torch computes it in float64 too: not all kernels for experts and attention do."""
+    model.config._attn_implementation = "eager"
+    model.config._experts_implementation = "eager"
+    return model
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("method", WIDE)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_wider_model_computes_what_it_did(family, method, tmp_path):
+    model, before = exact(family)
+    asked = lengths(family, method)
+    wide, report = pm.widen(model, **asked)
+    with float64():
+        assert (logits(wide, family) - before).abs().max() <= 1e-11 * max(1, before.abs().max())
+        assert torch.equal(logits(model, family), before)
+    sizes = {axis: both[1] for axis, both in report.sizes.items()}
+    assert sizes == {axis: size for axis, size in asked.items() if axis in sizes}
+    models = []
+    for name, one in (
+        ("old", model),
+        ("new", wide),
+    ):  # embeddings may be scaled by a root, which in a file is not rounded
+        one.save_pretrained(tmp_path / name)
+        models.append(eager(kind(family).from_pretrained(tmp_path / name)).eval())
+    with float64():
+        before, after = (logits(one, family) for one in models)
+    assert (after - before).abs().max() <= 1e-11 * max(1, before.abs().max())
