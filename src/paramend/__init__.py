@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from paramend.growth.deepening import deepen as deepen
     from paramend.growth.deepening import deepen_ as deepen_
     from paramend.growth.liveness import check_live as check_live
+    from paramend.growth.narrowing import narrow as narrow
     from paramend.growth.widening import widen as widen
     from paramend.growth.widening import widen_ as widen_
     from paramend.growth.writers import residual_writers as residual_writers
@@ -102,6 +103,7 @@ _LATER = {
         "paramend.evidence.stats": ("stats",),
         "paramend.growth.deepening": ("deepen", "deepen_"),
         "paramend.growth.liveness": ("check_live",),
+        "paramend.growth.narrowing": ("narrow",),
         "paramend.growth.widening": ("widen", "widen_"),
         "paramend.growth.writers": ("residual_writers",),
         "paramend.growth.zeroing": ("init_zero_",),

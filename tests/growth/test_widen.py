@@ -73,3 +73,32 @@ def test_a_wider_model_computes_what_it_did(family, method, tmp_path):
     with float64():
         before, after = (logits(one, family) for one in models)
     assert (after - before).abs().max() <= 1e-11 * max(1, before.abs().max())
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("family", slow_except({"llama"}, ["llama", "gpt2", "gemma2", "olmo2"]))
+def test_new_places_get_gradients_and_copies_that_are_split_part(family):
+    model = make(family, attn_implementation="eager")
+    wide, report = pm.widen(model, hidden=40, method="zero", **({"heads": 5} if family == "gpt2" else {}))
+    optimizer = torch.optim.SGD(wide.parameters(), 1e-2)
+    dead = {row.path: torch.ones(row.after.shape, dtype=bool) for row in report.rows}
+    for _ in range(2):
+        optimizer.zero_grad()
+        out = logits(wide, family).flatten(0, -2)
+        torch.nn.functional.cross_entropy(out, torch.arange(len(out)) % 64).backward()
+        optimizer.step()
+        for name, p in wide.named_parameters():
+            dead[name] = dead[name] & (p.grad == 0) if name in dead else None
+    for name, p in model.named_parameters():
+        if name in dead and "embed" not in name and "wte" not in name and "wpe" not in name:
+            corner = tuple(map(slice, p.shape))
+            still = dead[name].clone()
+            still[corner] = False
+            assert not still.any(), name
+    split, _ = pm.widen(make("llama"), mlp=128, method="split")
+    optimizer = torch.optim.Adam(split.parameters(), 1e-2)
+    out = logits(split, "llama").flatten(0, -2)
+    torch.nn.functional.cross_entropy(out, torch.arange(len(out)) % 64).backward()
+    optimizer.step()
+    up = split.model.layers[0].mlp.up_proj.weight
+    assert (up[:64] - up[64:]).abs().mean() > 1e-3

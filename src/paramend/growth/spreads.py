@@ -1,6 +1,6 @@
 """Spreads: the index maps by which axes of a model become longer, so that it computes what it did."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -125,7 +125,7 @@ def growths_of(axes: Axes, leaves: Leaves, spreads: Spreads) -> dict[int, Growth
         uses = axes.uses[number]
         path = leaves.index.pieces(number)
         first = leaves.ties.get(number, number)
-        layer = next((n for piece in path if (n := number_of(piece)) is not None), None)
+        layer = layer_of(path)
         mine = {axis: each for (axis, at), each in spreads.items() if at in (None, layer)}
         along = [use.along(axes.sizes, mine) for use in uses]
         if first in found:
@@ -140,6 +140,11 @@ def growths_of(axes: Axes, leaves: Leaves, spreads: Spreads) -> dict[int, Growth
     return found
 
 
+def layer_of(path: Sequence[str]) -> int | None:
+    """The number of the layer that a leaf is in, or None."""
+    return next((n for piece in path if (n := number_of(piece)) is not None), None)
+
+
 def _read(
     axes: Axes, number: int, reads: list[bool], along: list[Spread | None], spreads: Spreads, bias: bool
 ) -> tuple[list[bool], float]:
@@ -149,7 +154,7 @@ def _read(
     half of it is theirs.
     """
     hidden, rooted = spreads.get(("hidden", None)), axes.family.rooted
-    if hidden is None or len(hidden.places) < hidden.old:
+    if hidden is None:
         return reads, 1.0
     gain, last = seen(spreads) ** 0.5, axes.tied and number in axes.final
     root = float(np.sqrt(hidden.old / len(hidden.places)))

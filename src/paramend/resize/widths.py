@@ -108,20 +108,24 @@ class Growth:
     """What becomes of a leaf.
 
     Attributes:
+        shape: its old shape.
         places: for each axis the old place of each new one; None where it stays.
-        terms: the factors of the values.
+        terms: the factors of the values; none if they are only moved.
         moments: those of the first moments of an optimizer.
         squares: those of the second moments.
         shift: 1 for gains that their norm adds to 1.
         means: the axis whose last places hold the mean of all, and how many these are.
+        rate: the factor of all values that are old ones; None if they differ.
     """
 
+    shape: tuple[int, ...]
     places: tuple[Array | None, ...]
     terms: tuple[Term, ...]
     moments: tuple[Term, ...]
     squares: tuple[Term, ...]
     shift: float = 0.0
     means: tuple[int, int] | None = None
+    rate: float | None = 1.0
 
     def origin(self, whole: Origin) -> Origin:
         """Its values, made of the old ones when they are read."""
@@ -135,7 +139,7 @@ class Growth:
             for at, places in enumerate(self.places):
                 sides = sides if places is None or at == axis else take(sides, places, at)
             origin = join([origin, Mean(sides, axis, count)], axis, "concat")
-        return origin if self.rate == 1 else Scaled(origin, self.terms, self.shift)
+        return Scaled(origin, self.terms, self.shift) if self.terms else origin
 
     def array(self, x: Any) -> Any:
         """Its values, of an array of any library."""
@@ -145,14 +149,6 @@ class Growth:
         """A moment of it, of an array of any library."""
         terms = self.squares if squared else self.moments
         return _computed(x, replace(self, terms=terms, shift=0.0, means=None).origin)
-
-    @property
-    def rate(self) -> float | None:
-        """The factor of all values, by which a rate is multiplied for steps as before; None if they differ."""
-        number, axes = self.terms[0]
-        vectors = [axis for axis in axes if axis is not None]
-        even = len(self.terms) == 1 and all(len(axis) and (axis == axis[0]).all() for axis in vectors)
-        return float(number * np.prod([axis[0] for axis in vectors])) if even else None
 
 
 def _computed(x: Any, make: Callable[[Origin], Origin]) -> Any:
@@ -208,14 +204,28 @@ def growth(
             None if at else rng.uniform(-1, 1, length) for at, length in zip(reads, lengths, strict=True)
         ]
         terms.append(_times(scale, factors, extra, others))
+    moved = len(terms) == 1 and terms[0][0] == 1 and all(each is None for each in terms[0][1])
     return Growth(
+        tuple(shape),
         tuple(each and each.places for each in along),
-        tuple(terms),
+        () if moved else tuple(terms),
         (_times(1 / scale, slopes, kept),),
         (_times(scale**-2, slopes, slopes),),
         shift,
         means,
+        _rate(terms[0]) if not any(each is not None for each in extra) else None,
     )
+
+
+def _rate(term: Term) -> float | None:
+    """The factor of places that are not new, if it is one."""
+    number, axes = term
+    for each in axes:
+        found = set() if each is None else set(each.tolist()) - {0.0}
+        if len(found) > 1:
+            return None
+        number *= next(iter(found), 1.0)
+    return number
 
 
 def _times(number: float, *factors: Sequence[Array | None]) -> Term:
@@ -236,8 +246,10 @@ class Widths:
 
     Attributes:
         growths: path of a leaf that changes → what becomes of it.
+        moved: whether leaves have other paths, too.
         ends: the new model and the old one, as long as they are alive, for `pm.graft_optimizer_`.
     """
 
     growths: dict[Path, Growth] = field(default_factory=dict)
+    moved: bool = False
     ends: Ends | None = field(default=None, compare=False)
