@@ -20,7 +20,8 @@ FLOORS = [
     {"piecewise", "freezing", "mapping"},
     {"rewriting"},
     {"checkpoints"},
-    {"grafting", "growth", "stacking", "evidence", "recipes", "quantizing"},
+    {"grafting", "growth", "stacking", "evidence", "quantizing"},
+    {"recipes"},
     {"testing", "lessons", "demo", "ablation", "porting"},
     {"cli"},
 ]

@@ -59,6 +59,8 @@ ROWS = (
     CommandRow("quantize", "codes", "Write a checkpoint with weights in a quantised scheme."),
     CommandRow("ablate", "ablate", "Score a checkpoint without each of its parts; write nothing."),
     CommandRow("deepen", "grow", "Write a model with more layers, or fewer, made from those it has."),
+    CommandRow("widen", "widths", "Write a model with longer axes, which computes what it did.", also=("grow",)),
+    CommandRow("narrow", "widths", "Write a model with some places of its axes.", also=("prune",)),
     CommandRow("undo", "undo", "Take back the last edit that was made in place.", opens=False),
     CommandRow("history", "undo", "List the edits in a checkpoint's record, and those made in place.", opens=False),
     CommandRow("verify", "undo", "Check a checkpoint against the record that it carries.", opens=False),

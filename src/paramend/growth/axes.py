@@ -228,7 +228,7 @@ def _family(config: Mapping[str, Any]) -> Family:
 
 
 def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
-    sizes = {}
+    sizes: dict[str, int] = {}
     for axis, keys in KEYS.items():
         known = [config[key] for key in keys if type(config.get(key)) is int]
         sizes |= {axis: known[0]} if known else {}

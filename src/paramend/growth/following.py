@@ -7,7 +7,7 @@ from typing import Any
 from paramend.checkpoints.assemble import Pick, assemble, origin_of
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.edits.memory import Memory
-from paramend.growth.deepening import entered
+from paramend.growth.deepening import enter
 from paramend.leaves.leaves import tied
 from paramend.leaves.paths import text_of
 from paramend.resize.widths import Growth
@@ -84,7 +84,7 @@ def _bare(x: Any) -> Any:
 def _settle(root: Any, memory: Memory, growths: Growths, config: Mapping[str, Any] | None) -> None:
     """Write the new lengths into the attributes of modules, and into the configuration."""
     if config is not None:
-        entered(root.config, root.config.to_dict(), config)
+        enter(root.config, root.config.to_dict(), config)
         _like_a_new_one(root)
         return
     changed = {memory.index.pieces(number)[:-1] for number in growths}

@@ -119,11 +119,11 @@ class _Choice:
         if axis == "heads":
             what = self._whole(what, size)
 
-        def scores() -> Array:
+        def scores() -> Any:
             given = self._given("kv_heads") if axis == "kv_heads" else self._given("heads")
             if given is not None:
-                return given.reshape(*given.shape[:-1], groups, -1).sum(-1)
-            return self._scores("heads").reshape(len(layers), groups, size).sum(-1) + self._scores("kv_heads")
+                return np.sum(given.reshape(*given.shape[:-1], groups, -1), -1)
+            return np.sum(self._scores("heads").reshape(len(layers), groups, size), -1) + self._scores("kv_heads")
 
         lists = self.chosen("kv_heads", what, groups, scores, len(layers))
         found: dict[tuple[str, int | None], list[int]] = {}

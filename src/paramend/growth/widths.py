@@ -59,8 +59,10 @@ class WidthReport(Widths, Paged):
         for row in self.rows:
             times = "factors differ" if row.rate is None else f"times {row.rate:g}" if row.rate != 1 else ""
             lines.append(Line((row.path,), (f"{row.before} -> {row.after}", times), row.after.size))
-        said = [Section("config", [Line((text,), (), 0) for text in self.config])] if self.config else []
-        return [Section("leaves", lines), *said]
+        return [Section("changed", lines)]
+
+    def __str__(self) -> str:
+        return "\n\n".join([super().__str__(), *([f"config: {', '.join(self.config)}"] if self.config else [])])
 
     def page(self) -> Page:
         """The new model as a map, coloured by whether values were multiplied."""

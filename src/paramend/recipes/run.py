@@ -1,21 +1,24 @@
 """Runs of recipes: step after step on a tree, with all problems collected."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
+from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.config import config
 from paramend.edits.arguments import read_index
 from paramend.edits.call import Call, sliced_shape
 from paramend.edits.checks import fitted
-from paramend.edits.memory import editable
+from paramend.edits.memory import Memory, editable
 from paramend.edits.ops import OPS
 from paramend.errors import BadArgument, NoMatch, ParamendError, Problem
+from paramend.growth.narrowing import narrow
+from paramend.growth.widening import widen
 from paramend.leaves.leaves import Editable, unique
 from paramend.leaves.specs import Spec
 from paramend.mapping import joining
@@ -26,6 +29,21 @@ from paramend.recipes.verbs import CONDITIONS
 from paramend.reports import wording
 from paramend.selectors.misses import searching
 from paramend.selectors.selector import Selector, Union, Where, resolve, sel
+
+
+def _widened(tree: Any, given: Mapping[str, Any], donors: Donors) -> Any:
+    return widen(tree, **given)[0]
+
+
+def _narrowed(tree: Any, given: Mapping[str, Any], donors: Donors) -> Any:
+    keep = {**given, **given.get("features", {})}
+    keep.pop("features", None)
+    by: Any = keep.pop("by", "norm")
+    return narrow(tree, keep, by=by if by == "norm" else dict(cast(Checkpoint, donors.open(by)).items()))[0]
+
+
+# Steps that change a whole model.
+_WHOLE: Mapping[str, Callable[[Any, Mapping[str, Any], Donors], Any]] = {"widen": _widened, "narrow": _narrowed}
 
 _SECONDS = 5.0  # what the search for near misses of all steps may take
 
@@ -107,6 +125,10 @@ class _Attempt:
             return self.problems.tried(f"{self.address}.at", self.leaves.edited, calls) if calls else None
         if self.step.verb.name == "config":
             return self._configured()
+        whole = _WHOLE.get(self.step.verb.name)
+        if whole is not None:
+            tree = self.leaves.root if isinstance(self.leaves, Memory) else self.leaves
+            return self.problems.tried(self.address, whole, tree, self.step.given, self.donors)
         numbers = [number for number, _ in self._chosen()]
         if self.problems or self.step.verb.name == "expect":
             return None

@@ -42,6 +42,8 @@ class Verb:
 
     @property
     def example(self) -> dict[str, Any]:
+        if self.keys[0].name != "at" and self.name != "config":  # of a whole model
+            return {self.name: {self.keys[0].name: self.keys[0].value.typed(self.keys[0].value.example)}}
         if self.any_of:
             return {self.name: {"set": {"text_config.num_hidden_layers": 12}}}
         new = {key.name for key in self.keys} & {"to", "into"}
@@ -99,10 +101,21 @@ def _values(data: Any) -> dict[str, Any]:
     return {TEXT.read(key): json_value(key, value) for key, value in data.items()}
 
 
+def _kept(data: Any) -> Any:
+    return data if type(data) is int else SIZES.read(data)
+
+
 NEW_PATH = TEXT.named("a path", "layers/<n>/w")
 PATHS = Value("a list of paths", _texts, {"type": "array", "minItems": 1, "items": TEXT.schema}, example="layers/<n>/w")
 
 
+KEPT = Value("how many places stay, or which ones", _kept, SIZES.schema, example="0,1")
+WIDTHS = {
+    "hidden": "the residual width",
+    "mlp": "the width of the feed-forward layers",
+    "heads": "the number of query heads",
+    "kv_heads": "the number of heads of keys and values",
+}
 VALUES = Value("a map of keys and values", _values, {"type": "object", "minProperties": 1})
 
 _AT = Key("at", SELECTOR, "which leaves: a selector, or a list of them", required=True)
@@ -163,6 +176,30 @@ VERBS: dict[str, Verb] = {
                 Key("delete", PATHS, "a list of keys, as in `set`; each must be there"),
             ),
             any_of=("set", "delete"),
+        ),
+        Verb(
+            "widen",
+            "axes of a model become longer, and it computes what it did",
+            (
+                *(Key(name, NATURAL.named("a number", "64"), says) for name, says in WIDTHS.items()),
+                Key("features", VALUES, "path of a layer → how many features it is to have"),
+                Key("method", TEXT, "`tile`, `split` or `zero`"),
+            ),
+            any_of=(*WIDTHS, "features"),
+            changes=True,
+        ),
+        Verb(
+            "narrow",
+            "axes of a model keep some of their places",
+            (
+                *(Key(name, KEPT, says) for name, says in WIDTHS.items()),
+                Key("layers", KEPT, "the layers"),
+                Key("vocabulary", KEPT, "the tokens"),
+                Key("features", VALUES, "path of a layer → the features that stay"),
+                Key("by", TEXT, "`norm`, or the file with scores of axes"),
+            ),
+            any_of=(*WIDTHS, "layers", "vocabulary", "features"),
+            changes=True,
         ),
         Verb("delete", "the leaves are left out", (_AT, _EXCEPT, _WHERE), changes=True),
         Verb(

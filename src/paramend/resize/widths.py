@@ -21,6 +21,7 @@ from paramend.leaves.specs import Array
 from paramend.reports.ends import Ends
 
 Path = tuple[str, ...]
+_RUNS = 16
 Zero = Literal["readers", "writers", "means"]
 
 
@@ -45,7 +46,7 @@ class Spread:
     split: Array | None = None
 
     @classmethod
-    def copies(cls, old: int, places: Sequence[int], *, split: bool = False) -> "Spread":
+    def copies(cls, old: int, places: Sequence[int] | Array, *, split: bool = False) -> "Spread":
         """Copies of old places; what reads them divides evenly, or `split`."""
         found = np.asarray(places, np.int64)
         counts = np.bincount(found, minlength=old)
@@ -57,7 +58,7 @@ class Spread:
         return cls(old, found, 1 / counts[found], np.zeros(len(found), bool), split=uneven)
 
     @classmethod
-    def kept(cls, old: int, places: Sequence[int]) -> "Spread":
+    def kept(cls, old: int, places: Sequence[int] | Array) -> "Spread":
         """Some old places alone."""
         found = np.asarray(places, np.int64)
         return cls(old, found, np.ones(len(found)), np.zeros(len(found), bool))
@@ -130,16 +131,19 @@ class Growth:
     def origin(self, whole: Origin) -> Origin:
         """Its values, made of the old ones when they are read."""
         axis, count = self.means or (-1, 0)
-        origin = whole
-        for at, places in enumerate(self.places):
-            if places is not None:
-                origin = take(origin, places[: len(places) - count] if at == axis else places, at)
+        among = {at for _, axes in self.terms for at, each in enumerate(axes) if each is not None}
+        made = [(at, places) for at, places in enumerate(self.places) if places is not None and at != axis]
+        for at, places in made if count else [each for each in made if each[0] in among]:
+            whole = _copies(whole, places, at)
         if count:
-            sides = whole
-            for at, places in enumerate(self.places):
-                sides = sides if places is None or at == axis else take(sides, places, at)
-            origin = join([origin, Mean(sides, axis, count)], axis, "concat")
-        return Scaled(origin, self.terms, self.shift) if self.terms else origin
+            places = self.places[axis]
+            assert places is not None
+            whole = join([_copies(whole, places[:-count], axis), Mean(whole, axis, count)], axis, "concat")
+        if self.terms:
+            whole = Scaled(whole, self.terms, self.shift)
+        for at, places in () if count else [each for each in made if each[0] not in among]:  # the same factors for all
+            whole = _copies(whole, places, at)
+        return whole
 
     def array(self, x: Any) -> Any:
         """Its values, of an array of any library."""
@@ -149,6 +153,14 @@ class Growth:
         """A moment of it, of an array of any library."""
         terms = self.squares if squared else self.moments
         return _computed(x, replace(self, terms=terms, shift=0.0, means=None).origin)
+
+
+def _copies(origin: Origin, places: Array, axis: int) -> Origin:
+    """Some places along an axis; a few runs of them are joined, which is faster than to take them one by one."""
+    runs = np.split(places, np.flatnonzero(np.diff(places) != 1) + 1)
+    if not 1 < len(runs) <= _RUNS:
+        return take(origin, places, axis)
+    return join([take(origin, run, axis) for run in runs], axis, "concat")
 
 
 def _computed(x: Any, make: Callable[[Origin], Origin]) -> Any:
@@ -207,7 +219,7 @@ def growth(
     moved = len(terms) == 1 and terms[0][0] == 1 and all(each is None for each in terms[0][1])
     return Growth(
         tuple(shape),
-        tuple(each and each.places for each in along),
+        tuple(None if each is None else each.places for each in along),
         () if moved else tuple(terms),
         (_times(1 / scale, slopes, kept),),
         (_times(scale**-2, slopes, slopes),),

@@ -47,10 +47,12 @@ def widened_torch(old: Any, report: Widths, module: Any) -> dict[str, Any]:
             hint="pm.graft_optimizer_(optimizer, old, report, source=old_module)",
         )
     states: dict[int, dict[str, Any]] = {}
-    named = []
-    for group in groups:
-        places = range(sum(len(each["params"]) for each in named), len(names))[: len(group["params"])]
-        named.append({**group, "params": list(places), "param_names": [names[place] for place in places]})
+    places = iter(range(len(names)))
+    numbers = [[next(places) for _ in group["params"]] for group in groups]
+    named = [
+        {**group, "params": mine, "param_names": [names[place] for place in mine]}
+        for group, mine in zip(groups, numbers, strict=True)
+    ]
     for place, entry in enumerate(entries(old)):
         grown = report.growths.get(tuple(str(names[place]).split(".")))
         states[place] = {key: _moment(key, value, grown) for key, value in entry.state.items()}

@@ -1,14 +1,14 @@
 """Elements of another origin times factors that are products of one number for each place along each axis."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import TypeAlias
 
 import numpy as np
 
-from paramend.leaves.origins.boxes import Box, shape_of
+from paramend.leaves.origins.boxes import Box
 from paramend.leaves.origins.origin import Namer, Origin
-from paramend.leaves.specs import Array, Spec
+from paramend.leaves.specs import Array, Spec, numpy_dtype
 
 # A number, and for each axis one number for each place; None for ones.
 Term: TypeAlias = tuple[float, tuple[Array | None, ...]]
@@ -37,20 +37,14 @@ class Scaled(Origin):
 
     def read_box(self, box: Box) -> Array:
         stored = self.whole.read_box(box)
-        found = stored.astype(np.float64 if stored.dtype.itemsize == 8 else np.float32)
-        found += self.shift
-        if len(self.terms) == 1:
-            for factor in _factors(self.terms[0], box, found.dtype):
-                found *= factor
-        else:
-            sums = np.zeros(shape_of(box), found.dtype)
-            for term in self.terms:
-                product: Array = np.ones((), found.dtype)
-                for factor in _factors(term, box, found.dtype):
-                    product = product * factor
-                sums += product
-            found *= sums
-        found -= self.shift
+        wide = numpy_dtype("float64" if stored.dtype.itemsize == 8 else "float32")
+        factors = (reduce(np.multiply, _vectors(term, box)).astype(wide) for term in self.terms)
+        found = stored.astype(wide)
+        if self.shift:
+            np.add(found, self.shift, out=found)
+        np.multiply(found, reduce(np.add, factors), out=found)
+        if self.shift:
+            np.subtract(found, self.shift, out=found)
         return found.astype(stored.dtype, copy=False)
 
     def trace(self, runs: object, most: int) -> None:
@@ -60,14 +54,14 @@ class Scaled(Origin):
         return f"scaled({self.whole.text(name)})"
 
 
-def _factors(term: Term, box: Box, dtype: np.dtype) -> Sequence[Array]:  # type: ignore[type-arg]
+def _vectors(term: Term, box: Box) -> list[Array]:
+    """The factors of a term, each along its axis."""
     number, axes = term
-    found = [np.asarray(number, dtype)] if number != 1 else []
-    for axis, each in enumerate(axes):
+    found = [np.asarray(number)]
+    for axis, (each, places) in enumerate(zip(axes, box, strict=True)):
         if each is not None:
-            places = box[axis]
-            some = each[places.start : places.stop] if isinstance(places, range) and places.step == 1 else each[places]
-            found.append(some.astype(dtype).reshape([-1 if n == axis else 1 for n in range(len(axes))]))
+            shape = [-1 if at == axis else 1 for at in range(len(axes))]
+            found.append(each[np.asarray(places, np.int64)].reshape(shape))
     return found
 
 
