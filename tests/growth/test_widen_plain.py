@@ -160,3 +160,23 @@ def test_what_is_not_known_is_asked_for_or_refused():
         pm.widen(params, features={"Dense_0": 4, "Scale_5": 4}, method="copy")
     with pytest.raises(Unsupported, match="in place"):
         pm.widen_(params, features={"Dense_0": 4})
+
+
+@pytest.mark.numeric
+@torch.no_grad()
+def test_layers_of_torch_that_store_their_axes_otherwise_grow_too_or_are_refused():
+    torch.manual_seed(0)
+    tables = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 2)).double()
+    wide, _ = pm.widen(tables, features={"0": 6})
+    assert (wide[0].embedding_dim, wide[0].num_embeddings) == (6, 5)
+    assert difference(wide, tables, torch.arange(5)) <= 1e-14
+    up = torch.nn.Sequential(torch.nn.ConvTranspose1d(3, 4, 2), torch.nn.ReLU(), torch.nn.Conv1d(4, 2, 2)).double()
+    wide, _ = pm.widen(up, features={"0": 7})
+    assert (wide[0].in_channels, wide[0].out_channels, wide[2].in_channels) == (3, 7, 7)
+    assert difference(wide, up, torch.randn(2, 3, 5, dtype=torch.float64)) <= 1e-14
+    grouped = torch.nn.Sequential(torch.nn.Conv1d(4, 4, 1, groups=2), torch.nn.Conv1d(4, 4, 1))
+    normed = torch.nn.Sequential(torch.nn.Conv1d(4, 4, 1), torch.nn.GroupNorm(2, 4), torch.nn.Conv1d(4, 4, 1))
+    recurrent = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GRU(4, 4), torch.nn.Linear(4, 4))
+    for net in (grouped, normed, recurrent):
+        with pytest.raises(Unsupported, match="is not known"):
+            pm.widen(net, features={"0": 8})

@@ -7,9 +7,12 @@ from typing import Any
 from paramend.errors import BadArgument, NoMatch, Unsupported
 from paramend.growth.axes import Axes, Family
 from paramend.leaves.leaves import Leaves
+from paramend.leaves.paths import text_of
 from paramend.reports import wording
 from paramend.resize.widths import Use
 from paramend.selectors.selector import resolve
+from paramend.trees.tree import Tree
+from paramend.trees.walks import containers
 
 Pieces = tuple[str, ...]
 
@@ -34,13 +37,21 @@ class _Layer:
     path: Pieces
     leaves: dict[str, int] = field(default_factory=dict)
     main: str = ""
+    module: Any = None
 
     @property
     def axes(self) -> tuple[int, int | None]:
         """The axis that it writes to, and the one that it reads from."""
-        named = self.path[-1].lower() if self.path else ""
-        table = self.main == "weight" and ("embed" in named or named in ("wte", "wpe"))
-        return _LAYERS["embedding" if table else self.main]
+        kind = (type(self.module).__name__ if self.module is not None else "".join(self.path[-1:])).lower()
+        if self.main == "weight" and ("embed" in kind or kind in ("wte", "wpe")):
+            return 1, None
+        return (1, 0) if kind.startswith("convtranspose") and self.main == "weight" else _LAYERS[self.main]
+
+    @property
+    def grouped(self) -> bool:
+        """Whether it treats features in groups, which copies would change."""
+        names = ("groups", "feature_group_count", "num_groups")
+        return any(getattr(self.module, name, 1) not in (1, None) for name in names)
 
 
 def _trailing(piece: str) -> int:
@@ -80,7 +91,15 @@ def axes_of(leaves: Leaves, features: Mapping[str, Any]) -> Axes:
             shape = leaves.spec(number).shape
             at = out if number == layer.leaves[layer.main] else shape.index(size) if size in shape else 0
             _put(uses, leaves, number, at, Use(((text, 1),)))
-        for norm in followers or _norms(leaves, layers, layer, reader, size):
+        opaque = layers[layers.index(layer) + 1 : layers.index(reader)]
+        others = [one for one in opaque if any(leaves.spec(number).ndim > 1 for number in one.leaves.values())]
+        norms_of = followers or _norms(leaves, layers, layer, reader, size)
+        strange = [one for one in (layer, reader, *norms_of) if one.grouped] or others
+        if strange:
+            raise Unsupported(
+                f"how {_shown(strange[0])} sees the features of {text} is not known", hint="another layer"
+            )
+        for norm in norms_of:
             for number in norm.leaves.values():
                 _put(uses, leaves, number, -1, Use(((text, 1),)))
             if not _STATISTICS & norm.leaves.keys():
@@ -106,6 +125,10 @@ def _layers(leaves: Leaves) -> list[_Layer]:
         layer.leaves[name] = number
         if name in _LAYERS and leaves.spec(number).ndim > 1:
             layer.main = name
+    for path, node, _ in containers(leaves.root) if isinstance(leaves, Tree) else ():
+        here = tuple(map(text_of, path))
+        if here in found and hasattr(node, "__dict__"):
+            found[here].module = node
     for path, name, number in statistics:
         for layer in found.values():
             if layer.path[-len(path) :] == path:

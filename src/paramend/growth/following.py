@@ -1,7 +1,7 @@
 """Leaves that take other shapes: carried out on checkpoints, trees and modules, whose own numbers follow."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from paramend.checkpoints.assemble import Pick, assemble, origin_of
@@ -46,24 +46,28 @@ def on_disk(checkpoint: Checkpoint, growths: Growths, texts: Any = ()) -> Checkp
 
 def in_memory(memory: Memory, growths: Growths, config: Mapping[str, Any] | None) -> Any:
     """A new tree of the same type; leaves that stay are the same objects."""
-    ones = {number for number in growths if memory.ties.get(number, number) == number}
-    new = memory.with_leaves({number: _parameter(memory, number, growths[number]) for number in ones})
-    _settle(new, memory, growths, config)
+    twin = None if config is None else _anew(memory.root, config)
+    new = memory.with_leaves({number: _parameter(memory, number, growths[number]) for number in _once(memory, growths)})
+    _settle(new, memory, growths, twin)
     return new
 
 
 def in_place(memory: Memory, growths: Growths, config: Mapping[str, Any] | None) -> None:
     """Give a torch or NNX module its new leaves. Parameters stay the same objects, without gradients."""
-    ones = {number: growths[number] for number in growths if memory.ties.get(number, number) == number}
-    made = {number: grown.array(_bare(memory.read(number))) for number, grown in ones.items()}
+    twin = None if config is None else _anew(memory.root, config)
+    made = {number: growths[number].array(_bare(memory.read(number))) for number in _once(memory, growths)}
     for number, value in made.items():
         if number in memory.boxes:
             memory.assign(number, value)
         else:
             tensor = memory.read(number)
-            tensor.grad = None
-            tensor.data = value
-    _settle(memory.root, memory, growths, config)
+            tensor.grad, tensor.data = None, value
+    _settle(memory.root, memory, growths, twin)
+
+
+def _once(memory: Memory, growths: Growths) -> list[int]:
+    """The leaves that change, without second paths to the same one."""
+    return [number for number in growths if memory.ties.get(number, number) == number]
 
 
 def _parameter(memory: Memory, number: int, grown: Growth) -> Any:
@@ -81,44 +85,44 @@ def _bare(x: Any) -> Any:
     return x.detach() if hasattr(x, "detach") else x
 
 
-def _settle(root: Any, memory: Memory, growths: Growths, config: Mapping[str, Any] | None) -> None:
-    """Write the new lengths into the attributes of modules, and into the configuration."""
-    if config is not None:
-        enter(root.config, root.config.to_dict(), config)
-        _like_a_new_one(root)
+def _settle(root: Any, memory: Memory, growths: Growths, twin: Any) -> None:
+    """Write the new lengths into the attributes of modules, or those of a model made anew, with its configuration."""
+    if twin is not None:
+        enter(root.config, root.config.to_dict(), twin.config.to_dict())
+        _alike(root, twin)
         return
     changed = {memory.index.pieces(number)[:-1] for number in growths}
     for path, node, kind in list(containers(root)):
         held = vars(node) if hasattr(node, "__dict__") and tuple(map(text_of, path)) in changed else {}
         for name in _NUMBERS.keys() & held.keys():
-            leaves = dict(kind.entries(node))
-            found = next(_shapes(leaves, name), None)
-            if found is not None:
-                object.__setattr__(node, name, found)  # modules of Equinox are frozen, and these are new
+            leaves, turned = dict(kind.entries(node)), type(node).__name__.startswith("ConvTranspose")
+            shapes = ((tuple(leaves[leaf].shape), axis) for leaf, axis in _NUMBERS[name] if leaf in leaves)
+            for shape, axis in [*shapes][:1]:
+                length = shape if axis is None else shape[1 - axis if turned else axis]
+                object.__setattr__(node, name, length)  # modules of Equinox are frozen, and these are new
 
 
-def _shapes(leaves: Mapping[Any, Any], name: str) -> Iterator[Any]:
-    for leaf, axis in _NUMBERS[name]:
-        if leaf in leaves:
-            shape = tuple(leaves[leaf].shape)
-            yield shape if axis is None else shape[axis]
-
-
-def _like_a_new_one(model: Any) -> None:
-    """Take the numbers of modules, and buffers that no file holds, from a model of transformers made anew."""
+def _anew(model: Any, values: Mapping[str, Any]) -> Any:
+    """A model of transformers of the same class with another configuration; the global generator is as it was."""
     import torch
 
-    with torch.random.fork_rng():
-        fresh = type(model)(copy.deepcopy(model.config))
-    modules = dict(fresh.named_modules())
+    config = copy.deepcopy(model.config)
+    enter(config, config.to_dict(), values)
+    with torch.random.fork_rng(devices=[]):
+        return type(model)(config)
+
+
+def _alike(model: Any, twin: Any) -> None:
+    """Take the numbers of modules, and buffers that no file holds, from a model made anew."""
+    modules = dict(twin.named_modules())
     for name, module in model.named_modules():
-        twin = modules[name]
+        other = modules[name]
         for key in module._non_persistent_buffers_set:
-            old, new, root = module._buffers[key], twin._buffers.get(key), vars(twin).get(f"scalar_{key}")
+            old, new, root = module._buffers[key], other._buffers.get(key), vars(other).get(f"scalar_{key}")
             if root is not None:  # which the old one may have rounded
                 module._buffers[key] = old * (root / vars(module)[f"scalar_{key}"])
             elif old is not None and new is not None:
                 module._buffers[key] = new.to(old.device, old.dtype)
-        for key, value in vars(twin).items():
+        for key, value in vars(other).items():
             if type(value) in (int, float, tuple, str) and key in vars(module) and key != "training":
                 vars(module)[key] = value

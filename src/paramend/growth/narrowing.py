@@ -63,6 +63,7 @@ def narrow(tree: T, keep: Keep, *, by: Scores = "norm") -> tuple[T, WidthReport]
     if not keep or (features and len(features) < len(wanted)):
         raise BadArgument("narrow takes axes of a model, or paths of layers", hint='keep={"mlp": 4096}')
     work = Work(tree, features, "narrow")
+    _check_tokens(work, wanted.get("vocabulary"))
     places = _Choice(work, wanted, by).places() if wanted else {}
     spreads = {(axis, at): Spread.kept(work.axes.sizes[axis], each) for (axis, at), each in places.items()}
     kept: dict[str, list[list[int]]] = {}
@@ -71,6 +72,14 @@ def narrow(tree: T, keep: Keep, *, by: Scores = "norm") -> tuple[T, WidthReport]
     new, report = work.spread(spreads).carried_out(tree)
     report.kept = kept
     return (new, report) if layers is None else _without_layers(new, report, layers, work, by)
+
+
+def _check_tokens(work: Work, what: Any) -> None:
+    """Raise if a token that the configuration names would have no row."""
+    count = what if isinstance(what, int) or what is None else len(what)
+    for key, token in (work.config or {}).items():
+        if count is not None and key.endswith("_token_id") and type(token) is int and token >= count:
+            raise BadArgument(f"vocabulary: the configuration says {key}: {token}, which {count} rows do not have")
 
 
 def _without_layers(new: T, report: WidthReport, layers: Any, work: Work, by: Scores) -> tuple[T, WidthReport]:

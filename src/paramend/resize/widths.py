@@ -136,9 +136,8 @@ class Growth:
         for at, places in made if count else [each for each in made if each[0] in among]:
             whole = _copies(whole, places, at)
         if count:
-            places = self.places[axis]
-            assert places is not None
-            whole = join([_copies(whole, places[:-count], axis), Mean(whole, axis, count)], axis, "concat")
+            old = take(whole, np.asarray(self.places[axis])[:-count], axis)
+            whole = join([old, Mean(whole, axis, count)], axis, "concat")
         if self.terms:
             whole = Scaled(whole, self.terms, self.shift)
         for at, places in () if count else [each for each in made if each[0] not in among]:  # the same factors for all
@@ -262,6 +261,6 @@ class Widths:
         ends: the new model and the old one, as long as they are alive, for `pm.graft_optimizer_`.
     """
 
-    growths: dict[Path, Growth] = field(default_factory=dict)
+    growths: dict[Path, Growth] = field(default_factory=dict, compare=False)
     moved: bool = False
     ends: Ends | None = field(default=None, compare=False)
