@@ -5,9 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.numpy import load_file
 
 import paramend as pm
+from paramend.cli.main import cli
 from paramend.errors import BadArgument, SpecMismatch, Unsupported
 from support.tiny_models import kind, make
 
@@ -87,3 +89,27 @@ def test_what_is_not_known_is_refused_before_anything_is_written(tmp_path):
     config.unlink()
     with pytest.raises(BadArgument, match="no configuration"):
         pm.widen(pm.open(tmp_path), mlp=128)
+
+
+def test_recipes_and_commands_do_the_same(tmp_path):
+    saved(tmp_path / "old")
+    recipe = pm.Recipe([{"widen": {"mlp": 96}}, {"narrow": {"kv_heads": [1], "layers": 2}}])
+    recipe.apply(pm.open(tmp_path / "old")).save(tmp_path / "new")
+    run = CliRunner().invoke
+    assert run(cli, ["widen", str(tmp_path / "old"), "--mlp", "96", "-o", str(tmp_path / "wide")]).exit_code == 0
+    asked = ["narrow", str(tmp_path / "wide"), "--kv-heads", "1,", "--layers", "2", "-o", str(tmp_path / "small")]
+    assert run(cli, asked).exit_code == 0
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("new", "small"))
+    assert one.keys() == other.keys()
+    assert all(value.tobytes() == other[name].tobytes() for name, value in one.items())
+    np.savez(tmp_path / "scores.npz", mlp=np.arange(64.0))
+    asked = ["narrow", str(tmp_path / "old"), "--mlp", "2", "--by", str(tmp_path / "scores.npz"), "--dry-run", "--json"]
+    assert json.loads(run(cli, asked).stdout)["kept"]["mlp"] == [[62, 63]] * 3
+    np.savez(tmp_path / "old.npz", **{"a/kernel": np.ones((2, 2)), "b/kernel": np.ones((2, 1))})
+    asked = ["widen", str(tmp_path / "old.npz"), "--feature", "a=4", "-o", str(tmp_path / "wide.npz")]
+    assert run(cli, asked).exit_code == 0
+    assert np.load(tmp_path / "wide.npz")["b/kernel"].shape == (4, 1)
+    for wrong in (["--mlp", "x"], ["--feature", "a"], ["--method", "copy", "--mlp", "96"], []):
+        assert run(cli, ["widen", str(tmp_path / "old"), *wrong, "--dry-run"]).exit_code == 2
+    with pytest.raises(pm.errors.BadRecipe, match="not a multiple"):
+        pm.Recipe([{"widen": {"hidden": 33}}]).apply(pm.open(tmp_path / "old"))

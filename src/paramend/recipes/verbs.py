@@ -42,10 +42,11 @@ class Verb:
 
     @property
     def example(self) -> dict[str, Any]:
-        if self.keys[0].name != "at" and self.name != "config":  # of a whole model
-            return {self.name: {self.keys[0].name: self.keys[0].value.typed(self.keys[0].value.example)}}
         if self.any_of:
             return {self.name: {"set": {"text_config.num_hidden_layers": 12}}}
+        if self.keys[0].name != "at":  # of a whole model
+            named = [key for key in self.keys if key.required] or self.keys[:1]
+            return {self.name: {key.name: key.value.typed(key.value.example) for key in named}}
         new = {key.name for key in self.keys} & {"to", "into"}
         selector: Any = "h/<n>/w" if new else "**/kernel"
         if self.name in ("concat", "interleave"):
@@ -185,7 +186,6 @@ VERBS: dict[str, Verb] = {
                 Key("features", VALUES, "path of a layer → how many features it is to have"),
                 Key("method", TEXT, "`tile`, `split` or `zero`"),
             ),
-            any_of=(*WIDTHS, "features"),
             changes=True,
         ),
         Verb(
@@ -198,7 +198,6 @@ VERBS: dict[str, Verb] = {
                 Key("features", VALUES, "path of a layer → the features that stay"),
                 Key("by", TEXT, "`norm`, or the file with scores of axes"),
             ),
-            any_of=(*WIDTHS, "layers", "vocabulary", "features"),
             changes=True,
         ),
         Verb("delete", "the leaves are left out", (_AT, _EXCEPT, _WHERE), changes=True),
