@@ -180,3 +180,14 @@ def test_layers_of_torch_that_store_their_axes_otherwise_grow_too_or_are_refused
     for net in (grouped, normed, recurrent):
         with pytest.raises(Unsupported, match="is not known"):
             pm.widen(net, features={"0": 8})
+
+
+def test_new_places_differ_from_all_others_though_they_are_made_of_few():
+    params = {"a": {"kernel": np.random.default_rng(0).normal(size=(16, 2))}, "b": {"kernel": np.ones((2, 1))}}
+    wide, _ = pm.widen(params, features={"a": 12}, method="zero")
+    kernel = wide["a"]["kernel"]
+    np.testing.assert_array_equal(kernel[:, :2], params["a"]["kernel"])
+    alike = np.abs(np.corrcoef(kernel.T)) - np.eye(12)
+    assert alike.max() < 0.999
+    assert 0.3 < (kernel[:, 2:] ** 2).mean() / (kernel[:, :2] ** 2).mean() < 3
+    assert wide["b"]["kernel"].ravel().tolist() == [1, 1] + [0] * 10

@@ -13,8 +13,8 @@ from paramend.resize.widths import Use
 
 # Axis → the keys of a configuration that hold its length. The first one counts; others of that value follow.
 KEYS: Mapping[str, tuple[str, ...]] = {
-    "hidden": ("hidden_size", "n_embd", "pooler_output_size"),
-    "mlp": ("intermediate_size", "n_inner"),
+    "hidden": ("hidden_size", "n_embd", "pooler_output_size", "word_embed_proj_dim"),
+    "mlp": ("intermediate_size", "ffn_dim", "n_inner"),
     "expert_mlp": ("moe_intermediate_size",),
     "shared_mlp": ("shared_expert_intermediate_size",),
     "heads": ("num_attention_heads", "n_head"),
@@ -23,8 +23,8 @@ KEYS: Mapping[str, tuple[str, ...]] = {
 }
 
 # The end of a module's path, without numbers → its axes, in the order in which the weight has them: `<` before those
-# that it reads from, `+` between axes in a row, `*3` where a place has as many units. Of several ends the longest one
-# counts. A row of one axis is a norm. Axes that no key of a configuration counts stay.
+# that it reads from, `+` between axes in a row, `*3` where a place has as many units, `#` where a head has one. Of
+# several ends the longest one counts. A row of one axis is a norm. Axes that no configuration counts stay.
 _NORMS = ("input", "post_attention", "pre_feedforward", "post_feedforward", "post_self_attn", "post_mlp")
 _COMMON = {
     "embed_tokens": "vocabulary hidden",
@@ -87,6 +87,12 @@ _BERT = {
     **dict.fromkeys(("decoder", "lm_head", "predictions"), "vocabulary <hidden"),
     **dict.fromkeys(("classifier", "out_proj", "qa_outputs", "seq_relationship"), "labels <hidden"),
 }
+_OPT = {
+    "embed_positions": "positions hidden",
+    "out_proj": "hidden <heads",
+    **dict.fromkeys(("k_proj", "v_proj"), "heads <hidden"),
+    **dict.fromkeys(("self_attn_layer_norm", "final_layer_norm"), "hidden"),
+}
 _VIT = {
     "embeddings.cls_token": "one one hidden",
     "embeddings.mask_token": "one one hidden",
@@ -128,14 +134,15 @@ class Family:
 
 _LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "ernie4_5", "phi3", "glm", "glm4", "seed_oss")
 FAMILIES = (
-    Family(_LLAMAS),
+    Family((*_LLAMAS, "arcee", "exaone4")),
     Family(("mixtral",), _MIXTURE),
     Family(("qwen2_moe", "qwen3_moe"), _FINE),
     Family(("olmo2", "olmo3"), _WHOLE_NORMS),
+    Family(("olmoe",), {**_MIXTURE, **_WHOLE_NORMS}),
     Family(("helium",), fixed=True),
     Family(("gemma", "gemma2", "gemma3_text"), one=True, rooted=True),
     Family(("starcoder2",), norm="layer"),
-    Family(("cohere",), {"q_norm": "heads head", "k_norm": "kv_heads head"}, norm="layer"),
+    Family(("cohere",), {"q_norm": "#heads head", "k_norm": "#kv_heads head"}, norm="layer"),
     Family(("nemotron",), norm="layer", one=True),
     Family(("stablelm",), norm="layer", fixed=True),
     Family(("phi",), {"final_layernorm": "hidden"}, norm="layer", final="final_layernorm"),
@@ -143,6 +150,7 @@ FAMILIES = (
     Family(("gpt_neox",), _NEOX, norm="layer", final="final_layer_norm", fixed=True),
     Family(("bert",), _BERT, norm="layer", final="transform.LayerNorm", fixed=True, post=True),
     Family(("roberta",), _BERT, norm="layer", final="lm_head.layer_norm", fixed=True, post=True),
+    Family(("opt",), _OPT, norm="layer", final="decoder.final_layer_norm", fixed=True),
     Family(("vit",), _VIT, norm="layer", final="layernorm"),
 )
 
@@ -261,7 +269,8 @@ def _uses(row: str, ndim: int, bias: bool, sizes: Mapping[str, int]) -> tuple[Us
         parts = []
         for part in text.removeprefix("<").split("+"):
             name, _, times = part.partition("*")
-            parts.append((name, int(times or 1) * (sizes["head"] if name in ("heads", "kv_heads") else 1)))
+            size = sizes["head"] if name in ("heads", "kv_heads") else 1
+            parts.append((name.removeprefix("#"), int(times or 1) * size))
         found.append(Use(tuple(parts), text.startswith("<")))
     return tuple(found)
 

@@ -33,7 +33,7 @@ class Spread:
         old: how many places it had.
         places: for each new place the old one that it copies.
         shares: for each new place the part that readers take of it; those of one old place sum to 1.
-        fresh: which places copy none; their numbers are those of others, with other signs, or zero.
+        fresh: which places copy none; their numbers are those of others times random factors, or zero.
         zero: whether readers or writers are zero there; "means": writers have the mean of all others.
         split: for each new place how its share is larger for some readers than for others; these sum to 0.
     """
@@ -50,9 +50,8 @@ class Spread:
         """Copies of old places; what reads them divides evenly, or `split`."""
         found = np.asarray(places, np.int64)
         counts = np.bincount(found, minlength=old)
-        ranks = np.zeros(len(found))
-        for place in range(old):
-            ranks[found == place] = np.arange(counts[place])
+        ranks, order = np.zeros(len(found)), np.argsort(found, kind="stable")
+        ranks[order] = np.arange(len(found)) - np.repeat(np.cumsum(counts) - counts, counts)
         most = counts[found] - 1
         uneven = np.where(most > 0, 2 * ranks / np.maximum(most, 1) - 1, 0) if split else None
         return cls(old, found, 1 / counts[found], np.zeros(len(found), bool), split=uneven)
@@ -207,9 +206,10 @@ def growth(
         if reads[axis] and each.split is not None:
             extra[axis] = each.split / 2
     terms = [_times(scale, factors, born)]
-    if any(each is not None for each in born):
-        signs: list[Array | None] = [rng.choice([-1.0, 1.0], length) for length in lengths]
-        terms += [_times(scale, factors, signs), _times(-scale, factors, signs, born)]
+    for axis, each in enumerate(born):
+        if each is not None:  # where this axis is new, and none before it
+            here = [*born[:axis], 1 - each, *[None] * (len(shape) - axis - 1)]
+            terms += [_times(scale, factors, waves, here) for waves in _waves(rng, lengths, axis)]
     if any(each is not None for each in extra):
         others: list[Array | None] = [
             None if at else rng.uniform(-1, 1, length) for at, length in zip(reads, lengths, strict=True)
@@ -226,6 +226,15 @@ def growth(
         means,
         _rate(terms[0]) if not any(each is not None for each in extra) else None,
     )
+
+
+def _waves(rng: np.random.Generator, lengths: Sequence[int], axis: int) -> list[list[Array | None]]:
+    """Two products whose sum is the root of 2 times the cosine of a random difference, of mean square 1: places that
+    are made of one old place get numbers of their own by it, along an axis and the longest other one."""
+    other = max((at for at in range(len(lengths)) if at != axis), key=lengths.__getitem__)
+    angles = {at: rng.uniform(0, 2 * np.pi, lengths[at]) for at in (axis, other)}
+    waves = (np.cos, np.sin)
+    return [[2**0.25 * wave(angles[at]) if at in angles else None for at in range(len(lengths))] for wave in waves]
 
 
 def _rate(term: Term) -> float | None:
