@@ -206,9 +206,9 @@ def growth(
         if reads[axis] and each.split is not None:
             extra[axis] = each.split / 2
     terms = [_times(scale, factors, born)]
-    for axis, each in enumerate(born):
-        if each is not None:  # where this axis is new, and none before it
-            here = [*born[:axis], 1 - each, *[None] * (len(shape) - axis - 1)]
+    for axis, old in enumerate(born):
+        if old is not None:  # where this axis is new, and none before it
+            here: list[Array | None] = [*born[:axis], 1 - old, *[None] * (len(shape) - axis - 1)]
             terms += [_times(scale, factors, waves, here) for waves in _waves(rng, lengths, axis)]
     if any(each is not None for each in extra):
         others: list[Array | None] = [
