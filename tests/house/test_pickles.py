@@ -258,7 +258,7 @@ def example_errors():
         raised(errors.SpecMismatch, pm.at(TREE, "a/bias").set, np.ones(2)),
         raised(errors.Unsupported, pickle.dumps, pm.sel(lambda path, spec: True)),
         raised(
-            errors.Quantized, pm.at({"qweight": np.zeros((1, 8), "int32"), "scales": np.ones((1, 8))}, "scales").zero
+            errors.Quantized, pm.at({"weight": np.zeros((1, 8), "int8"), "weight_scales": np.ones(8)}, "weight").zero
         ),
         raised(errors.BadArgument, pm.sel, None),
         recipe,

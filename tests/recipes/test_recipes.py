@@ -94,6 +94,7 @@ DATA = {
     "seed": st.integers(0, 2**40),
     "dtype": st.sampled_from(["bfloat16", "float32", "bf16", "int8"]),
     "init": st.sampled_from(["lecun_normal", "he_uniform"]),
+    "requantize": st.sampled_from(["amax", "keep", "never"]),
     "index": {
         "": st.sampled_from([-1, 0, "0:4", "[0, ::2]", "..., -1", [0, "1:"], ":"]),
         "permute": st.just([1, 0]) | st.just("1, 0"),
@@ -867,12 +868,12 @@ def test_what_is_wrong_with_a_file_and_with_its_fit_are_listed_together(tmp_path
 
 # ---- quantised weights -------------------------------------------------------------------------------------------
 
-QUANTISED = {"fc": {"qweight": np.ones((1, 8), "int32"), "scales": np.ones((1, 8), "float16"), "bias": np.ones(8)}}
+QUANTISED = {"fc": {"weight": np.ones((1, 8), "int8"), "weight_scales": np.ones(8, "float16"), "bias": np.ones(8)}}
 
 
 def test_steps_on_quantised_weights_are_refused_each_with_its_address():
     recipe = Recipe(
-        [{"zero": "fc/bias"}, {"zero": "fc/*"}, {"delete": "fc/scales"}, {"cast": {"at": "**", "dtype": "f32"}}]
+        [{"zero": "fc/bias"}, {"zero": "fc/*"}, {"delete": "fc/weight_scales"}, {"cast": {"at": "**", "dtype": "f32"}}]
     )
     with pytest.raises(BadRecipe) as caught:
         recipe.apply(QUANTISED)
@@ -883,15 +884,15 @@ def test_steps_on_quantised_weights_are_refused_each_with_its_address():
 
 
 def test_raw_is_a_key_of_a_recipe():
-    recipe = Recipe.parse("version: 1\nraw: true\nsteps: [zero: fc/qweight, delete: fc/scales]")
-    assert recipe.apply(QUANTISED)["fc"]["qweight"].sum() == 0
+    recipe = Recipe.parse("version: 1\nraw: true\nsteps: [zero: fc/weight, delete: fc/weight_scales]")
+    assert recipe.apply(QUANTISED)["fc"]["weight"].sum() == 0
     assert Recipe.parse(str(recipe)) == recipe and Recipe(**recipe.to_dict()) == recipe
     assert str(recipe).startswith("version: 1\nraw: true\nsteps:")
-    tree = {"fc": {"qweight": np.ones((1, 8), "int32"), "scales": np.ones((1, 8), "float16")}}
-    with pytest.raises(BadRecipe, match="gptq"):
+    tree = {"fc": {"weight": np.ones((1, 8), "int8"), "weight_scales": np.ones(8, "float16")}}
+    with pytest.raises(BadRecipe, match="eetq"):
         Recipe([{"zero": "**"}]).apply_(tree)
-    assert tree["fc"]["qweight"].sum() == 8
+    assert tree["fc"]["weight"].sum() == 8
     Recipe([{"zero": "**"}], raw=True).apply_(tree)
-    assert tree["fc"]["qweight"].sum() == 0
+    assert tree["fc"]["weight"].sum() == 0
     with pytest.raises(BadRecipe, match=r"\$\.raw .*raw is true or false"):
         Recipe.parse("version: 1\nraw: please\nsteps: [zero: w]")

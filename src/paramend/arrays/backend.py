@@ -24,6 +24,9 @@ class Backend(Protocol):
     def abstract(self, x: Any) -> bool:
         """Whether there is a spec and nothing else: no values, and perhaps no device."""
 
+    def traced(self, x: Any) -> bool:
+        """Whether its values will be known only when a compiled function runs."""
+
     def zeros(self, x: Any) -> Any:
         """+0.0 in every element."""
 

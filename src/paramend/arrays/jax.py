@@ -31,6 +31,10 @@ def abstract(x: Any) -> bool:
     return isinstance(x, jax.ShapeDtypeStruct)
 
 
+def traced(x: Any) -> bool:
+    return isinstance(x, jax.core.Tracer)
+
+
 def _placed(result: Any, x: Any) -> Any:
     """The result with the sharding of `x`. Inside a transformation the compiler keeps it."""
     if isinstance(x, jax.core.Tracer) or isinstance(result, jax.core.Tracer) or result.sharding == x.sharding:

@@ -34,6 +34,10 @@ def abstract(x: Any) -> bool:
     return bool(x.is_meta)
 
 
+def traced(x: Any) -> bool:
+    return False
+
+
 def _new(x: Any, compute: Callable[[], Any]) -> Any:
     """A new tensor like x: a leaf of the autograd graph stays a leaf, a Parameter a Parameter."""
     if x.grad_fn is not None:

@@ -278,6 +278,15 @@ SHAPE = Value("a shape", _lengths_of_axes, {"type": "array", "items": NATURAL.sc
 INITIALIZER = Value(
     "an initializer", _one_of(INITIALIZERS, "an initializer"), {"enum": list(INITIALIZERS)}, example="lecun_normal"
 )
+# How a quantised weight is encoded where new values make that necessary.
+RULES = {
+    "amax": "anew, with scales by the greatest magnitude of each block (amax)",
+    "keep": "anew, with the scales that are there",
+    "never": "not at all: what cannot be done exactly is refused",
+}
+REQUANTIZE = Value(
+    "how blocks of quantised weights are encoded", _one_of(RULES, "a way to encode"), {"enum": [*RULES]}, example="amax"
+)
 _INTEGERS = {"anyOf": [{"type": "array", "items": {"type": "integer"}}, {"type": ["integer", "string"]}]}
 SIZES = Value("the length of each part along the axis", _integers, _INTEGERS, example="2,4")
 AXIS = Value("an axis, counted from 0 or, with a minus, from the end", _integer, {"type": "integer"}, example="0")

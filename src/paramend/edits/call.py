@@ -1,7 +1,8 @@
 """A call: one edit of the table with its arguments, checked against specs and then run on an array."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,6 +15,7 @@ from paramend.edits.checks import check_scalar
 from paramend.edits.damage import Losses
 from paramend.edits.runs import native
 from paramend.errors import NoMatch, OutOfRange, SpecMismatch, Unsupported
+from paramend.leaves.codecs.encoding import Misfit
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.specs import Spec
 
@@ -98,17 +100,69 @@ class Op:
         return spec if self.check is None else self.check(spec, args)
 
 
+@dataclass(frozen=True, slots=True)
+class Coding:
+    """What was asked of a quantised weight, and how the leaves that it is stored in do it.
+
+    Attributes:
+        path: the weight.
+        before: its shape and dtype.
+        spec: those after the edits.
+        scheme: what it is stored in, such as "fp8-block".
+        asked: the edits, first to last.
+        how: "codes of 0", "its scale", "encoded anew, ..." for each of them.
+        misfit: how far codes that were made anew are from what was asked; None if all is exact.
+        serial: its place among others.
+    """
+
+    path: str
+    before: Spec
+    spec: Spec
+    scheme: str
+    asked: tuple["Call", ...]
+    how: tuple[str, ...]
+    misfit: Misfit | None = None
+    serial: int = field(default_factory=count().__next__, compare=False)
+
+    @property
+    def said(self) -> str:
+        """How it is done, and how far off it is where that is known."""
+        said = ["; ".join(dict.fromkeys(self.how)), str(self.misfit or "")]
+        return f"{self.scheme}: {', '.join(filter(None, said))}"
+
+    def then(self, later: "Coding") -> "Coding":
+        """Both, one after the other, of one weight."""
+        how, asked = (*self.how, *later.how), (*self.asked, *later.asked)
+        return replace(later, before=self.before, asked=asked, how=how, misfit=later.misfit or self.misfit)
+
+    def told(self) -> "Coding":
+        """The same for a report, without arrays."""
+        return replace(self, asked=tuple(each.told() for each in self.asked))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What it adds to the row of a report."""
+        found: dict[str, Any] = {"scheme": self.scheme, "how": list(self.how)}
+        return found | (self.misfit.to_dict() if self.misfit else {})
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class Call:
-    """An op with its arguments, and the slice of the leaf that it edits (None for the whole leaf)."""
+    """An op with its arguments, and the slice of the leaf that it edits (None for the whole leaf).
+
+    Attributes:
+        coding: the edit of a quantised weight that this is a part of; None if it is one of the leaf itself.
+    """
 
     op: Op
     args: Args = field(default_factory=dict)
     index: Any = None
+    coding: Coding | None = None
 
     def __str__(self) -> str:
-        from_args = ", ".join(_short(self.args[name]) for name in self.op.parameters if name in self.args)
-        return f"{self.op.name}({from_args})"
+        said = {name: _short(self.args[name]) for name in self.op.parameters if name in self.args}
+        rule = said.pop("requantize", "'amax'")
+        more = [] if rule == "'amax'" else [f"requantize={rule}"]
+        return f"{self.op.name}({', '.join([*said.values(), *more])})"
 
     def __repr__(self) -> str:
         return f"<call {self}>"
@@ -116,7 +170,7 @@ class Call:
     def told(self) -> "Call":
         """The call for a report, with arrays and functions replaced by their descriptions."""
         args = {name: value if isinstance(value, _PLAIN) else _Said(_short(value)) for name, value in self.args.items()}
-        return Call(self.op, args, self.index)
+        return replace(self, args=args, coding=self.coding and self.coding.told())
 
     def spec(self, spec: Spec) -> Spec:
         """The spec after the call; `SpecMismatch` or `OutOfRange` if arguments or slice do not fit the leaf."""

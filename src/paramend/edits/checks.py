@@ -10,7 +10,7 @@ from paramend.arrays import initializers
 from paramend.arrays.registry import backend, backend_of
 from paramend.edits.arguments import Args, shown
 from paramend.errors import BadArgument, SpecMismatch
-from paramend.leaves.origins.stored import Stored
+from paramend.leaves.origins.origin import Origin
 from paramend.leaves.specs import BITS, Spec, dtype_name, numpy_dtype
 from paramend.reports.wording import described
 
@@ -114,7 +114,7 @@ def check_set(spec: Spec, args: Args) -> Spec:
 
 
 def _spec_of(value: Any, takes: str) -> Spec:
-    if isinstance(value, Stored):
+    if isinstance(value, Origin):
         return value.spec
     library = backend_of(type(value))
     if library is not None:

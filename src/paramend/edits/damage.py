@@ -9,7 +9,7 @@ import numpy as np
 from paramend.arrays import losses
 from paramend.arrays.registry import backend, backend_of, to_numpy
 from paramend.edits.arguments import Args
-from paramend.leaves.origins.stored import Stored
+from paramend.leaves.origins.origin import Origin
 from paramend.leaves.specs import Array, dtype_name
 from paramend.reports import wording
 
@@ -64,7 +64,7 @@ def of_noise(before: Array, after: Array, args: Args) -> tuple[int, int]:
 
 def _operand(args: Args, before: Array) -> Array:
     value = args["value"]
-    return to_numpy(value.read() if isinstance(value, Stored) else value).astype(before.dtype)
+    return to_numpy(value.read() if isinstance(value, Origin) else value).astype(before.dtype)
 
 
 def of_call(call: Any, before: Any, after: Any) -> tuple[int, int]:

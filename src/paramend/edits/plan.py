@@ -4,7 +4,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from paramend.anatomy.documents import Change, Document
 from paramend.arrays.initializers import NOWHERE, Site
 from paramend.arrays.registry import backend_of, to_numpy
-from paramend.edits.call import Call, explained
+from paramend.edits.call import Call, Coding, explained
 from paramend.edits.damage import Damage, said
 from paramend.edits.ops import OPS
 from paramend.errors import BadArgument, RenameClash, Unsupported
@@ -45,6 +45,7 @@ class Row:
         depths: for each key of a moved leaf, the depth in the source of the template of its container, or None.
         added: where it comes from, in reports of what came to a checkpoint in its own files.
         made: what it is made of before the calls, an origin or its text, if it is not the leaf of its path.
+        coding: of a quantised weight that a report shows as one leaf, how it is edited.
     """
 
     path: str
@@ -59,6 +60,7 @@ class Row:
     damage: Damage = field(default_factory=Damage, compare=False)
     added: str = ""
     made: Origin | str = ""
+    coding: Coding | None = None
 
     def __repr__(self) -> str:
         return f"<{self.path}: {self.spec}, {self.outcome or 'as it is'}>"
@@ -88,13 +90,16 @@ class Row:
     def outcome(self) -> str:
         """What it is made of, the calls, and what they could not hold."""
         made = f"◄─ {shortened(str(self.made))}" if self.made and not self.added else ""
+        coded = f"({self.coding.said})" if self.coding else ""
         edit, damage = ", ".join(filter(None, (made, self.edit))), str(self.damage)
+        edit = " ".join(filter(None, (edit, coded)))
         return f"{edit}: {damage}" if damage else edit
 
     def to_dict(self) -> dict[str, Any]:
         """The row as data that JSON can hold."""
         more: dict[str, Any] = {"renamed_from": self.was, "inserted_from": self.added, "origin": str(self.made)}
         more |= {"overflowed": self.damage.overflowed, "lost": self.damage.lost}
+        more |= self.coding.to_dict() if self.coding else {}
         return {
             "path": self.path,
             "dtype": self.spec.dtype,
@@ -107,6 +112,8 @@ class Row:
 
 
 def _said(edit: Call) -> str:
+    if edit.coding is not None:
+        return f"{_said(edit.coding.asked[-1])} of {edit.coding.path} in {edit.coding.scheme}"
     return str(edit) if edit.index is None else f"[{write_index(edit.index)}] {edit}"
 
 
@@ -259,6 +266,20 @@ class Plan(Paged):
         depths = tuple(row.depths[depth] if depth and row.depths else depth for _, depth in keys)
         return replace(row, path=path, labels=new, was="" if path == was else was, depths=depths)
 
+    @property
+    def shown(self) -> "Plan":
+        """The plan for readers: a quantised weight that is edited is one row, and not those that it is stored in."""
+        parts: dict[str, list[Row]] = {}
+        for row in self.rows:
+            for path in {each.coding.path for each in row.calls if each.coding is not None}:
+                parts.setdefault(path, []).append(row)
+        if not parts:
+            return self
+        ones = {rows[0].source: _weight(rows) for rows in parts.values()}
+        gone = {row.source for rows in parts.values() for row in rows}
+        kept = (ones.get(row.source, row) for row in self.rows if row.source in ones or row.source not in gone)
+        return self._with(tuple(kept))
+
     @uncollected()
     def told(self) -> "Plan":
         """The plan for a report, which neither holds arrays nor keeps files open."""
@@ -270,9 +291,11 @@ class Plan(Paged):
         def of(row: Row) -> Row:
             damage = Damage(row.damage.overflowed, row.damage.lost)
             row = replace(row, made=str(row.made)) if row.made else row
+            if row.coding is not None:
+                return replace(row, calls=tuple(map(said, row.calls)), coding=row.coding.told())
             return row.with_calls(tuple(map(said, row.calls)), row.places, row.spec, damage) if row.calls else row
 
-        rows, deleted = (tuple(map(of, part)) for part in (self.rows, self.deleted))
+        rows, deleted = (tuple(map(of, part)) for part in (self.shown.rows, self.deleted))
         return Plan(Described(self.leaves), rows, deleted, self.texts)
 
     def _with(self, rows: tuple[Row, ...]) -> "Plan":
@@ -290,6 +313,8 @@ class Plan(Paged):
 
     def page(self) -> Page:
         """The result as a map, coloured by what becomes of each leaf, beside the leaves that are deleted."""
+        if (shown := self.shown) is not self:
+            return shown.page()
         rows = [*self.rows, *self.deleted]
         ends = [""] * len(self.rows) + ["deleted"] * len(self.deleted)
         kinds = [
@@ -316,6 +341,8 @@ class Plan(Paged):
 
     def lines(self) -> list[str]:
         """The table line by line, a header first."""
+        if (shown := self.shown) is not self:
+            return shown.lines()
         table = [("path", "spec", "edit")]
         deleted = {id(row) for row in self.deleted}
         made = [row for row in self.rows if row.made and row.stays]
@@ -343,13 +370,22 @@ class Plan(Paged):
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as data that JSON can hold: the rows that change something, and how many leaves stay."""
-        changed = [row for row in self.rows if row.made or not row.stays]
+        changed = [row for row in self.shown.rows if row.made or not row.stays]
         data: dict[str, Any] = {"changed": [row.to_dict() for row in changed]}
         if self.deleted:
             data["deleted"] = [row.was or row.path for row in self.deleted]
         if self.configured:
             data["config"] = [change.to_dict() for change in self.configured]
         return data | {"kept": len(self.rows) - len(changed)}
+
+
+def _weight(rows: Sequence[Row]) -> Row:
+    """A quantised weight as one row, of the rows of what it is stored in."""
+    codings = {each.coding.serial: each.coding for row in rows for each in row.calls if each.coding is not None}
+    first, *rest = (codings[serial] for serial in sorted(codings))
+    coding = reduce(Coding.then, rest, first)
+    calls = coding.asked
+    return Row(coding.path, coding.spec, rows[0].source, coding.before, calls, was=rows[0].was, coding=coding)
 
 
 def call(op: str, args: Mapping[str, Any]) -> Call:

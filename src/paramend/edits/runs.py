@@ -9,14 +9,14 @@ from paramend.arrays.registry import backend, backend_of
 from paramend.edits.arguments import Args
 from paramend.edits.checks import bounds, is_key
 from paramend.errors import SpecMismatch, Unsupported
-from paramend.leaves.origins.stored import Stored
+from paramend.leaves.origins.origin import Origin
 from paramend.leaves.specs import dtype_name, numpy_dtype
 from paramend.reports.wording import described
 
 
 def native(library: Backend, value: Any) -> Any:
     """A value that this library can read: arrays of other libraries are converted through numpy, bit for bit."""
-    if isinstance(value, Stored):
+    if isinstance(value, Origin):
         value = value.read()
     found = backend_of(type(value))
     return value if found is None or found is library else found.numpy(value)

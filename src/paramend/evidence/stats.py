@@ -7,6 +7,7 @@ from typing import Any
 
 from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.edits.memory import Memory
+from paramend.edits.weights import weighed
 from paramend.evidence.histograms import histograms as histograms_of
 from paramend.evidence.measures import Measures, Tally
 from paramend.evidence.reading import Span, looked
@@ -65,7 +66,7 @@ def stats(
     if isinstance(tree, str | os.PathLike):
         with open_checkpoint(tree) as checkpoint:
             return stats(checkpoint, selector, spectral=spectral, histograms=histograms, progress=progress)
-    leaves = tree if isinstance(tree, Editable) else Memory(tree)
+    leaves = weighed(tree if isinstance(tree, Editable) else Memory(tree), inputs=True)
     numbers = resolve(selector, leaves)
     matrices = _matrices(leaves, numbers, spectral)
     found = measured(leaves, numbers, Meter(progress, sum(leaves.nbytes(number) for number in numbers)))

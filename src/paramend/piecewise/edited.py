@@ -14,7 +14,6 @@ from paramend.edits.damage import Damage, of_call
 from paramend.errors import SpecMismatch
 from paramend.leaves.origins.boxes import Box, contiguous, select, shape_of
 from paramend.leaves.origins.origin import Given, Namer, Origin
-from paramend.leaves.origins.stored import Stored
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 from paramend.piecewise.steps import Step, step_of
 
@@ -45,7 +44,7 @@ class Edited(Given):
     @property
     def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
         operands = (call.args.get("value") for call in self.calls)
-        return self.base, *(each for each in operands if isinstance(each, Stored))
+        return self.base, *(each for each in operands if isinstance(each, Origin))
 
     @property
     def extents(self) -> None:

@@ -14,7 +14,7 @@ from paramend.edits.damage import Damage
 from paramend.errors import SpecMismatch
 from paramend.leaves.mapped import give_back, mapping
 from paramend.leaves.origins.origin import CHUNK as CHUNK
-from paramend.leaves.origins.stored import Stored
+from paramend.leaves.origins.origin import Origin
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 from paramend.piecewise.regions import region
 
@@ -42,7 +42,7 @@ def step_of(edit: Call, spec: Spec, place: Site, damage: Damage | None = None) -
     if not isinstance(seed, int | np.integer):  # a JAX key draws for the whole leaf at once
         return None
     if edit.op.name == "set":
-        if isinstance(value, Stored):
+        if isinstance(value, Origin):
             return lambda x, start: value.read_range(start, start + x.size)
         dtype, values = numpy_dtype(spec.dtype), _flat_reader(np.asarray(value))
         return lambda x, start: values(start, start + x.size).astype(dtype, copy=False)
@@ -57,10 +57,10 @@ def step_of(edit: Call, spec: Spec, place: Site, damage: Damage | None = None) -
         # One stream of numbers runs through the leaf, as when they are drawn at once.
         here = replace(place, stream=generator(int(seed), place)) if "seed" in edit.op.parameters else place
         return _counted(edit, lambda x, start: edit.run(x, here), damage)
-    if isinstance(value, Stored) and value.spec.shape == spec.shape:
+    if isinstance(value, Origin) and value.spec.shape == spec.shape:
         operand: Callable[[int, int], Array] = value.read_range
     else:
-        whole = np.asarray(value.read() if isinstance(value, Stored) else value)
+        whole = np.asarray(value.read() if isinstance(value, Origin) else value)
         operand = _flat_reader(np.broadcast_to(whole, spec.shape))
 
     def step(x: Array, start: int) -> Array:

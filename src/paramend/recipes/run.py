@@ -16,6 +16,7 @@ from paramend.edits.call import Call, sliced_shape
 from paramend.edits.checks import fitted
 from paramend.edits.memory import Memory, editable
 from paramend.edits.ops import OPS
+from paramend.edits.weights import chosen, weighed
 from paramend.errors import BadArgument, NoMatch, ParamendError, Problem
 from paramend.growth.narrowing import narrow
 from paramend.growth.widening import widen
@@ -28,7 +29,7 @@ from paramend.recipes.text import below, write_scalar
 from paramend.recipes.verbs import CONDITIONS
 from paramend.reports import wording
 from paramend.selectors.misses import searching
-from paramend.selectors.selector import Selector, Union, Where, resolve, sel
+from paramend.selectors.selector import Selector, Union, Where, sel
 
 
 def _widened(tree: Any, given: Mapping[str, Any], donors: Donors) -> Any:
@@ -58,7 +59,7 @@ def run(steps: Sequence[RecipeStep], tree: Any, donors: Donors, *, raw: bool) ->
     broken: list[_Attempt] = []
     with suppress(Enough), searching(_SECONDS):
         for step in steps:
-            at = _Attempt(step, editable(tree, raw=raw), donors, f"$.steps[{step.number}]")
+            at = _Attempt(step, weighed(editable(tree, raw=raw)), donors, f"$.steps[{step.number}]")
             found = None
             with suppress(Enough):
                 found = at.carry_out()
@@ -77,7 +78,7 @@ def check_in_place(
     """The functions that carry out the steps in place, in order, and all problems."""
     problems = Problems()
     work: list[Callable[[], None]] = []
-    leaves: Any = editable(module, raw=raw)
+    leaves: Any = weighed(editable(module, raw=raw))
     with suppress(Enough), searching(_SECONDS):
         for step in steps:
             at = _Attempt(step, leaves, donors, f"$.steps[{step.number}]")
@@ -93,7 +94,7 @@ def check_in_place(
             if calls and not at.problems:
                 at.problems.tried(f"{at.address}.at", leaves.check_, calls)
                 # All steps have the same leaves: only values change.
-                work.append(partial(lambda calls: editable(module, raw=raw).edited_(calls), calls))
+                work.append(partial(lambda calls: weighed(editable(module, raw=raw)).edited_(calls), calls))
             for problem in at.problems:
                 problems.append(problem)
     return work, problems
@@ -166,11 +167,11 @@ class _Attempt:
     def calls(self) -> dict[int, Call]:
         """The call of the step's op on each selected leaf, checked against its spec; none if something is wrong."""
         op, given = self.step.verb.op, self.step.given
-        chosen = self._chosen()
+        picked = self._chosen()
         if op is None or self.problems:
             return {}
         index = read_index(given["index"]) if "index" in given and "index" not in op.parameters else None
-        specs = {number: self.leaves.spec(number) for number, _ in chosen}
+        specs = {number: self.leaves.spec(number) for number, _ in picked}
         if index is not None:
             inner = self._each("index", specs, lambda n: Spec(sliced_shape(specs[n].shape, index), specs[n].dtype))
         else:
@@ -178,7 +179,7 @@ class _Attempt:
         args = {name: given[name] for name in op.parameters if name in given}
         values = dict.fromkeys(specs, args.get("value"))
         if "from" in given:
-            values = self._donated(chosen)
+            values = self._donated(picked)
         elif isinstance(args.get("value"), list):
             values = self._each("value", inner, lambda number: _literal(args["value"], inner[number]))
         if self.problems:
@@ -208,7 +209,7 @@ class _Attempt:
     def _resolved(self, key: str, selector: Selector) -> tuple[int, ...]:
         """The leaves of a selector; none, and a problem with this key, if it matches nothing."""
         try:
-            return resolve(selector, self.leaves)
+            return tuple(chosen(selector, self.leaves))
         except ParamendError as error:
             problem = problem_of(error, f"{self.address}.{key}")
             if self.step.verb.name == "expect" and isinstance(error, NoMatch):
