@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 import paramend as pm
 from paramend.cli.main import cli
-from paramend.errors import BadArgument, SpecMismatch, Unsupported
+from paramend.errors import BadArgument, Quantized, SpecMismatch, Unsupported
 from support.tiny_models import kind, make
 
 SAID = {"hidden": 64, "heads": 8, "kv_heads": 4, "mlp": 96}
@@ -113,3 +113,11 @@ def test_recipes_and_commands_do_the_same(tmp_path):
         assert run(cli, ["widen", str(tmp_path / "old"), *wrong, "--dry-run"]).exit_code == 2
     with pytest.raises(pm.errors.BadRecipe, match="not a multiple"):
         pm.Recipe([{"widen": {"hidden": 33}}]).apply(pm.open(tmp_path / "old"))
+
+
+def test_quantised_weights_are_refused(tmp_path):
+    tree = {"fc": {"weight_packed": np.zeros((1, 1), "int32"), "weight_scale": np.ones((1, 1), "float32")}}
+    pm.save(tree, tmp_path / "model.safetensors")
+    for model in (tree, pm.open(tmp_path / "model.safetensors")):
+        with pytest.raises(Quantized, match="part of a quantised weight"):
+            pm.widen(model, features={"fc": 16})

@@ -7,11 +7,12 @@ from typing import Any, TypeVar, cast
 from paramend.anatomy.documents import document_of
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.edits.memory import Memory, editable
-from paramend.errors import BadArgument, Unsupported
+from paramend.errors import BadArgument, Quantized, Unsupported
 from paramend.growth import consumers, following
 from paramend.growth.axes import Axes
 from paramend.growth.spreads import Method, Spreads, checked, configured, growths_of, spreads_of
 from paramend.growth.widths import WidthReport, WidthRow
+from paramend.leaves.groups import groups_of
 from paramend.leaves.leaves import Editable
 from paramend.leaves.specs import AnyTree, Spec
 from paramend.reports import wording
@@ -65,6 +66,7 @@ def widen(
     Raises:
         BadArgument: the family of a model is not known, an axis would be shorter, or heads do not fit their groups.
         NoMatch: there is no such layer.
+        Quantized: weights are quantised.
         SpecMismatch: a leaf has another shape than the configuration says.
         Unsupported: the method cannot keep what norms see, or the next layer does not read the features.
 
@@ -146,6 +148,10 @@ class Work:
         self.verb = verb
         self.leaves: Editable = editable(tree)
         self.config: Mapping[str, Any] | None = None
+        for group in groups_of(self.leaves)[:1]:
+            path, scheme = self.leaves.index.path(group.numbers[0]), group.scheme.name
+            why = f"{path} is part of a quantised weight ({scheme}), whose blocks do not fit another shape"
+            raise Quantized(why, scheme=scheme, payload=path, hint="model, _ = pm.dequantize(model)")
         if features:
             self.axes = consumers.axes_of(self.leaves, features)
         else:
