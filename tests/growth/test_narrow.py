@@ -81,7 +81,7 @@ def test_norms_and_scores_choose_layer_by_layer():
         for n, layer in enumerate(model.model.layers):
             layer.mlp.up_proj.weight[10 * n : 10 * n + 4] *= 100
             layer.self_attn.v_proj.weight[8 * (n % 2) : 8 * (n % 2) + 8] *= 100
-    _, report = pm.narrow(model, {"mlp": 4, "heads": 2})
+    _, report = pm.narrow(model, {"mlp": np.int64(4), "heads": 2})
     assert report.kept["mlp"] == [[10 * n + i for i in range(4)] for n in range(3)]
     assert report.kept["kv_heads"] == [[0], [1], [0]]
     assert report.kept["heads"] == [[0, 1], [2, 3], [0, 1]]
@@ -90,7 +90,7 @@ def test_norms_and_scores_choose_layer_by_layer():
     small, report = pm.narrow(model, {"mlp": 1}, by={"mlp": scores})
     assert report.kept["mlp"] == [[7], [8], [9]]
     assert torch.equal(small.model.layers[1].mlp.gate_proj.weight, model.model.layers[1].mlp.gate_proj.weight[[8]])
-    _, report = pm.narrow(model, {"heads": 2, "hidden": 2}, by={"heads": np.eye(4)[3], "hidden": np.arange(32)})
+    _, report = pm.narrow(model, {"heads": 2, "hidden": 2}, by={"heads": torch.eye(4)[3], "hidden": np.arange(32)})
     assert (report.kept["heads"], report.kept["hidden"]) == ([[2, 3]] * 3, [[30, 31]])
     _, report = pm.narrow(model, {"layers": 2}, by={"layers": [1, 0, 2]})
     assert report.kept["layers"] == [[0, 2]]

@@ -6,7 +6,7 @@ import torch
 import paramend as pm
 from paramend.porting.float64_torch import float64
 from support.slow import slow_except
-from support.tiny_models import MODELS, kind, logits, make
+from support.tiny_models import BASE, EXPERTS, MODELS, kind, logits, make
 
 WIDE = {
     "tile": {"hidden": 64, "heads": 8, "kv_heads": 4, "mlp": 96},
@@ -16,6 +16,17 @@ WIDE = {
 # Heads that are counted by the residual width alone, without groups.
 BY_WIDTH = {"gpt2": 128, "gpt_neox": 64, "bert": 64}
 FAMILIES = slow_except({"llama", "gpt2"}, MODELS)
+# Families with the names of others, each with something of its own.
+MORE = {
+    "granite": {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 3.0},
+    "starcoder2": {},
+    "cohere": {"use_qk_norm": True},
+    "nemotron": {"head_dim": 8},
+    "exaone4": {"sliding_window": 4, "sliding_window_pattern": 2},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 24},
+}
+CLASSES = {"starcoder2": "Starcoder2", "qwen2_moe": "Qwen2Moe", "olmoe": "Olmoe", "exaone4": "Exaone4"}
 
 
 def lengths(family, method):
@@ -103,3 +114,17 @@ def test_new_places_get_gradients_and_copies_that_are_split_part(family):
     optimizer.step()
     up = split.model.layers[0].mlp.up_proj.weight
     assert (up[:64] - up[64:]).abs().mean() > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.numeric
+@pytest.mark.parametrize("method", ["tile", "zero"])
+@pytest.mark.parametrize("family", MORE)
+@torch.no_grad()
+def test_families_with_multipliers_norms_and_experts_of_their_own_are_exact(family, method, monkeypatch):
+    name = CLASSES.get(family, family.capitalize())
+    monkeypatch.setitem(MODELS, family, (f"{name}Config", f"{name}ForCausalLM", BASE | MORE[family]))
+    model, before = exact(family)
+    wide, _ = pm.widen(model, hidden=64 if method == "tile" else 40, method=method)
+    with float64():
+        assert (logits(wide, family) - before).abs().max() <= 1e-11 * max(1, before.abs().max())

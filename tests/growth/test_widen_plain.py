@@ -106,7 +106,7 @@ def test_flax_parameters_grow_and_the_order_of_keys_does_not_matter():
 def test_the_reader_is_the_next_number():
     shapes = {f"Dense_{n}": (2, 2) for n in (1, 10, 2, 0)}
     params = {name: {"kernel": np.ones(shape, "float32")} for name, shape in shapes.items()}
-    wide, report = pm.widen(params, features={"Dense_2": 4})
+    wide, report = pm.widen(params, features={"Dense_2": np.int64(4)})
     assert [row.path for row in report.rows] == ["Dense_10/kernel", "Dense_2/kernel"]
     assert wide["Dense_10"]["kernel"].shape == (4, 2)
     with pytest.raises(BadArgument, match="last layer"):

@@ -57,13 +57,14 @@ def narrow(tree: T, keep: Keep, *, by: Scores = "norm") -> tuple[T, WidthReport]
     >>> tree["Dense_0"]["kernel"].tolist(), report.kept
     ([[9.0, 2.0]], {'Dense_0': [[1, 2]]})
     """
-    wanted = dict(keep)
+    wanted = {axis: int(what) if isinstance(what, np.integer) else what for axis, what in keep.items()}
     layers = wanted.pop("layers", None)
     features = [axis for axis in wanted if axis not in KEYS]
     if not keep or (features and len(features) < len(wanted)):
         raise BadArgument("narrow takes axes of a model, or paths of layers", hint='keep={"mlp": 4096}')
     work = Work(tree, features, "narrow")
-    _check_tokens(work, wanted.get("vocabulary"))
+    if "vocabulary" in wanted:
+        _check_tokens(work, wanted["vocabulary"])
     places = _Choice(work, wanted, by).places() if wanted else {}
     spreads = {(axis, at): Spread.kept(work.axes.sizes[axis], each) for (axis, at), each in places.items()}
     kept: dict[str, list[list[int]]] = {}
@@ -76,9 +77,9 @@ def narrow(tree: T, keep: Keep, *, by: Scores = "norm") -> tuple[T, WidthReport]
 
 def _check_tokens(work: Work, what: Any) -> None:
     """Raise if a token that the configuration names would have no row."""
-    count = what if isinstance(what, int) or what is None else len(what)
+    count = what if isinstance(what, int) else len(what)
     for key, token in (work.config or {}).items():
-        if count is not None and key.endswith("_token_id") and type(token) is int and token >= count:
+        if key.endswith("_token_id") and type(token) is int and token >= count:
             raise BadArgument(f"vocabulary: the configuration says {key}: {token}, which {count} rows do not have")
 
 
@@ -185,7 +186,7 @@ class _Choice:
     def _given(self, axis: str) -> Array | None:
         if self.by == "norm" or axis not in self.by:
             return None
-        found = np.asarray(self.by[axis])
+        found = to_numpy(self.by[axis])
         size = self.axes.sizes.get(axis, found.shape[-1])
         layers = len(self._layers(axis)) if axis in _LAYERED else 1
         if found.shape not in ((size,), (layers, size)) or np.isnan(found).any():
@@ -205,7 +206,7 @@ class _Choice:
     def of_layers(self, count: int) -> Array:
         """The scores of layers: by default the norms of all of their leaves."""
         if self.by != "norm" and "layers" in self.by:
-            return np.asarray(self.by["layers"])
+            return to_numpy(self.by["layers"])
         if not self._norms:
             self._measure()
         return np.array([self._norms["layers", layer][0] for layer in range(count)])
@@ -214,7 +215,7 @@ class _Choice:
         """Add up squares, leaf by leaf, each read once."""
         leaves = self.work.leaves
         for number, uses in self.axes.uses.items():
-            if leaves.ties.get(number, number) != number:
+            if leaves.ties.get(number, number) != number or not uses:
                 continue
             layer = layer_of(leaves.index.pieces(number))
             for use, sums in zip(uses, _squares(leaves, number), strict=True):

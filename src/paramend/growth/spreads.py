@@ -204,14 +204,3 @@ def configured(axes: Axes, config: Mapping[str, Any], spreads: Spreads) -> dict[
             raise Unsupported("its configuration does not say what norms add to the mean square", hint='method="tile"')
         made[key] = config[key] * factor
     return made
-
-
-def checked(method: str) -> Method:
-    """The name of a method.
-
-    Raises:
-        BadArgument: it is none.
-    """
-    if method not in METHODS:
-        raise BadArgument(f"method={method!r} is not one of {', '.join(METHODS)}", hint='method="tile"')
-    return method  # type: ignore[return-value]

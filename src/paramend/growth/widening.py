@@ -4,13 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import numpy as np
+
 from paramend.anatomy.documents import document_of
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.edits.memory import Memory, editable
 from paramend.errors import BadArgument, Quantized, Unsupported
 from paramend.growth import consumers, following
 from paramend.growth.axes import Axes
-from paramend.growth.spreads import Method, Spreads, checked, configured, growths_of, spreads_of
+from paramend.growth.spreads import METHODS, Method, Spreads, configured, growths_of, spreads_of
 from paramend.growth.widths import WidthReport, WidthRow
 from paramend.leaves.groups import groups_of
 from paramend.leaves.leaves import Editable
@@ -112,40 +114,35 @@ def widen_(
     >>> model[2]
     Linear(in_features=4, out_features=1, bias=True)
     """
-    check_module(module, "pm.widen")
+    kind = find_kind(module)
+    if kind is None or kind.replace is None:
+        what = wording.described(module)
+        raise Unsupported(f"{what} cannot be changed in place", hint="tree, report = pm.widen(tree, ...)")
     sizes = {"hidden": hidden, "mlp": mlp, "heads": heads, "kv_heads": kv_heads}
     return _planned(module, sizes, features, method).carried_out_(module)
 
 
-def _planned(tree: Any, sizes: Mapping[str, int | None], features: Mapping[str, int] | None, method: str) -> "Work":
-    wanted = {axis: size for axis, size in sizes.items() if size is not None}
+def _planned(tree: Any, sizes: Mapping[str, int | None], features: Mapping[str, int] | None, method: Method) -> "Work":
+    wanted: dict[str, int] = {axis: size for axis, size in sizes.items() if size is not None}
     if bool(wanted) == bool(features):
         raise BadArgument(
             "widen takes lengths of the axes of a model, or of features of layers",
             hint='pm.widen(tree, features={"params/Dense_0": 16}), or pm.widen(model, mlp=4096)',
         )
+    if method not in METHODS:
+        raise BadArgument(f"method={method!r} is not one of {', '.join(METHODS)}", hint='method="tile"')
     for axis, size in {**wanted, **(features or {})}.items():
-        if type(size) is not int or size < 1:
+        if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
             raise BadArgument(f"{axis}={size!r} is not a length", hint=f"{axis}=16")
     work = Work(tree, features, "widen")
-    wanted |= {path: size for path, size in (features or {}).items() if path in work.axes.sizes}  # without norms
-    return work.spread(spreads_of(work.axes, wanted, checked(method)))
-
-
-def check_module(module: Any, verb: str) -> None:
-    """Raise `Unsupported` for what cannot take leaves of other shapes in place."""
-    kind = find_kind(module)
-    if kind is None or kind.replace is None:
-        raise Unsupported(
-            f"{wording.described(module)} cannot be changed in place", hint=f"tree, report = {verb}(tree, ...)"
-        )
+    wanted |= {path: int(size) for path, size in (features or {}).items() if path in work.axes.sizes}  # without norms
+    return work.spread(spreads_of(work.axes, wanted, method))
 
 
 class Work:
     """A change of width: everything is checked before anything changes."""
 
     def __init__(self, tree: Any, features: Any, verb: str) -> None:
-        self.verb = verb
         self.leaves: Editable = editable(tree)
         self.config: Mapping[str, Any] | None = None
         for group in groups_of(self.leaves)[:1]:
@@ -167,10 +164,9 @@ class Work:
         if self.config is not None:
             self.new = configured(self.axes, self.config, spreads)
         sizes = {axis: (each.old, len(each.places)) for (axis, _), each in spreads.items()}
-        index = self.leaves.index
-        old = self.config or {}
-        config = [f"{k}: {old.get(k)} -> {v}" for k, v in (self.new or {}).items() if k not in old or old[k] != v]
-        self.report = WidthReport(verb=self.verb, sizes=sizes, config=config)
+        index, old = self.leaves.index, self.config or {}
+        self.report.sizes = sizes
+        self.report.config = [f"{k}: {old.get(k)} -> {v}" for k, v in (self.new or {}).items() if old.get(k) != v]
         for number, grown in self.growths.items():
             spec = self.leaves.spec(number)
             lengths = (n if at is None else len(at) for n, at in zip(spec.shape, grown.places, strict=True))
