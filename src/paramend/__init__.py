@@ -42,8 +42,10 @@ if TYPE_CHECKING:
     from paramend.growth import init as init
     from paramend.growth.deepening import deepen as deepen
     from paramend.growth.deepening import deepen_ as deepen_
+    from paramend.growth.experts import experts as experts
     from paramend.growth.liveness import check_live as check_live
     from paramend.growth.narrowing import narrow as narrow
+    from paramend.growth.upcycling import upcycle as upcycle
     from paramend.growth.widening import widen as widen
     from paramend.growth.widening import widen_ as widen_
     from paramend.growth.writers import residual_writers as residual_writers
@@ -71,6 +73,7 @@ if TYPE_CHECKING:
     from paramend.selectors.selector import sel as sel
     from paramend.stacking.stack import stack_layers as stack_layers
     from paramend.stacking.stack import unstack_layers as unstack_layers
+    from paramend.tokens.vocabulary import vocabulary as vocabulary
 
     __version__: str
 
@@ -102,8 +105,10 @@ _LATER = {
         ),
         "paramend.evidence.stats": ("stats",),
         "paramend.growth.deepening": ("deepen", "deepen_"),
+        "paramend.growth.experts": ("experts",),
         "paramend.growth.liveness": ("check_live",),
         "paramend.growth.narrowing": ("narrow",),
+        "paramend.growth.upcycling": ("upcycle",),
         "paramend.growth.widening": ("widen", "widen_"),
         "paramend.growth.writers": ("residual_writers",),
         "paramend.growth.zeroing": ("init_zero_",),
@@ -124,6 +129,7 @@ _LATER = {
         "paramend.mapping.shelf": ("layout", "layouts"),
         "paramend.porting.port": ("port", "port_"),
         "paramend.stacking.stack": ("stack_layers", "unstack_layers"),
+        "paramend.tokens.vocabulary": ("vocabulary",),
         "paramend.journal.undo": ("history", "undo"),
     }.items()
     for name in names

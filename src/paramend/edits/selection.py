@@ -198,7 +198,7 @@ def _typed(args: Mapping[str, Any]) -> str:
     >>> _typed({"std": 0.1, "seed": 0}), _typed({"value": np.ones(2)})
     ('0.1, seed=0', 'value')
     """
-    plain = (bool, int, float, complex, str)
+    plain = (bool, int, float, complex, str, type(None))
     texts = {name: repr(value) if isinstance(value, plain) else name for name, value in args.items()}
     return ", ".join(f"{name}={text}" if at else text for at, (name, text) in enumerate(texts.items()))
 

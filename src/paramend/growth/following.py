@@ -7,6 +7,7 @@ from typing import Any
 from paramend.checkpoints.assemble import Pick, assemble, origin_of
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.edits.memory import Memory
+from paramend.growth.configured import blank
 from paramend.growth.deepening import enter
 from paramend.leaves.leaves import tied
 from paramend.leaves.paths import text_of
@@ -103,13 +104,10 @@ def _settle(root: Any, memory: Memory, growths: Growths, twin: Any) -> None:
 
 
 def _anew(model: Any, values: Mapping[str, Any]) -> Any:
-    """A model of transformers of the same class with another configuration; the global generator is as it was."""
-    import torch
-
+    """A model of transformers of the same class with another configuration."""
     config = copy.deepcopy(model.config)
     enter(config, config.to_dict(), values)
-    with torch.random.fork_rng(devices=[]):
-        return type(model)(config)
+    return blank(type(model), config)
 
 
 def _alike(model: Any, twin: Any) -> None:
