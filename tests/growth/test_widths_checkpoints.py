@@ -105,10 +105,15 @@ def test_recipes_and_commands_do_the_same(tmp_path):
     np.savez(tmp_path / "scores.npz", mlp=np.arange(64.0))
     asked = ["narrow", str(tmp_path / "old"), "--mlp", "2", "--by", str(tmp_path / "scores.npz"), "--dry-run", "--json"]
     assert json.loads(run(cli, asked).stdout)["kept"]["mlp"] == [[62, 63]] * 3
+    step = {"narrow": {"mlp": 2, "by": str(tmp_path / "scores.npz")}}
+    chosen = pm.Recipe([step]).apply(pm.open(tmp_path / "old"))["model.layers.0.mlp.up_proj.weight"]
+    assert (chosen == pm.open(tmp_path / "old")["model.layers.0.mlp.up_proj.weight"][62:]).all()
     np.savez(tmp_path / "old.npz", **{"a/kernel": np.ones((2, 2)), "b/kernel": np.ones((2, 1))})
     asked = ["widen", str(tmp_path / "old.npz"), "--feature", "a=4", "-o", str(tmp_path / "wide.npz")]
     assert run(cli, asked).exit_code == 0
     assert np.load(tmp_path / "wide.npz")["b/kernel"].shape == (4, 1)
+    back = pm.Recipe([{"narrow": {"features": {"a": 2}}}]).apply(pm.open(tmp_path / "wide.npz"))
+    assert back["b/kernel"].shape == (2, 1)
     for wrong in (["--mlp", "x"], ["--feature", "a"], ["--method", "copy", "--mlp", "96"], []):
         assert run(cli, ["widen", str(tmp_path / "old"), *wrong, "--dry-run"]).exit_code == 2
     with pytest.raises(pm.errors.BadRecipe, match="not a multiple"):

@@ -120,11 +120,14 @@ def narrow(tree: Any, given: Given, donors: Donors) -> Any:
     """A model with some places of its axes."""
     from paramend.growth import narrowing  # as above
 
-    keep = {
-        axis: what for axis, what in {**given, **given.get("features", {})}.items() if axis not in ("features", "by")
-    }
-    scores: Any = donors.open(given["by"]) if given.get("by", "norm") != "norm" else ()
-    return narrowing.narrow(_whole(tree), keep, by=dict(scores.items()) if scores else "norm")[0]
+    keep = {axis: what for axis, what in given.items() if axis not in ("features", "by")} | given.get("features", {})
+    by: Any = given.get("by", "norm")
+    scores = by if by == "norm" else donors.open(by)
+    if not isinstance(scores, str | Checkpoint):
+        raise BadArgument(
+            f"{by} holds one array, without the name of an axis", hint='np.savez("scores.npz", mlp=scores)'
+        )
+    return narrowing.narrow(_whole(tree), keep, by=scores if isinstance(scores, str) else dict(scores.items()))[0]
 
 
 def vocabulary(tree: Any, given: Given, donors: Donors) -> Any:
