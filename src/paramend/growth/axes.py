@@ -194,7 +194,7 @@ class Axes:
         sizes = _sizes(config)
         index = leaves.index
         rows = {number: _row(family, index.pieces(number)) for number in index.numbers}
-        heads = {number for number, row in rows.items() if row == "vocabulary <hidden" and _is_weight(index, number)}
+        heads = {n for n, row in rows.items() if row == "vocabulary <hidden" and index.pieces(n)[-1] != "bias"}
         words = {number for number, row in rows.items() if row == "vocabulary hidden"}
         tied = _tied(leaves, config, words, heads)
         uses: dict[int, tuple[Use, ...]] = {}
@@ -275,18 +275,14 @@ def _uses(row: str, ndim: int, bias: bool, sizes: Mapping[str, int]) -> tuple[Us
     return tuple(found)
 
 
-def _is_weight(index: Any, number: int) -> bool:
-    return bool(index.pieces(number)[-1] != "bias")
-
-
 def _tied(leaves: Leaves, config: Mapping[str, Any], words: Iterable[int], heads: Iterable[int]) -> bool:
     """Whether the head is tied to the embedding: they are one leaf, or the configuration says so."""
     one = {leaves.ties.get(number, number) for number in words}
     if any(leaves.ties.get(number, number) in one for number in heads):
         return True
-    said, kinds = config.get("tie_word_embeddings"), config.get("architectures") or [""]
-    on_disk = hasattr(leaves, "path") and str(kinds[0]).endswith(WITH_HEAD)
-    return bool(on_disk and (said if heads else said is not False))
+    said, kinds = config.get("tie_word_embeddings"), config.get("architectures")
+    with_head = str(kinds[0]).endswith(WITH_HEAD) if kinds else bool(said)
+    return bool(hasattr(leaves, "path") and with_head and (said if heads else said is not False))
 
 
 def _check_left(leaves: Leaves, number: int, row: str | None, sizes: Mapping[str, int]) -> None:
