@@ -121,13 +121,13 @@ def narrow(tree: Any, given: Given, donors: Donors) -> Any:
     from paramend.growth import narrowing  # as above
 
     keep = {axis: what for axis, what in given.items() if axis not in ("features", "by")} | given.get("features", {})
-    by = given.get("by", "norm")
-    scores: Any = by if by == "norm" else donors.open(by)
-    if not isinstance(scores, str | Checkpoint):
-        raise BadArgument(
-            f"{by} holds one array, without the name of an axis", hint='np.savez("scores.npz", mlp=scores)'
-        )
-    return narrowing.narrow(_whole(tree), keep, by=scores if by == "norm" else dict(scores.items()))[0]
+    if given.get("by", "norm") == "norm":
+        return narrowing.narrow(_whole(tree), keep)[0]
+    scores = donors.open(given["by"])
+    if not isinstance(scores, Checkpoint):
+        hint = 'np.savez("scores.npz", mlp=scores)'
+        raise BadArgument(f"{given['by']} holds one array, without the name of an axis", hint=hint)
+    return narrowing.narrow(_whole(tree), keep, by=dict(scores.items()))[0]
 
 
 def vocabulary(tree: Any, given: Given, donors: Donors) -> Any:
