@@ -170,6 +170,8 @@ IDS = SIZES.named("a list of numbers", "0,1,2")
 TOKENS = PATHS.named("a list of texts", "<a>")
 VALUES = Value("a map of keys and values", _values, {"type": "object", "minProperties": 1})
 
+_HEAD = Key("head", TEXT.named("a path", "lm_head.weight"), "the path of the head's weight, if it is not a usual one")
+_KEEP = Key("keep", TEXT.named("a text", "embedding"), "whose values stay if they differ: `embedding` or `head`")
 RENAMES = Value("a map of paths", _renames, {"type": "object", "minProperties": 1, "additionalProperties": TEXT.schema})
 SCHEME = Value("a scheme of quantised weights", _scheme, {"enum": list(WRITABLE)}, example="fp8-block")
 _COUNT = Value("a whole number, not 0", _count, {"type": "integer", "minimum": 1}, example="64")
@@ -242,11 +244,12 @@ VERBS: dict[str, Verb] = {
         ),
         Verb(
             "tie",
-            "a leaf stands under further names, too",
-            (_AT, Key("into", PATHS, _INTO, required=True)),
+            "the head becomes the embedding; with `at` and `into`, a leaf stands under further names, too",
+            (_HEAD, _KEEP, Key("at", SELECTOR, "the leaf"), Key("into", PATHS, _INTO)),
             changes=True,
             make=changes.tie,
         ),
+        Verb("untie", "the head gets a weight of its own", (_HEAD,), changes=True, make=changes.untie, selects=False),
         Verb(
             "dequantize",
             "quantised weights become floats",
