@@ -41,6 +41,17 @@ def test_files_hold_what_the_module_does(family, tmp_path):
     assert torch.equal(again.lm_head.weight, again.get_input_embeddings().weight)
 
 
+def test_a_head_that_the_family_ties_counts_as_tied(tmp_path):
+    model = saved(tmp_path / "old", "gemma", tie_word_embeddings=True)
+    config = json.loads((tmp_path / "old/config.json").read_text())
+    (tmp_path / "old/config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k != "tie_word_embeddings"})
+    )
+    pm.widen(pm.open(tmp_path / "old"), hidden=64)[0].save(tmp_path / "new")
+    norm = pm.widen(model, hidden=64)[0].model.norm.weight
+    assert np.array_equal(load_file(tmp_path / "new/model.safetensors")["model.norm.weight"], norm.detach().numpy())
+
+
 def test_zero_scales_what_norms_add(tmp_path):
     saved(tmp_path / "old")
     eps = json.loads((tmp_path / "old/config.json").read_text())["rms_norm_eps"]

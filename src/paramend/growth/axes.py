@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from paramend.anatomy.beside import WITH_HEAD
+from paramend.anatomy.ties import said
 from paramend.errors import BadArgument, SpecMismatch, Unsupported
 from paramend.leaves.leaves import Leaves
 from paramend.leaves.paths import number_of
@@ -280,9 +281,9 @@ def _tied(leaves: Leaves, config: Mapping[str, Any], words: Iterable[int], heads
     one = {leaves.ties.get(number, number) for number in words}
     if any(leaves.ties.get(number, number) in one for number in heads):
         return True
-    said, kinds = config.get("tie_word_embeddings"), config.get("architectures")
-    with_head = str(kinds[0]).endswith(WITH_HEAD) if kinds else bool(said)
-    return bool(hasattr(leaves, "path") and with_head and (said if heads else said is not False))
+    told, kinds = said(config), config.get("architectures")
+    with_head = str(kinds[0]).endswith(WITH_HEAD) if kinds else bool(told)
+    return bool(hasattr(leaves, "path") and with_head and (told if heads else told is not False))
 
 
 def _check_left(leaves: Leaves, number: int, row: str | None, sizes: Mapping[str, int]) -> None:
