@@ -47,7 +47,10 @@ if TYPE_CHECKING:
     from paramend.growth.deepening import deepen_ as deepen_
     from paramend.growth.experts import experts as experts
     from paramend.growth.liveness import check_live as check_live
+    from paramend.growth.narrowing import narrow as narrow
     from paramend.growth.upcycling import upcycle as upcycle
+    from paramend.growth.widening import widen as widen
+    from paramend.growth.widening import widen_ as widen_
     from paramend.growth.writers import residual_writers as residual_writers
     from paramend.growth.zeroing import init_zero_ as init_zero_
     from paramend.journal.undo import history as history
@@ -110,7 +113,9 @@ _LATER = {
         "paramend.growth.deepening": ("deepen", "deepen_"),
         "paramend.growth.experts": ("experts",),
         "paramend.growth.liveness": ("check_live",),
+        "paramend.growth.narrowing": ("narrow",),
         "paramend.growth.upcycling": ("upcycle",),
+        "paramend.growth.widening": ("widen", "widen_"),
         "paramend.growth.writers": ("residual_writers",),
         "paramend.growth.zeroing": ("init_zero_",),
         "paramend.checkpoints.patching": ("patch",),

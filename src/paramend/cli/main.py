@@ -62,6 +62,8 @@ ROWS = (
     CommandRow("quantize", "codes", "Write a checkpoint with weights in a quantised scheme."),
     CommandRow("ablate", "ablate", "Score a checkpoint without each of its parts; write nothing."),
     CommandRow("deepen", "grow", "Write a model with more layers, or fewer, made from those it has."),
+    CommandRow("widen", "widths", "Write a model with longer axes, which computes what it did.", also=("grow",)),
+    CommandRow("narrow", "widths", "Write a model with some places of its axes.", also=("shrink",)),
     CommandRow(
         "experts", "grow", "Write a model with some of its experts, or with each several times.", also=("prune",)
     ),

@@ -115,7 +115,7 @@ class Memory(Tree, Editable):
         library = backend_of(type(self.values[number]))
         return library is None or library.abstract(self.values[number]) or library.traced(self.values[number])
 
-    def beside(self, values: Any, number: int) -> Any:
+    def as_given(self, values: Any, number: int) -> Any:
         return backend(self.values[number]).beside(values, self.values[number])
 
     def regrouped(self, groups: Sequence[Group], *, close_up: bool = True) -> Any:

@@ -119,6 +119,27 @@ def upcycle(tree: Any, given: Given, donors: Donors) -> Any:
     )[0]
 
 
+def widen(tree: Any, given: Given, donors: Donors) -> Any:
+    """A model with longer axes."""
+    from paramend.growth import widening  # as above
+
+    return widening.widen(_whole(tree), **given)[0]
+
+
+def narrow(tree: Any, given: Given, donors: Donors) -> Any:
+    """A model with some places of its axes."""
+    from paramend.growth import narrowing  # as above
+
+    keep = {axis: what for axis, what in given.items() if axis not in ("features", "by")} | given.get("features", {})
+    if given.get("by", "norm") == "norm":
+        return narrowing.narrow(_whole(tree), keep)[0]
+    scores = donors.open(given["by"])
+    if not isinstance(scores, Checkpoint):
+        hint = 'np.savez("scores.npz", mlp=scores)'
+        raise BadArgument(f"{given['by']} holds one array, without the name of an axis", hint=hint)
+    return narrowing.narrow(_whole(tree), keep, by=dict(scores.items()))[0]
+
+
 def vocabulary(tree: Any, given: Given, donors: Donors) -> Any:
     """A model with some of its tokens, or more."""
     from paramend.tokens import vocabulary as of  # as above

@@ -126,6 +126,10 @@ def _shares(data: Any) -> Any:
     return [NUMBER.read(each) for each in data] if isinstance(data, list | tuple) else NUMBER.read(data)
 
 
+def _kept(data: Any) -> Any:
+    return data if type(data) is int else SIZES.read(data)
+
+
 def _experts(data: Any) -> Any:
     if isinstance(data, Mapping):
         return {str(layer): SIZES.read(ids) for layer, ids in data.items()}
@@ -153,6 +157,13 @@ NEW_PATH = TEXT.named("a path", "layers/<n>/w")
 PATHS = Value("a list of paths", _texts, {"type": "array", "minItems": 1, "items": TEXT.schema}, example="layers/<n>/w")
 
 
+KEPT = Value("how many places stay, or which ones", _kept, SIZES.schema, example="0,1")
+WIDTHS = {
+    "hidden": "the residual width",
+    "mlp": "the width of the feed-forward layers",
+    "heads": "the number of query heads",
+    "kv_heads": "the number of heads of keys and values",
+}
 EXPERTS = Value(
     "experts, or a map from layers to those of each",
     _experts,
@@ -329,6 +340,32 @@ VERBS: dict[str, Verb] = {
                 Key("stats", TEXT, "statistics of batches: those of the `first` model, or their `mean`"),
             ),
             make=changes.merge,
+            selects=False,
+        ),
+        Verb(
+            "widen",
+            "axes of a model become longer, and it computes what it did",
+            (
+                *(Key(name, NATURAL.named("a number", "64"), says) for name, says in WIDTHS.items()),
+                Key("features", VALUES, "path of a layer → how many features it is to have"),
+                Key("method", TEXT, "`tile`, `split` or `zero`"),
+            ),
+            changes=True,
+            make=changes.widen,
+            selects=False,
+        ),
+        Verb(
+            "narrow",
+            "axes of a model keep some of their places",
+            (
+                *(Key(name, KEPT, says) for name, says in WIDTHS.items()),
+                Key("layers", KEPT, "the layers"),
+                Key("vocabulary", KEPT, "the tokens"),
+                Key("features", VALUES, "path of a layer → the features that stay"),
+                Key("by", TEXT, "`norm`, or the file with scores of axes"),
+            ),
+            changes=True,
+            make=changes.narrow,
             selects=False,
         ),
         Verb(
