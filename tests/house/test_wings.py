@@ -20,7 +20,9 @@ FLOORS = [
     {"piecewise", "freezing", "mapping"},
     {"rewriting"},
     {"checkpoints"},
-    {"grafting", "growth", "stacking", "evidence", "recipes", "quantizing"},
+    {"grafting", "growth", "stacking", "evidence", "quantizing"},
+    {"merging"},
+    {"recipes"},
     {"testing", "lessons", "demo", "ablation", "porting"},
     {"cli"},
 ]

@@ -55,6 +55,7 @@ ROWS = (
     CommandRow("layout", "stack", "Write a checkpoint stored another way, by the rules of a layout."),
     CommandRow("insert", "make", "Write a checkpoint with leaves of another that it lacks."),
     CommandRow("part", "make", "Write leaves of a checkpoint as a model of their own.", also=("extract",)),
+    CommandRow("fold", "adapters", "Write a checkpoint with adapters added to its weights.", also=("lora", "merge")),
     CommandRow("dequantize", "codes", "Write a checkpoint with quantised weights as floats."),
     CommandRow("quantize", "codes", "Write a checkpoint with weights in a quantised scheme."),
     CommandRow("ablate", "ablate", "Score a checkpoint without each of its parts; write nothing."),

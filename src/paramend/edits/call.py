@@ -14,7 +14,10 @@ from paramend.edits.checks import check_scalar
 from paramend.edits.damage import Losses
 from paramend.edits.runs import native
 from paramend.errors import NoMatch, OutOfRange, SpecMismatch, Unsupported
+from paramend.formats.gathered import leaf_of
 from paramend.leaves.origins.origin import Origin
+from paramend.leaves.origins.stored import Stored
+from paramend.leaves.origins.texts import shortened
 from paramend.leaves.specs import Spec
 
 T = TypeVar("T")
@@ -154,8 +157,9 @@ class _Said(str):
 def _short(value: Any) -> str:
     if isinstance(value, _PLAIN):
         return repr(value)
-    if isinstance(value, Origin):  # a leaf of another file
-        return str(value.spec)
+    if isinstance(value, Stored):  # a leaf of another file, or one that is made
+        made = leaf_of(value.source, value.number)
+        return str(value.spec) if isinstance(made, Stored) else shortened(str(made))
     if backend_of(type(value)) is None:
         return repr(value) if callable(value) else shown(value)
     spec = backend(value).spec(value)

@@ -1,0 +1,252 @@
+"""`Adapter`: the low-rank terms that were trained for a model, from a PEFT folder, a kohya file or a tree."""
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from paramend.anatomy.sections import parsed
+from paramend.checkpoints.assemble import origin_of
+from paramend.checkpoints.checkpoint import Checkpoint
+from paramend.checkpoints.checkpoint import open as open_checkpoint
+from paramend.edits.memory import editable
+from paramend.errors import BadArgument, BadCheckpoint, CannotRead, Unsupported
+from paramend.leaves.leaves import Editable
+from paramend.leaves.origins.origin import Origin
+from paramend.leaves.paths import labels, text_of
+from paramend.leaves.specs import AnyTree
+from paramend.selectors.renames import keys, rename
+
+Pieces: TypeAlias = tuple[str, ...]
+CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+
+# How the names of an adapter's leaves end, and what the leaf is then. Capitals have the axes of torch, (rank, in) and
+# (out, rank); the others those of JAX, (in, rank) and (rank, out).
+_ENDS: Mapping[Pieces, str] = {
+    ("lora_A", "weight"): "A",
+    ("lora_B", "weight"): "B",
+    ("lora_B", "bias"): "bias",
+    ("lora_embedding_A",): "rows A",
+    ("lora_embedding_B",): "rows B",
+    ("lora_magnitude_vector",): "magnitude",
+    ("lora_magnitude_vector", "weight"): "magnitude",
+    ("token_adapter", "trainable_tokens_delta"): "tokens",
+    ("lora_down", "weight"): "A",
+    ("lora_up", "weight"): "B",
+    ("lora", "down", "weight"): "A",
+    ("lora", "up", "weight"): "B",
+    ("alpha",): "alpha",
+    ("lora", "lora_a"): "a",
+    ("lora", "lora_b"): "b",
+    ("lora_a",): "a",
+    ("lora_b",): "b",
+}
+_WRAPPED = ("base_layer", "modules_to_save", "original_module")
+# Keys of a configuration that change what its tensors mean, and how.
+_REFUSED = {
+    "alora_invocation_tokens": "acts on some tokens alone",
+    "arrow_config": "chooses among several for each token",
+    "use_bdlora": "has blocks on its diagonal",
+    "use_qalora": "averages its inputs in groups",
+    "kasa_config": "changes the weights of the base",
+    "monteclora_config": "samples its terms",
+}
+# Ways to begin that move a part of the base's weights into the adapter.
+_MOVED = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True)
+class Term:
+    """What an adapter holds for one module.
+
+    Attributes:
+        module: the module, as the adapter names it.
+        roles: what each leaf is → its number.
+        depth: how many other parameters of the module were wrapped first; their terms are told apart by it.
+        leaf: the name of the leaf that a rule gives; "" for the weight of the module.
+    """
+
+    module: Pieces
+    roles: dict[str, int] = field(default_factory=dict)
+    depth: int = 0
+    leaf: str = ""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Adapter:
+    """An adapter: its leaves and its configuration. `pm.extract` makes one, and `pm.fold` takes it.
+
+    Attributes:
+        name: what messages call it.
+        leaves: its leaves.
+        config: what `adapter_config.json` says; None for formats that have none.
+        rule: the leaves A, the leaves B and the leaf of the base that they change, as paths with wildcards; or None.
+    """
+
+    name: str
+    leaves: Editable
+    config: Mapping[str, Any] | None = None
+    rule: Sequence[str] | None = None
+
+    def __repr__(self) -> str:
+        return f"<adapter {self.name}: {len(self.terms):,} modules>"
+
+    def origin(self, number: int) -> Origin:
+        """Where the values of a leaf come from."""
+        return origin_of(self.leaves, number)
+
+    @cached_property
+    def _parsed(self) -> tuple[list[Term], dict[Pieces, int], list[int]]:
+        """Its terms, the leaves that replace others, by their path, and those that are neither."""
+        found: dict[tuple[Pieces, int, str], Term] = {}
+        whole: dict[Pieces, int] = {}
+        rest: list[int] = []
+        ruled = self._ruled()
+        for number in self.leaves.index.numbers:
+            role, module, leaf = ruled.get(number) or _role(self.leaves.index.pieces(number))
+            depth = module.count("base_layer")
+            bare = tuple(piece for piece in module if piece not in _WRAPPED)
+            bare = bare[2:] if bare[:2] == ("base_model", "model") else bare
+            if role:
+                key = bare, depth, leaf
+                found.setdefault(key, Term(bare, {}, depth, leaf)).roles[role] = number
+            elif self.config is not None:
+                whole[bare] = number
+            else:
+                rest.append(number)
+        return list(found.values()), whole, rest
+
+    def _ruled(self) -> dict[int, tuple[str, Pieces, str]]:
+        if self.rule is None:
+            return {}
+        if isinstance(self.rule, str) or len(self.rule) != 3:
+            raise BadArgument(
+                f"rule={self.rule!r} is not three paths: of A, of B and of the leaf that they change",
+                hint='rule=("**/lora_a", "**/lora_b", "**/kernel")',
+            )
+        found: dict[int, tuple[str, Pieces, str]] = {}
+        for role, path in zip("ab", self.rule, strict=False):
+            for number, moved in rename(path, self.rule[2]).over(self.leaves.index).items():
+                *module, leaf = (text_of(label) for key, _ in keys(moved) for label in labels(key))
+                found[number] = role, tuple(module), leaf
+        return found
+
+    @property
+    def terms(self) -> list[Term]:
+        """What it holds for each module."""
+        return self._parsed[0]
+
+    @property
+    def replaced(self) -> dict[Pieces, int]:
+        """The leaves that take the place of one of the base: its path → number."""
+        return self._parsed[1]
+
+    @property
+    def rest(self) -> list[str]:
+        """The paths of leaves that are of no known kind."""
+        return [self.leaves.index.path(number) for number in self._parsed[2]]
+
+    def said(self, key: str, default: Any = None) -> Any:
+        """What the configuration says; the default where it says nothing."""
+        found = (self.config or {}).get(key)
+        return default if found is None else found
+
+    def scale(self, term: Term, rank: int, parameter: str = "") -> float:
+        """The factor of the products of a term, alpha / rank or alpha / √rank."""
+        if self.config is None:
+            alpha = float(self.origin(term.roles["alpha"]).read().reshape(())) if "alpha" in term.roles else rank
+            return alpha / rank
+        alpha = self._by_module("alpha_pattern", "lora_alpha", term, parameter)
+        return float(alpha / (math.sqrt(rank) if self.said("use_rslora") else rank))
+
+    def rank(self, term: Term, length: int, parameter: str = "") -> int:
+        """The rank of a term, whose leaf A has this length along its axis of ranks."""
+        return length if self.config is None else int(self._by_module("rank_pattern", "r", term, parameter))
+
+    def _by_module(self, pattern: str, key: str, term: Term, parameter: str) -> float:
+        name = ".".join((*term.module, *([parameter] if parameter else [])))
+        for text, value in self.said(pattern, {}).items():
+            try:
+                if re.match(rf"(.*\.)?({text})$", name):
+                    return float(value)
+            except re.error as error:
+                raise BadCheckpoint(f"{self.name}: {pattern} has {text!r}, which is not a pattern: {error}") from None
+        return float(self.said(key, 8))
+
+
+def _role(pieces: Pieces) -> tuple[str, Pieces, str]:
+    """What a leaf of an adapter is, its module, and the name of the leaf that a suffix of its own names.
+
+    >>> _role(("fc", "lora_A", "weight")), _role(("fc", "kernel_lora_a")), _role(("fc", "bias"))
+    (('A', ('fc',), ''), ('a', ('fc',), 'kernel'), ('', ('fc', 'bias'), ''))
+    """
+    for length in (3, 2, 1):
+        role = _ENDS.get(pieces[-length:])
+        if role and len(pieces) >= length:
+            return role, pieces[:-length], ""
+    leaf, mark, side = pieces[-1].rpartition("_lora_")
+    return (side, pieces[:-1], leaf) if mark and side in ("a", "b") else ("", pieces, "")
+
+
+def adapter(given: AnyTree, rule: Sequence[str] | None = None) -> Adapter:
+    """An adapter from its path, or from a tree.
+
+    Raises:
+        CannotRead: there is no such file, or no configuration beside weights that need one.
+        BadCheckpoint: a file is damaged.
+        Unsupported: it is not a LoRA, or one whose terms depend on more than its tensors.
+    """
+    if isinstance(given, Adapter):
+        return given
+    config: Path | None = None
+    leaves = given
+    if isinstance(given, str | os.PathLike):
+        path = Path(given)
+        if path.is_dir():
+            config = path / CONFIG
+            path = next((path / name for name in WEIGHTS if (path / name).is_file()), path)
+        leaves = open_checkpoint(path)
+    if isinstance(leaves, Checkpoint) and config is None and leaves.path.name in WEIGHTS:
+        config = leaves.path.with_name(CONFIG)
+    name = str(given) if isinstance(given, str | os.PathLike) else str(getattr(leaves, "path", "")) or "the adapter"
+    found = Adapter(name, editable(leaves), None if config is None else _config(config), rule)
+    prefixed = any(found.leaves.index.pieces(n)[:2] == ("base_model", "model") for n in found.leaves.index.numbers)
+    if found.config is None and prefixed:
+        raise CannotRead(
+            f"{name} is of PEFT, and there is no {CONFIG}, which says its alpha", hint="the folder of both"
+        )
+    _check(found)
+    return found
+
+
+def _config(file: Path) -> dict[str, Any]:
+    try:
+        return parsed(file.read_bytes(), file)
+    except OSError as error:
+        raise CannotRead(f"{file} cannot be read, and an adapter of PEFT needs it: {error.strerror}") from None
+
+
+def _check(found: Adapter) -> None:
+    kind, begun = found.said("peft_type", "LORA"), str(found.said("init_lora_weights", ""))
+    if kind != "LORA":
+        raise Unsupported(f"{found.name} is {kind}, not a LoRA: it is not a sum of a weight and low-rank terms")
+    for key, how in _REFUSED.items():
+        if found.said(key):
+            raise Unsupported(f"{found.name} {how} ({key} in {CONFIG}), so no weights do the same")
+    if begun.lower().startswith(_MOVED):
+        raise Unsupported(
+            f"{found.name} began with {begun}, which moved a part of the base's weights into it",
+            hint="model.save_pretrained(folder, path_initial_model_for_weight_conversion=...) of PEFT makes it a LoRA",
+        )
+    if not found.terms and not found.replaced:
+        raise BadArgument(f"{found.name} holds no low-rank terms", hint="a PEFT folder, a kohya file, or rule=")
+    patterns = [found.said(key, {}) for key in ("rank_pattern", "alpha_pattern")]
+    if not all(isinstance(each, Mapping) for each in patterns):
+        raise BadCheckpoint(f"{found.name}: the patterns in {CONFIG} are not maps")
+    ranks, alphas = [found.said("r", 8), *patterns[0].values()], [found.said("lora_alpha", 8), *patterns[1].values()]
+    if not all(isinstance(each, int | float) for each in alphas) or not all(type(r) is int and r > 0 for r in ranks):
+        raise BadCheckpoint(f"{found.name}: a rank or an alpha in {CONFIG} is not a number that it can be")
