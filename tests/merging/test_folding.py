@@ -2,13 +2,18 @@
 
 import json
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
+from click.testing import CliRunner
+from flax import nnx
 from safetensors.numpy import save_file
 
 import paramend as pm
-from paramend.errors import NoMatch
+from paramend.cli.main import cli
+from paramend.errors import BadCheckpoint, BadRecipe, CannotRead, NoMatch, Quantized, SpecMismatch, Unsupported
 from support import adapters_reference
 
 CASES = adapters_reference.cases()
@@ -162,7 +167,7 @@ def test_all_that_is_not_read_or_not_there_is_listed(tmp_path):
     save_file(leaves, tmp_path / "lora.safetensors")
     with pytest.raises(NoMatch) as caught:
         pm.fold({"fc": {"weight": linear(4, 3)}}, tmp_path / "lora.safetensors")
-    assert "lora_te_fc2.weight: the base has no such leaf" in str(caught.value)
+    assert "lora_te_fc2: the base has no such leaf" in str(caught.value)
     assert "lora_unet_fc.dora_scale: it is no leaf of an adapter of a known kind" in str(caught.value)
 
 
@@ -196,5 +201,262 @@ def test_a_module_that_two_could_be_is_not_guessed(tmp_path):
     case = CASES["linear"]
     adapter = _only(tmp_path, case)  # for model.q
     base = {f"{part}.model.q.weight": case.base["model.q.weight"] for part in ("text", "vision")}
-    with pytest.raises(NoMatch, match=r"model\.q\.weight: the base has no such leaf"):
+    with pytest.raises(NoMatch, match=r"model\.q: the base has no such leaf"):
         pm.fold(base, adapter)
+
+
+# ---- experts ---------------------------------------------------------------------------------------------------------
+
+E, F, H, R = 3, 4, 5, 2  # experts, their width, that of the model, ranks
+
+
+def peft(folder, leaves, **settings):
+    folder.mkdir()
+    save_file(
+        {f"base_model.model.{path}": np.ascontiguousarray(leaf) for path, leaf in leaves.items()},
+        folder / "adapter_model.safetensors",
+    )
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": R, "lora_alpha": 2 * R} | settings)
+    )
+    return folder
+
+
+FUSED = {"outputs first": (False, 1, "qwen3_moe"), "gpt-oss": (True, 2, "gpt_oss"), "inputs first": (True, 1, "aria")}
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("said", FUSED)
+def test_terms_for_one_expert_go_to_its_rows_of_a_fused_leaf(said, tmp_path):
+    turned, step, family = FUSED[said]
+    want = {"gate_up_proj": linear(E, 2 * F, H), "down_proj": linear(E, H, F, seed=1)}
+    view = (lambda leaf: leaf.transpose(0, 2, 1)) if turned else (lambda leaf: leaf)
+    (tmp_path / "base").mkdir()
+    base = {f"mlp.experts.{name}": np.ascontiguousarray(view(leaf)) for name, leaf in want.items()}
+    save_file(base, tmp_path / "base/model.safetensors")
+    (tmp_path / "base/config.json").write_text(json.dumps({"model_type": family}))
+    rows = {"gate_proj": np.s_[::2] if step == 2 else np.s_[:F], "up_proj": np.s_[1::2] if step == 2 else np.s_[F:]}
+    leaves = {}
+    for seed, (expert, name) in enumerate((e, n) for e in range(E) for n in ("gate_proj", "up_proj", "down_proj")):
+        (out, into), leaf = ((H, F), "down_proj") if name == "down_proj" else ((F, H), "gate_up_proj")
+        a, b = linear(R, into, seed=2 * seed), linear(out, R, seed=2 * seed + 1)
+        leaves |= {f"mlp.experts.{expert}.{name}.lora_{side}.weight": each for side, each in (("A", a), ("B", b))}
+        want[leaf][expert][rows.get(name, np.s_[:])] += 2 * b @ a
+    made, _ = pm.fold(pm.open(tmp_path / "base"), peft(tmp_path / "adapter", leaves))
+    for name, leaf in want.items():
+        np.testing.assert_allclose(view(made[f"mlp.experts.{name}"]), leaf, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.numeric
+def test_terms_for_fused_experts_go_to_the_leaves_of_each(tmp_path):
+    up, down = linear(E, 2 * F, H), linear(E, H, F, seed=1)
+    w1, w3, w2 = up[:, :F], up[:, F:], down
+    names = {"w1": w1, "w3": w3, "w2": w2}
+    base = {f"block_sparse_moe.experts.{e}.{n}.weight": leaf[e].copy() for n, leaf in names.items() for e in range(E)}
+    a, b, a2, b2 = (
+        linear(*shape, seed=5 + n) for n, shape in enumerate([(E * R, H), (2 * F, E * R), (E * R, F), (H, E * R)])
+    )
+    leaves = {"mlp.experts.base_layer.lora_A.weight": a, "mlp.experts.base_layer.lora_B.weight": b}
+    leaves |= {"mlp.experts.lora_A.weight": a2, "mlp.experts.lora_B.weight": b2}
+    made, _ = pm.fold(base, peft(tmp_path / "adapter", leaves))
+    up = up + 2 * np.einsum("ore,eri->eoi", b.reshape(2 * F, R, E), a.reshape(E, R, H))
+    down = down + 2 * np.einsum("ore,eri->eoi", b2.reshape(H, R, E), a2.reshape(E, R, F))
+    for name, leaf in {"w1": up[:, :F], "w3": up[:, F:], "w2": down}.items():
+        got = np.stack([made[f"block_sparse_moe.experts.{e}.{name}.weight"] for e in range(E)])
+        np.testing.assert_allclose(got, leaf, rtol=1e-12, atol=1e-12)
+
+
+def test_square_experts_need_a_family_and_a_version(folder):
+    case = CASES["experts square"]
+    base, adapter = folder(case)
+    (base / "config.json").unlink()
+    with pytest.raises(SpecMismatch, match="only the model_type"):
+        pm.fold(pm.open(base), adapter)
+    put(adapter, case, peft_version="0.18.1")  # which took all experts with inputs first
+    assert pm.fold(pm.open(base), adapter)[1].rows
+
+
+# ---- heads -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tied(tmp_path):
+    """A checkpoint whose head is tied to its embedding, and an adapter for the head."""
+    base = tmp_path / "tied"
+    base.mkdir()
+    save_file({"model.embed_tokens.weight": linear(7, 4), "model.norm.weight": linear(4)}, base / "model.safetensors")
+    config = {"tie_word_embeddings": True, "architectures": ["LlamaForCausalLM"]}
+    (base / "config.json").write_text(json.dumps(config))
+    leaves = {"lm_head.lora_A.weight": linear(R, 4, seed=1), "lm_head.lora_B.weight": linear(7, R, seed=2)}
+    return base, peft(tmp_path / "head", leaves), 2 * leaves["lm_head.lora_B.weight"] @ leaves["lm_head.lora_A.weight"]
+
+
+@pytest.mark.numeric
+def test_a_tied_head_is_refused_with_two_ways_out(tied, tmp_path):
+    base, adapter, added = tied
+    old = pm.open(base)["model.embed_tokens.weight"]
+    with pytest.raises(Unsupported) as caught:
+        pm.fold(pm.open(base), adapter)
+    assert "untie=True" in caught.value.hint and 'into="embedding"' in caught.value.hint
+    both, _ = pm.fold(pm.open(base), adapter, into="embedding")
+    np.testing.assert_allclose(both["model.embed_tokens.weight"], old + added, rtol=1e-12, atol=1e-12)
+    pm.fold(pm.open(base), adapter, untie=True)[0].save(tmp_path / "out")
+    out = pm.open(tmp_path / "out")
+    assert not json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"]
+    assert out["model.embed_tokens.weight"].tobytes() == old.tobytes()
+    np.testing.assert_allclose(out["lm_head.weight"], old + added, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.numeric
+def test_a_tied_head_in_memory(tied):
+    base, adapter, added = tied
+    weight = torch.tensor(pm.open(base)["model.embed_tokens.weight"])
+    tree = {"model.embed_tokens.weight": weight, "lm_head.weight": weight}
+    with pytest.raises(Unsupported):
+        pm.fold(tree, adapter)
+    both, _ = pm.fold(tree, adapter, into="embedding")
+    assert both["lm_head.weight"] is both["model.embed_tokens.weight"]
+    np.testing.assert_allclose(both["lm_head.weight"], weight + torch.tensor(added), rtol=1e-12, atol=1e-12)
+    parted, _ = pm.fold(tree, adapter, untie=True)
+    np.testing.assert_array_equal(parted["model.embed_tokens.weight"], weight)
+    np.testing.assert_allclose(parted["lm_head.weight"], weight + torch.tensor(added), rtol=1e-12, atol=1e-12)
+
+
+# ---- trees -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("shape", [(4, 3), (2, 4, 3), (4, 2, 3)], ids=["matrix", "stack", "heads"])
+def test_trees_of_jax_have_matrices_the_other_way_round(shape):
+    stack = shape[0] == 2
+    a, b = (linear(2, 4, R), linear(2, R, 3)) if stack else (linear(4, R), linear(R, *shape[1:]))
+    base = {"layer": {"kernel": jnp.asarray(linear(*shape), "float32"), "bias": jnp.ones(3)}}
+    rule = ("**/a", "**/b", "**/kernel")
+    made, _ = pm.fold(base, {"layer": {"a": a, "b": b}}, scale=0.5, rule=rule)
+    want = np.asarray(base["layer"]["kernel"]) + 0.5 * (a @ b if stack else np.tensordot(a, b, 1))
+    np.testing.assert_allclose(made["layer"]["kernel"], want, rtol=1e-5, atol=1e-5)
+    assert made["layer"]["bias"] is base["layer"]["bias"] and made["layer"]["kernel"].dtype == jnp.float32
+    named, _ = pm.fold(base, {"layer": {"kernel_lora_a": a, "kernel_lora_b": b}}, scale=0.5)
+    np.testing.assert_array_equal(named["layer"]["kernel"], made["layer"]["kernel"])
+
+
+@pytest.mark.numeric
+@pytest.mark.slow
+def test_lora_of_nnx_is_folded_into_the_layer_beside_it():
+    layer = nnx.LoRALinear(4, 3, lora_rank=2, rngs=nnx.Rngs(0))
+    layer.lora.lora_b[...] = jnp.asarray(linear(2, 3), "float32")
+    x = jnp.asarray(linear(5, 4), "float32")
+    state = nnx.state(layer)
+    adapter = {"lora": {"lora_a": layer.lora.lora_a[...], "lora_b": layer.lora.lora_b[...]}}
+    folded, _ = pm.fold(pm.at(state, "lora/**").delete(), adapter)
+    kernel, bias = (next(iter(pm.at(folded, name).get().values())) for name in ("kernel", "bias"))
+    np.testing.assert_allclose(x @ kernel + bias, layer(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_torch_module_is_folded_into_a_copy(folder):
+    case = CASES["linear"]
+    _, adapter = folder(case)
+    model = torch.nn.Module()
+    model.model = torch.nn.ModuleDict(
+        {"q": torch.nn.Linear(4, 6), "k": torch.nn.Linear(4, 4), "norm": torch.nn.LayerNorm(4)}
+    )
+    before = model.model["q"].weight.detach().clone()
+    made, _ = pm.fold(model, adapter)
+    assert type(made) is type(model) and torch.equal(model.model["q"].weight, before)
+    assert not torch.equal(made.model["q"].weight, before) and torch.equal(made.model["q"].bias, model.model["q"].bias)
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "prompt tuning": {"peft_type": "PROMPT_TUNING"},
+    "activated": {"alora_invocation_tokens": [1]},
+    "moved": {"init_lora_weights": "pissa_niter_4"},
+}
+
+
+@pytest.mark.parametrize("said", REFUSED)
+def test_what_is_not_a_sum_of_products_is_refused(said, folder):
+    case = CASES["linear"]
+    base, adapter = folder(case)
+    put(adapter, case, **REFUSED[said])
+    with pytest.raises(Unsupported):
+        pm.fold(pm.open(base), adapter)
+
+
+def test_convolutions_in_groups_are_refused(folder):
+    base, adapter = folder(CASES["grouped"])
+    with pytest.raises(SpecMismatch, match="convolutions in groups cannot be folded"):
+        pm.fold(pm.open(base), adapter)
+
+
+WRONG = {
+    "a rank that is not that of A": ({"r": 4}, SpecMismatch, "A has 2 ranks, and the configuration says 4"),
+    "DoRA without magnitudes": ({"use_dora": True}, SpecMismatch, "no lora_magnitude_vector"),
+    "a rank of no number": ({"r": "x"}, BadCheckpoint, "is not a number that it can be"),
+    "a pattern that is none": ({"alpha_pattern": {"(": 1}}, BadCheckpoint, "not a pattern"),
+}
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_a_configuration_that_does_not_fit(said, folder):
+    settings, kind, message = WRONG[said]
+    case = CASES["linear"]
+    base, adapter = folder(case)
+    put(adapter, case, **settings)
+    with pytest.raises(kind, match=message):
+        pm.fold(pm.open(base), adapter)
+
+
+def test_weights_of_peft_need_their_configuration(folder):
+    base, adapter = folder(CASES["linear"])
+    (adapter / "adapter_config.json").unlink()
+    for given in (adapter, adapter / "adapter_model.safetensors", pm.load(adapter / "adapter_model.safetensors")):
+        with pytest.raises(CannotRead, match=r"adapter_config\.json"):
+            pm.fold(pm.open(base), given)
+
+
+def test_a_quantised_weight_is_refused_with_the_way_out(tmp_path):
+    base = {"fc.weight_packed": np.zeros((4, 1), "int32"), "fc.weight_scale": np.ones((4, 1), "float32")}
+    adapter = peft(tmp_path / "adapter", {"fc.lora_A.weight": linear(R, 8), "fc.lora_B.weight": linear(4, R)})
+    with pytest.raises(Quantized) as caught:
+        pm.fold(base, adapter)
+    assert "pm.dequantize" in caught.value.hint
+    floats, _ = pm.dequantize(base, dtype="float32")
+    assert pm.fold(floats, adapter)[1].rows
+
+
+def test_integers_are_not_folded_into(tmp_path):
+    adapter = peft(tmp_path / "adapter", {"fc.lora_A.weight": linear(R, 8), "fc.lora_B.weight": linear(4, R)})
+    with pytest.raises(SpecMismatch, match="not of floats"):
+        pm.fold({"fc.weight": np.zeros((4, 8), "int8")}, adapter)
+
+
+# ---- commands and recipes --------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_folds_and_its_record_replays(folder, tmp_path):
+    case = CASES["dora"]
+    base, adapter = folder(case, cast="float32")
+    recipe = pm.Recipe([{"fold": {"source": str(adapter), "scale": 0.5}}])
+    recipe.apply(pm.open(base)).save(tmp_path / "out", record=True)
+    assert not pm.diff(tmp_path / "out", pm.fold(pm.open(base), adapter, scale=0.5)[0])
+    again = tmp_path / "again.yaml"
+    again.write_text(pm.record(tmp_path / "out").recipe)  # names its files beside it
+    assert not pm.diff(pm.Recipe.load(again).apply(pm.open(base)), tmp_path / "out")
+    pm.verify_record(tmp_path / "out")
+    with pytest.raises(BadRecipe, match=r"steps\[0\]\.source"):
+        pm.Recipe([{"fold": {"source": str(tmp_path / "none")}}]).apply(pm.open(base))
+
+
+def test_the_command_shows_writes_and_takes_back(folder, tmp_path):
+    base, adapter = folder(CASES["linear"], cast="float32")
+    run = CliRunner().invoke
+    shown = run(cli, ["fold", str(base), str(adapter), "--dry-run"])
+    assert shown.exit_code == 0 and "1.5 * " in shown.output and not (tmp_path / "out").exists()
+    assert run(cli, ["fold", str(base), str(adapter), "-o", str(tmp_path / "out")]).exit_code == 0
+    before = (base / "model.safetensors").read_bytes()
+    assert run(cli, ["fold", str(base), str(adapter), "--in-place"]).exit_code == 0
+    assert not pm.diff(base, tmp_path / "out")
+    assert run(cli, ["undo", str(base)]).exit_code == 0
+    assert (base / "model.safetensors").read_bytes() == before

@@ -1,5 +1,6 @@
 """`Adapter`: the low-rank terms that were trained for a model, from a PEFT folder, a kohya file or a tree."""
 
+import json
 import math
 import os
 import re
@@ -13,12 +14,17 @@ from paramend.anatomy.sections import parsed
 from paramend.checkpoints.assemble import origin_of
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.checkpoint import open as open_checkpoint
+from paramend.checkpoints.whole import save
+from paramend.disk.io import write_file
+from paramend.disk.permissions import NEW_FOLDER, access_of, of_folder
+from paramend.disk.publishing import published
 from paramend.edits.memory import editable
 from paramend.errors import BadArgument, BadCheckpoint, CannotRead, Unsupported
 from paramend.leaves.leaves import Editable
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.paths import labels, text_of
 from paramend.leaves.specs import AnyTree
+from paramend.reports import wording
 from paramend.selectors.renames import keys, rename
 
 Pieces: TypeAlias = tuple[str, ...]
@@ -85,15 +91,38 @@ class Adapter:
         leaves: its leaves.
         config: what `adapter_config.json` says; None for formats that have none.
         rule: the leaves A, the leaves B and the leaf of the base that they change, as paths with wildcards; or None.
+        read: the files that it was made of, as they were: a folder of it is as private as they are.
     """
 
     name: str
     leaves: Editable
     config: Mapping[str, Any] | None = None
     rule: Sequence[str] | None = None
+    read: Sequence[os.stat_result] = ()
 
     def __repr__(self) -> str:
-        return f"<adapter {self.name}: {len(self.terms):,} modules>"
+        return f"<{self.name}: {wording.plural(len(self.terms), 'term')}>"
+
+    def save(self, folder: str | os.PathLike[str], *, force: bool = False) -> None:
+        """Write the adapter as PEFT loads it: `adapter_model.safetensors` and `adapter_config.json`, both or none.
+
+        Args:
+            folder: the folder that they are in.
+            force: whether it may already exist; it is then replaced in one step.
+
+        Raises:
+            CannotWrite: something is there, or the system refuses.
+            Unsupported: the adapter has no configuration: it was read from another format.
+        """
+        if self.config is None or isinstance(self.leaves, Checkpoint):
+            raise Unsupported(f"{self.name} was not extracted, and is a file already")
+        access, out = of_folder(access_of(self.read, new=NEW_FOLDER)), Path(folder)
+        with published(out, force=force, access=access, folder=True) as temporary:
+            save(
+                {self.leaves.index.path(n): self.leaves.read(n) for n in self.leaves.index.numbers},
+                temporary / WEIGHTS[0],
+            )
+            write_file(temporary / CONFIG, json.dumps(self.config, indent=2, sort_keys=True).encode() + b"\n")
 
     def origin(self, number: int) -> Origin:
         """Where the values of a leaf come from."""

@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from paramend.anatomy.beside import EMBEDDINGS, HEADS, absent_head
+from paramend.anatomy.beside import EMBEDDINGS as _ROWS
+from paramend.anatomy.beside import HEADS, absent_head
 from paramend.anatomy.documents import document_of
 from paramend.anatomy.families import CONV1D, EXPERTS, INPUTS_FIRST, INTERLEAVED, UNSAID
 from paramend.leaves.leaves import Editable
@@ -14,6 +15,7 @@ from paramend.leaves.paths import number_of
 from paramend.leaves.specs import Spec
 from paramend.merging.adapters import Pieces
 
+TIED = "tie_word_embeddings"
 # How the weight of a module is called.
 WEIGHTS = ("weight", "kernel", "w", "embedding")
 # Paths that mean the same in memory, on disk, and before and after transformers 4.52 and 5.
@@ -37,12 +39,21 @@ class Slot:
     Attributes:
         name: the name of the parameter.
         spec: its shape and dtype.
-        places: the leaves: number, the expert that it is, None for all of them, and its rows; None for all.
+        places: the leaves: number, the expert that it is, None for all of them, and its rows.
     """
 
     name: str
     spec: Spec
-    places: tuple[tuple[int, int | None, range | None], ...]
+    places: tuple[tuple[int, int | None, range], ...]
+
+
+class Fused(NamedTuple):
+    """Where a fused leaf has a projection of one expert: which of how many sides it is."""
+
+    number: int
+    expert: int
+    side: int
+    sides: int
 
 
 class Destinations:
@@ -118,13 +129,13 @@ class Destinations:
     def parameters(self, module: Pieces) -> list[Slot]:
         """The parameters of a module without a weight, also those of which the base has parts."""
         held = self.modules.get(module, {})
-        whole = [Slot(name, self.leaves.spec(number), ((number, None, None),)) for name, number in held.items()]
+        whole = [Slot(name, self.leaves.spec(number), ((number, None, range(0)),)) for name, number in held.items()]
         parts = [slot for name in EXPERTS if name not in held and (slot := self._parted(module, name))]
         return [*(slot for slot in whole if slot.spec.ndim > 1), *parts]
 
     def _parted(self, module: Pieces, name: str) -> Slot | None:
         """A fused parameter of experts that the base holds one by one, gates and inputs apart."""
-        places: list[tuple[int, int | None, range | None]] = []
+        places: list[tuple[int, int | None, range]] = []
         shapes: set[tuple[int, ...]] = set()
         expert, spec = 0, Spec((), "")
         while (*module, str(expert)) in self._known:
@@ -142,8 +153,8 @@ class Destinations:
         rows = spec.shape[0] * len(EXPERTS[name])
         return Slot(name, Spec((expert, rows, spec.shape[1]), spec.dtype), tuple(places))
 
-    def fused(self, named: Pieces) -> tuple[int, int, int, int] | None:
-        """The fused leaf that holds a projection of one expert: its number, the expert, which side, of how many."""
+    def fused(self, named: Pieces) -> Fused | None:
+        """The place in a fused leaf of a module that is a projection of one expert; None if there is none."""
         expert = number_of(named[-2]) if len(named) > 1 else None
         if expert is None:
             return None
@@ -151,7 +162,7 @@ class Destinations:
         for fused, sides in EXPERTS.items():
             for side, names in enumerate(sides):
                 if named[-1] in names and fused in held:
-                    return held[fused], expert, side, len(sides)
+                    return Fused(held[fused], expert, side, len(sides))
         return None
 
     def interleaved(self, number: int) -> bool:
@@ -159,20 +170,23 @@ class Destinations:
         module, name = self.leaves.index.pieces(number)[:-1], self.leaves.index.pieces(number)[-1]
         return self.among(INTERLEAVED) or (not self.families and f"{name}_bias" in self.modules[module])
 
-    def inputs_first(self, number: int, *, conv1d: bool | None) -> bool:
-        """Whether a square matrix has its inputs first; `conv1d` is what the adapter says, None if nothing counts.
+    def inputs_first(self, number: int, *, conv1d: bool) -> bool:
+        """Whether a square matrix has its inputs first; `conv1d` is what the adapter says.
 
         A file of PEFT says it once, for modules of both kinds: what is known of the family, then of the weights beside
         it, comes first.
         """
-        *_, module, name = ("", *self.leaves.index.pieces(number))
-        if name in ("kernel", "w", "embedding"):
+        *module, name = self.leaves.index.pieces(number)
+        if name in ("kernel", "w"):
             return True
-        if conv1d is None or not any(module in names for names in CONV1D.values()):
-            return bool(conv1d)
-        if self.among(CONV1D):
-            return True
-        return conv1d if self._transposed is None else self._transposed
+        known = self.is_conv1d(tuple(module))
+        return conv1d if known is None else known
+
+    def is_conv1d(self, module: Pieces) -> bool | None:
+        """Whether a module is a Conv1D; None if that is not known."""
+        if not module or not any(module[-1] in names for names in CONV1D.values()):
+            return False if self.families else None
+        return True if self.among(CONV1D) else self._transposed
 
     @cached_property
     def _transposed(self) -> bool | None:
@@ -193,33 +207,37 @@ class Destinations:
         return False if numbers and self.families else None
 
     @property
-    def outputs_last(self) -> bool | None:
+    def stored_inputs_first(self) -> bool | None:
         """Whether fused experts have their inputs first in this family; None if it is not known."""
         return self.among(INPUTS_FIRST) if self.families else None
 
-    def tied(self, module: Pieces) -> tuple[int, int | None] | None:
-        """The embedding that is tied to the head, and the leaf of the head if there is one, if a module, as it is
-        called here or in an adapter, is one of the two; None if it is not."""
-        last, found = module[-1] if module else "", self.module(module)
-        head = next((self.weight(each) for each in self.modules if each and each[-1] in HEADS), None)
-        numbers = [self.weight(each) for each in self.modules if each and each[-1] in EMBEDDINGS]
-        embedding = next((number for number in numbers if number is not None), None)
-        if embedding is None or (last not in HEADS and last not in EMBEDDINGS):
+    @cached_property
+    def tie(self) -> tuple[int, int | None, bool] | None:
+        """The embedding that the head shares its weight with, the leaf of the head if there is one, and whether that is
+        known: a head that is not here may never have been. None if nothing is shared."""
+        numbers = [
+            [self.weight(each) for each in self.modules if each and each[-1] in names] for names in (_ROWS, HEADS)
+        ]
+        embedding, head = (next((number for number in each if number is not None), None) for each in numbers)
+        if embedding is None:
             return None
-        if head is None:
-            known = bool(self.config) or last in HEADS
-            path = getattr(self.leaves, "path", None) or Path("/dev/null/none")
-            why = absent_head("lm_head.weight", self.leaves.index, path) if known else None
-            return None if why is None or (found is None and last not in HEADS) else (embedding, None)
-        one = self.leaves.ties.get(embedding)
-        same = one is not None and self.leaves.ties.get(head) == one
-        return (embedding, head) if same or self._says_tied else None
+        if head is not None:
+            one, inner = self.leaves.ties.get(embedding), self.config.get("text_config")
+            parts = (self.config, inner if isinstance(inner, Mapping) else {})
+            said = next((part[TIED] for part in parts if TIED in part), False)
+            return (embedding, head, True) if said or (one is not None and self.leaves.ties.get(head) == one) else None
+        path = getattr(self.leaves, "path", None) or Path("/dev/null/none")
+        absent = absent_head("lm_head.weight", self.leaves.index, path)
+        return None if absent is None else (embedding, None, bool(self.config))
 
-    @property
-    def _says_tied(self) -> bool:
-        inner = self.config.get("text_config")
-        parts = (self.config, inner if isinstance(inner, Mapping) else {})
-        return next((bool(part[key]) for part in parts for key in ["tie_word_embeddings"] if key in part), False)
+    def is_tied(self, named: Pieces) -> bool:
+        """Whether a module is a head or an embedding that share a weight."""
+        if self.tie is None or not named or named[-1] not in (*HEADS, *_ROWS):
+            return False
+        module, (embedding, head, known) = self.module(named), self.tie
+        if module is None:
+            return named[-1] in HEADS and head is None
+        return known and self.weight(module) in (embedding, head)
 
 
 def _configuration(leaves: Any) -> Mapping[str, Any]:

@@ -2,39 +2,33 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
-from paramend.arrays.registry import backend
 from paramend.checkpoints.assemble import origin_of
 from paramend.checkpoints.checkpoint import Checkpoint
-from paramend.checkpoints.config import config as config_of
-from paramend.edits.call import Call
 from paramend.edits.memory import editable
 from paramend.edits.plan import call
 from paramend.edits.quantized import check_values
 from paramend.errors import BadArgument, NoMatch, SpecMismatch, Unsupported
 from paramend.formats.gathered import Gathered
 from paramend.growth.deepening import deepen
-from paramend.leaves.leaves import Editable, Group, keys_of
+from paramend.leaves.leaves import Editable
 from paramend.leaves.origins.combined import Combined, Product, View
 from paramend.leaves.origins.moved import join, take
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.stored import Made, Stored
 from paramend.leaves.origins.texts import quoted
-from paramend.leaves.paths import labels, write_path
 from paramend.leaves.specs import AnyTree
 from paramend.mapping.report import LayoutReport, Moved
-from paramend.merging import readings
 from paramend.merging.adapters import Adapter, Pieces, Term, adapter
-from paramend.merging.destinations import Destinations, Slot
+from paramend.merging.destinations import Destinations
+from paramend.merging.heads import untied
+from paramend.merging.readings import Placed, Reading, of_parameters
 from paramend.reports import wording
 
 T = TypeVar("T")
-Into = Literal["embedding"]
-
-_BOTH = 'untie=True gives the head a leaf of its own; into="embedding" changes both'
 
 
 def fold(
@@ -43,7 +37,7 @@ def fold(
     *,
     scale: float = 1.0,
     untie: bool = False,
-    into: Into | None = None,
+    into: Literal["embedding"] | None = None,
     rule: Sequence[str] | None = None,
 ) -> tuple[T, LayoutReport]:
     """A base with adapters added to its weights, and the report.
@@ -59,8 +53,8 @@ def fold(
             `lora_B` or `lora_a` and `lora_b`, or what `pm.extract` returns; or a list of these. LoRA and rsLoRA, with
             patterns of ranks and alphas, DoRA; of linear layers, embeddings, convolutions, fused or separate experts.
         scale: a further factor of all terms.
-        untie: whether a head that is tied to the embedding gets a leaf of its own where only one of the two changes.
-        into: "embedding" where both shall change.
+        untie: whether a head that is tied to its embedding gets a leaf of its own if an adapter changes one of the two.
+        into: "embedding" where what changes one of the two shall change both.
         rule: for trees with other names, the paths of A, of B and of the leaf that they change, with wildcards:
             `("**/lora_a", "**/lora_b", "**/kernel")`. A is (in, rank) there, and B (rank, out).
 
@@ -73,7 +67,7 @@ def fold(
             lists all of them.
         SpecMismatch: shapes do not fit, or fit in two ways that mean different things; the message lists all.
         Quantized: a weight of the base is quantised.
-        Unsupported: an adapter is no LoRA, or changes one of two tied leaves.
+        Unsupported: an adapter is not a LoRA, or changes one of two tied leaves.
         CannotRead, BadCheckpoint: a file is missing, or damaged.
 
     Source: PEFT's `merge_and_unload`; arXiv 2106.09685 (LoRA), 2312.03732 (rsLoRA), 2402.09353 (DoRA).
@@ -84,24 +78,22 @@ def fold(
     >>> tree["fc"]["kernel"].tolist(), [row.path for row in report.rows]
     ([[0.5, 1.0], [0.5, 1.0]], ['fc/kernel'])
     """
-    if into not in (None, "embedding"):
-        raise BadArgument(f"into={into!r} is not a choice", hint='into="embedding"')
+    if into not in (None, "embedding") or (into and untie):
+        raise BadArgument(f"into={into!r} is not a choice here", hint='untie=True, or into="embedding"')
     if not math.isfinite(scale):
         raise BadArgument(f"scale={scale!r} is not a finite number", hint="scale=1.0")
     adapters = opened(adapter, rule)
-    leaves = _replicated(editable(base), adapters)
-    folding = _Folding(leaves, scale, untie=untie, into=into)
+    folding = _Folding(_replicated(editable(base), adapters), adapters, scale, untie=untie, into=into)
     for each in adapters:
         folding.read(each)
-    return cast(T, folding.made()), folding.report([each.name for each in adapters])
+    return cast(T, folding.made()), folding.report()
 
 
 def opened(given: AnyTree, rule: Sequence[str] | None = None) -> list[Adapter]:
     """The adapters that are given, one or several."""
-    several = isinstance(given, list | tuple)
-    if several and not given:
+    if isinstance(given, list | tuple) and not given:
         raise BadArgument("an empty list holds no adapters")
-    return [adapter(each, rule) for each in (given if several else [given])]
+    return [adapter(each, rule) for each in (given if isinstance(given, list | tuple) else [given])]
 
 
 def _replicated(leaves: Editable, adapters: Sequence[Adapter]) -> Editable:
@@ -121,230 +113,172 @@ def _replicated(leaves: Editable, adapters: Sequence[Adapter]) -> Editable:
 
 @dataclass
 class _Change:
-    """What becomes of one leaf.
-
-    Attributes:
-        whole: what takes its place.
-        passes: the products, in passes of `Combined`.
-        view: the leaf as matrices.
-        did: what was done, in words.
-        sources: the leaves of adapters.
-    """
+    """What becomes of a leaf: what takes its place, the products in passes of `Combined`, and the leaves of adapters
+    that it is made of."""
 
     whole: Origin | None = None
     passes: list[list[Product]] = field(default_factory=list)
     view: View | None = None
     sources: list[str] = field(default_factory=list)
 
-    def add(self, product: Product) -> None:
-        """Add a product: to those before, unless one of them, or it, sets norms."""
-        last = self.passes[-1] if self.passes else None
-        if last is None or any(each.magnitude is not None for each in (*last, product)):
-            self.passes.append([product])
-        else:
+    def add(self, product: Product, view: View) -> None:
+        """Add a product to those before, unless one of them, or it, sets norms."""
+        if self.view not in (None, view):
+            raise SpecMismatch("terms of one leaf take it for matrices of different shapes")
+        self.view = view
+        last = self.passes[-1] if self.passes else []
+        if last and all(each.magnitude is None for each in (*last, product)):
             last.append(product)
+        else:
+            self.passes.append([product])
 
 
 class _Folding:
     """One fold: what becomes of each leaf of the base, and all that is wrong."""
 
-    def __init__(self, leaves: Editable, scale: float, *, untie: bool, into: Into | None) -> None:
-        self.leaves, self.scale, self.untie, self.into = leaves, scale, untie, into
-        self.bases = Destinations(leaves)
-        self.changes: dict[int | Pieces, _Change] = {}
+    def __init__(
+        self, leaves: Editable, adapters: Sequence[Adapter], scale: float, *, untie: bool, into: str | None
+    ) -> None:
+        self.bases, self.scale, self.into = Destinations(leaves), scale, into
+        self.names = [each.name for each in adapters]
+        self.changes: dict[int, _Change] = {}
         self.missing: list[str] = []
         self.unfit: list[str] = []
-        self.tied: list[tuple[str, str]] = []
         self.said: list[str] = []
+        changed = [module for each in adapters for module in (*(t.module for t in each.terms), *_modules(each))]
+        tied = list(dict.fromkeys(module for module in changed if self.bases.is_tied(module)))
+        if tied and untie:
+            head = next((module for module in tied if self.bases.module(module) is None), ("lm_head",))
+            leaves, said = untied(self.bases, ".".join((*head, "weight")))
+            self.bases = Destinations(leaves)
+            self.said.append(said)
+        elif tied and into is None:
+            assert self.bases.tie is not None
+            names, one = wording.listing([".".join(each) for each in tied]), leaves.index.path(self.bases.tie[0])
+            hint = 'untie=True gives the head a leaf of its own; into="embedding" changes both'
+            raise Unsupported(f"{names}: in this model the head and its embedding are one leaf, {one}", hint=hint)
+
+    @property
+    def leaves(self) -> Editable:
+        return self.bases.leaves
 
     def read(self, adapter: Adapter) -> None:
         """Enter what an adapter changes."""
         self._check_floats(adapter)
         self.missing += [f"{path}: it is no leaf of an adapter of a known kind" for path in adapter.rest]
         for path, number in adapter.replaced.items():
-            self._replace(adapter, path, number)
+            self._tried(".".join(path), lambda p=path, n=number: self._replace(adapter, p, n))  # type: ignore[misc]
+        modules: dict[Pieces, list[Term]] = {}
         for term in adapter.terms:
-            with_weight = not self._of_parameters(term)
-            if with_weight:
-                self._try(adapter, term, lambda term=term: self._weight(adapter, term))  # type: ignore[misc]
-        for module in dict.fromkeys(term.module for term in adapter.terms if self._of_parameters(term)):
-            self._parameters(adapter, [term for term in adapter.terms if term.module == module])
+            modules.setdefault(term.module, []).append(term)
+        for module, terms in modules.items():
+            self._tried(".".join(module), lambda m=module, t=terms: self._module(adapter, m, t))  # type: ignore[misc]
         trained, own = adapter.said("base_model_name_or_path", ""), str(getattr(self.leaves, "path", ""))
-        names = {Path(own).name, Path(str(self.bases.config.get("_name_or_path", ""))).name}
-        if trained and own and Path(str(trained)).name not in names:
-            self.said.append(f"{adapter.name} was trained on {trained}")
+        if trained and own:
+            names = {Path(own).name, Path(str(self.bases.config.get("_name_or_path", ""))).name}
+            self.said += [] if Path(str(trained)).name in names else [f"{adapter.name} was trained on {trained}"]
 
     def _check_floats(self, adapter: Adapter) -> None:
-        """Raise if a weight that would change is quantised: to decode it, add, and encode the blocks in which a product
+        """Raise if a weight that would change is quantised. To decode it, add, and encode the blocks in which a product
         is not zero would belong here."""
         modules = [self.bases.module(term.module) for term in adapter.terms]
         held = [number for module in modules for number in self.bases.modules.get(module or (), {}).values()]
         check_values(self.leaves, held, "cannot take the terms of an adapter", "pm.dequantize(model) makes it floats")
 
-    def _try(self, adapter: Adapter, term: Term, read: Callable[[], None]) -> None:
+    def _tried(self, name: str, enter: Callable[[], None]) -> None:
         try:
-            read()
-        except SpecMismatch as error:
-            self.unfit.append(f"{'.'.join(term.module)}: {error}")
+            enter()
+        except (NoMatch, SpecMismatch) as error:
+            (self.missing if isinstance(error, NoMatch) else self.unfit).append(f"{name}: {error}")
 
-    def _of_parameters(self, term: Term) -> bool:
-        """Whether a term is for parameters of a module that has no weight."""
-        module = self.bases.module(term.module)
-        return module is not None and not term.leaf and self.bases.weight(module) is None
-
-    def _weight(self, adapter: Adapter, term: Term) -> None:
-        module = self.bases.module(term.module)
+    def _module(self, adapter: Adapter, named: Pieces, terms: Sequence[Term]) -> None:
+        """Enter the terms of one module."""
+        shared = self._shared(named)
+        module = shared or self.bases.module(named)
         number = None if module is None else self.bases.weight(module)
-        number = self.bases.modules[module].get(term.leaf) if module is not None and term.leaf else number
-        fused = self.bases.fused(term.module) if number is None else None
-        if number is None and fused is None and self._tie(term.module) is None:
-            self.missing.append(f"{'.'.join((*term.module, term.leaf or 'weight'))}: the base has no such leaf")
-            return
-        if "tokens" in term.roles:
-            self._tokens(adapter, term, number)
-            return
+        fused = self.bases.fused(named) if number is None else None
+        if shared is not None and shared != self.bases.module(named) and adapter.said("ensure_weight_tying"):
+            terms, twins = [], terms  # the embedding has the same
+            self.changes.setdefault(cast(int, number), _Change()).sources += _paths(adapter, twins)
+        each = [Reading(adapter, term, self.bases) for term in terms]
+        found: list[tuple[Term, Placed]] = []
         if fused is not None:
-            product, view = readings.expert_reading(adapter, term, self.bases, fused)
-            self._enter(adapter, term, fused[0], product, view)
-            return
-        for target in self._targets(term.module, number):
-            like = target if isinstance(target, int) else self._tie(term.module)
-            assert like is not None
-            product, view = readings.weight_reading(adapter, term, self.bases, like)
-            self._enter(adapter, term, target, product, view)
-        if "bias" in term.roles:
-            assert module is not None
-            bias = self.bases.modules[module].get("bias")
-            if bias is None:
-                self.missing.append(f"{'.'.join((*term.module, 'bias'))}: the base has none, and B has one")
-                return
-            rank = adapter.leaves.spec(term.roles["A"]).shape[0]
-            self._enter(adapter, term, bias, *readings.bias_reading(adapter, term, self.leaves.spec(bias), rank))
+            found = [(reading.term, reading.of_expert(fused)) for reading in each]
+        elif module is not None and number is None and not any(term.leaf for term in terms):
+            found = list(of_parameters(each, self.bases.parameters(module)))
+        else:
+            for reading in each:
+                term = reading.term
+                leaf = self.bases.modules.get(module or (), {}).get(term.leaf) if term.leaf else number
+                if leaf is None:
+                    raise NoMatch("the base has no such leaf")
+                if "tokens" in term.roles:
+                    self._tokens(adapter, term, leaf)
+                else:
+                    found += [(term, placed) for placed in reading.of_weight(leaf)]
+        for term, (target, product, view) in found:
+            change = self.changes.setdefault(target, _Change())
+            change.add(replace(product, scale=product.scale * self.scale), view)
+            change.sources += _paths(adapter, [term])
 
-    def _parameters(self, adapter: Adapter, terms: Sequence[Term]) -> None:
-        """Enter the terms of parameters of one module: each is of the only one that its shapes fit."""
-        slots, rest = self.bases.parameters(cast(Pieces, self.bases.module(terms[0].module))), list(terms)
-        while rest:
-            fits = [(term, [slot for slot in slots if self._fits(adapter, term, slot)]) for term in rest]
-            sure = next(((term, found[0]) for term, found in fits if len(found) == 1), None)
-            if sure is None:
-                for term, found in fits:
-                    of = f"one of {wording.listing([slot.name for slot in found])}" if found else "none of them"
-                    names = wording.listing([f"{slot.name} ({slot.spec})" for slot in slots]) or "nothing"
-                    self.unfit.append(f"{'.'.join(term.module)}: it has {names}, and the term fits {of}")
-                return
-            term, slot = sure
-            rest.remove(term)
-            slots.remove(slot)
+    def _shared(self, module: Pieces) -> Pieces | None:
+        """The module of the embedding for the head that shares its weight, and takes the same change."""
+        if self.into is None or not self.bases.is_tied(module):
+            return None
+        assert self.bases.tie is not None
+        return self.leaves.index.pieces(self.bases.tie[0])[:-1]
 
-            def enter(term: Term = term, slot: Slot = slot) -> None:
-                for number, product, view in readings.parameter_readings(adapter, term, self.bases, slot):
-                    self._enter(adapter, term, number, product, view)
-
-            self._try(adapter, term, enter)
-
-    def _fits(self, adapter: Adapter, term: Term, slot: Slot) -> bool:
-        if not {"A", "B"} <= term.roles.keys():
-            return False
-        a, b = (adapter.leaves.spec(term.roles[role]) for role in "AB")
-        if slot.spec.ndim == 2:
-            return (b.shape[0], a.shape[-1]) == slot.spec.shape
-        return slot.spec.ndim == 3 and bool(readings.readings_of(a, b, slot.spec))
-
-    def _tokens(self, adapter: Adapter, term: Term, number: int | None) -> None:
+    def _tokens(self, adapter: Adapter, term: Term, number: int) -> None:
         """Enter rows of an embedding that take the place of those of the base."""
-        said, values = adapter.said("trainable_token_indices", []), adapter.origin(term.roles["tokens"])
-        if isinstance(said, Mapping):
-            said = next((rows for name, rows in said.items() if ".".join(term.module).endswith(name)), [])
-        assert number is not None
-        rows, spec = list(said), self.leaves.spec(number)
-        if len(rows) != values.spec.shape[0] or values.spec.shape[1:] != spec.shape[1:]:
-            raise SpecMismatch(f"it is {spec}, and {len(rows):,} rows of it are {values.spec}")
-        if not all(type(row) is int and 0 <= row < spec.shape[0] for row in rows):
-            raise SpecMismatch(f"it is {spec}, which does not have all rows of trainable_token_indices")
+        rows, values = adapter.said("trainable_token_indices", []), adapter.origin(term.roles["tokens"])
+        if isinstance(rows, Mapping):
+            rows = next((each for name, each in rows.items() if ".".join(term.module).endswith(name)), [])
+        spec = self.leaves.spec(number)
+        if (len(rows), *spec.shape[1:]) != values.spec.shape or any(
+            type(row) is not int or not 0 <= row < spec.shape[0] for row in rows
+        ):
+            raise SpecMismatch(
+                f"it is {spec}, and the rows {wording.listing(list(map(str, rows)), 4)} are {values.spec}"
+            )
         change = self.changes.setdefault(number, _Change())
         change.whole = _with_rows(change.whole or self._base(number), rows, values)
         change.sources.append(adapter.leaves.index.path(term.roles["tokens"]))
 
     def _replace(self, adapter: Adapter, path: Pieces, number: int) -> None:
         """Enter a leaf that takes the place of one of the base."""
-        target, spec, name = self.bases.path(path), adapter.leaves.spec(number), ".".join(path)
-        like = self._tie(path[:-1]) if target is None else target
-        if like is None:
-            self.missing.append(f"{name}: the base has no such leaf")
-            return
-        if spec.shape != self.leaves.spec(like).shape:
-            self.unfit.append(f"{name}: it is {self.leaves.spec(like)}, and that of the adapter is {spec}")
-            return
-        for place in self._targets(path[:-1] if path[-1] == "weight" else (), target):
-            change = self.changes.setdefault(place, _Change())
-            if change.whole is not None:
-                self.unfit.append(f"{name}: two adapters replace it")
-            change.whole = adapter.origin(number)
-            change.sources.append(adapter.leaves.index.path(number))
-
-    def _enter(self, adapter: Adapter, term: Term, number: int | Pieces, product: Product, view: View) -> None:
-        change = self.changes.setdefault(number, _Change())
-        if change.view not in (None, view):
-            self.unfit.append(f"{'.'.join(term.module)}: terms of one leaf take it for matrices of different shapes")
-            return
-        change.view = view
-        factor = product.scale * self.scale
-        change.add(Product(**{**vars(product), "scale": factor}))
-        change.sources += [adapter.leaves.index.path(at) for at in term.roles.values()]
-
-    # ---- tied heads --------------------------------------------------------------------------------------------------
-
-    def _tie(self, module: Pieces) -> int | None:
-        """The embedding that a module shares its weight with, if it is a head or an embedding of a tied model."""
-        found = self.bases.tied(module)
-        return None if found is None else found[0]
-
-    def _targets(self, module: Pieces, number: int | None) -> list[int | Pieces]:
-        """The leaves that change for the weight of a module: its own; of tied ones also both, or a new one."""
-        pair = self.bases.tied(module)
-        if pair is None:
-            assert number is not None
-            return [number]
-        embedding, head = pair
-        if self.into == "embedding":
-            shared = head is None or self.leaves.ties.get(head) == self.leaves.ties.get(embedding, -1)
-            return [embedding] if shared else [embedding, cast(int, head)]
-        if not self.untie:
-            path = self.leaves.index.path(embedding)
-            self.tied.append((".".join(module), path))
-        is_head = number is None or number == head
-        own: int | Pieces = module if head is None else head
-        return [own] if is_head else [embedding]
+        shared = self._shared(path[:-1])
+        target, new = self.bases.path(path if shared is None else (*shared, "weight")), adapter.origin(number)
+        if target is None:
+            raise NoMatch("the base has no such leaf")
+        if new.spec.shape != self.leaves.spec(target).shape:
+            raise SpecMismatch(f"it is {self.leaves.spec(target)}, and that of the adapter is {new.spec}")
+        change = self.changes.setdefault(target, _Change())
+        if change.whole is not None and not _same(change.whole, new):
+            raise SpecMismatch("it is to be replaced by two leaves that differ")
+        change.whole = new
+        change.sources.append(adapter.leaves.index.path(number))
 
     # ---- the result --------------------------------------------------------------------------------------------------
 
     def made(self) -> Any:
         """The base with all changes; raises if anything is wrong."""
-        self._check()
-        new = {target: self._origin(target, change) for target, change in self.changes.items()}
-        pair = next((found for module in self.bases.modules if (found := self.bases.tied(module))), None)
-        parts = {} if pair is None or not self.untie else self._parted(new, pair)
-        rest = {cast(int, number): origin for number, origin in new.items() if number not in parts}
-        leaves = self.leaves
-        operands = Gathered(None, (((str(place),), origin) for place, origin in enumerate(rest.values())))
-        calls = {n: call("set", {"value": Stored(operands, place)}) for place, n in enumerate(rest)}
-        edited: Any = leaves.edited(cast(Mapping[int, Call], calls)) if calls else getattr(leaves, "root", leaves)
-        return self._untied(editable(edited), parts, pair) if parts and pair is not None else edited
-
-    def _check(self) -> None:
-        names = wording.listing(list(dict.fromkeys(name for name, _ in self.tied)))
-        if self.missing or self.unfit:
-            wrong = [*self.missing, *self.unfit]
+        wrong = [*self.missing, *self.unfit]
+        if wrong:
             count = wording.plural(len(wrong), "thing does", "things do")
             message = f"{count} not fit, and nothing was folded:\n  " + "\n  ".join(wrong)
             raise (NoMatch if self.missing else SpecMismatch)(message)
-        if self.tied:
-            raise Unsupported(f"{names}: in this model head and embedding are one leaf, {self.tied[0][1]}", hint=_BOTH)
+        origins = {number: self._origin(number) for number in self.changes}
+        tie = self.bases.tie
+        if tie is not None and tie[1] is not None and tie[0] in origins:  # a leaf of each, with the same values
+            origins.setdefault(tie[1], origins[tie[0]])
+        operands = Gathered(None, (((str(place),), origin) for place, origin in enumerate(origins.values())))
+        return self.leaves.edited(
+            {number: call("set", {"value": Stored(operands, place)}) for place, number in enumerate(origins)}
+        )
 
-    def _origin(self, target: int | Pieces, change: _Change) -> Origin:
-        number = target if isinstance(target, int) else cast(int, self._tie(target))
-        spec, base = self.leaves.spec(number), change.whole or self._base(number)
+    def _origin(self, number: int) -> Origin:
+        change, spec = self.changes[number], self.leaves.spec(number)
+        base = change.whole or self._base(number)
         if not change.passes and base.spec.dtype == spec.dtype:
             return base
         return Combined(base, change.passes, change.view, spec.dtype)
@@ -356,57 +290,34 @@ class _Folding:
             found.says = quoted(self.leaves.index.path(number))
         return found
 
-    def _parted(self, new: Mapping[int | Pieces, Origin], pair: tuple[int, int | None]) -> dict[int | Pieces, Origin]:
-        """The leaves of an embedding and its head that part: those that change, and those that stay."""
-        embedding, head = pair
-        heads = [target for target in new if not isinstance(target, int) or target == head]
-        if embedding not in new and not heads:
-            return {}
-        last = heads[0] if heads else (head if head is not None else ("lm_head",))
-        old = self._base(embedding)
-        return {embedding: new.get(embedding, old), last: new.get(last, old)}
-
-    def _untied(self, leaves: Any, parts: Mapping[int | Pieces, Origin], pair: tuple[int, int | None]) -> Any:
-        """The base with a leaf for the embedding and one for the head."""
-        embedding, head = pair
-        (_, first), (target, second) = parts.items()
-        index = self.leaves.index
-        numbers = (embedding,) if head is None else (embedding, head)
-        own = index.paths[embedding]
-        path = index.paths[head] if head is not None else (*labels(".".join((*cast(Pieces, target), "weight"))),)
-
-        def make(old: Sequence[Any]) -> list[Any]:
-            values: list[Any] = [first, second]
-            return values if isinstance(old[0], Origin) else [backend(old[0]).beside(v.read(), old[0]) for v in values]
-
-        both = tuple([(key, depth) for depth, key in enumerate(keys_of(each))] for each in (own, path))
-        made = leaves.regrouped([Group(numbers, both, make)])
-        self.said.append(f"{write_path(path, index.separator)} has values of its own")
-        if isinstance(made, Checkpoint) and self.bases.config:
-            inner = self.bases.config.get("text_config")
-            nested = isinstance(inner, Mapping) and "tie_word_embeddings" in inner
-            keys = ["text_config.tie_word_embeddings"] if nested else []
-            keys += ["tie_word_embeddings"] if not nested or "tie_word_embeddings" in self.bases.config else []
-            try:
-                made = config_of(made).set(dict.fromkeys(keys, False))
-            except Unsupported:
-                self.said.append("config.json beside it says that they are tied: set tie_word_embeddings to false")
-        return made
-
-    def report(self, names: Sequence[str]) -> LayoutReport:
+    def report(self) -> LayoutReport:
         """What was done."""
-        index = self.leaves.index
-        rows = []
-        places = {number: place for place, number in enumerate(index.numbers)}
-        for number, change in sorted(
-            self.changes.items(), key=lambda each: places.get(cast(int, each[0]), len(places))
-        ):
-            like = number if isinstance(number, int) else cast(int, self._tie(number))
-            path = index.path(number) if isinstance(number, int) else ".".join((*number, "weight"))
-            rows.append(Moved(path, self.leaves.spec(like), str(self._origin(number, change)), tuple(change.sources)))
-        changed = {row.path for row in rows}
-        kept = tuple(path for number in index.numbers if (path := index.path(number)) not in changed)
-        return LayoutReport("fold", tuple(rows), kept, ("changed", "kept"), tuple(self.said))
+        index, rows, kept = self.leaves.index, [], []
+        for number in index.numbers:
+            path, change = index.path(number), self.changes.get(number)
+            if change is None:
+                kept.append(path)
+            else:
+                made = str(self._origin(number))
+                rows.append(Moved(path, self.leaves.spec(number), made, tuple(dict.fromkeys(change.sources))))
+        did = ("changed", "kept")
+        return LayoutReport(f"fold {wording.listing(self.names, 2)}", tuple(rows), tuple(kept), did, tuple(self.said))
+
+
+def _paths(adapter: Adapter, terms: Sequence[Term]) -> list[str]:
+    return [adapter.leaves.index.path(number) for term in terms for number in term.roles.values()]
+
+
+def _modules(adapter: Adapter) -> list[Pieces]:
+    """The modules whose weight an adapter replaces."""
+    return [path[:-1] for path in adapter.replaced if path[-1] == "weight"]
+
+
+def _same(one: Origin, other: Origin) -> bool:
+    ranges = one.ranges() if one.spec == other.spec else [(0, 0)]
+    return one.spec == other.spec and all(
+        one.read_range(*each).tobytes() == other.read_range(*each).tobytes() for each in ranges
+    )
 
 
 def _with_rows(base: Origin, rows: Sequence[int], values: Origin) -> Origin:

@@ -107,6 +107,8 @@ class _Attempt:
             return self.problems.tried(f"{self.address}.at", self.leaves.edited, calls) if calls else None
         if self.step.verb.name == "config":
             return self._configured()
+        if self.step.verb.name == "fold":
+            return self.problems.tried(f"{self.address}.source", self._folded)
         numbers = [number for number, _ in self._chosen()]
         if self.problems or self.step.verb.name == "expect":
             return None
@@ -130,6 +132,13 @@ class _Attempt:
         for address, values, gone in edits:
             tree = self.problems.tried(address, config(tree).edited, values, gone) or tree
         return tree
+
+    def _folded(self) -> Any:
+        from paramend.merging.folding import fold  # most recipes fold nothing
+
+        options = dict(self.step.given)
+        sources = [self.donors.place(name) for name in options.pop("source")]
+        return fold(getattr(self.leaves, "root", self.leaves), sources, **options)[0]
 
     def _regrouped(self) -> Any:
         given, name = self.step.given, self.step.verb.name

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from paramend.anatomy.documents import json_value
-from paramend.edits.arguments import AXIS, DTYPE_OR_KIND, INDEX, NATURAL, SHAPE, SIZES, TEXT, Value, shown
+from paramend.edits.arguments import AXIS, DTYPE_OR_KIND, INDEX, NATURAL, NUMBER, SHAPE, SIZES, TEXT, Value, shown
 from paramend.edits.call import Op
 from paramend.edits.ops import OPS
 from paramend.errors import BadArgument
@@ -55,7 +55,8 @@ class Verb:
         if self.one_of:
             name = next((name for name in self.one_of if name in values), "from")
             given[name] = values.get(name, "values.safetensors")
-        return {self.name: {"at": selector, **given}}
+        at = {"at": selector} if any(key.name == "at" for key in self.keys) else {}
+        return {self.name: {**at, **given}}
 
     @property
     def short(self) -> bool:
@@ -99,17 +100,33 @@ def _values(data: Any) -> dict[str, Any]:
     return {TEXT.read(key): json_value(key, value) for key, value in data.items()}
 
 
+def _flag(data: Any) -> bool:
+    if type(data) is not bool:
+        raise BadArgument(f"{shown(data)} is not true or false", hint="true")
+    return data
+
+
 NEW_PATH = TEXT.named("a path", "layers/<n>/w")
 PATHS = Value("a list of paths", _texts, {"type": "array", "minItems": 1, "items": TEXT.schema}, example="layers/<n>/w")
 
 
+FLAG = Value("true or false", _flag, {"type": "boolean"})
+SOURCES = Value(
+    "a path, or a list of them",
+    _texts,
+    {"anyOf": [TEXT.schema, {"type": "array", "minItems": 1, "items": TEXT.schema}]},
+    example="adapter/",
+)
 VALUES = Value("a map of keys and values", _values, {"type": "object", "minProperties": 1})
 
 _AT = Key("at", SELECTOR, "which leaves: a selector, or a list of them", required=True)
 _EXCEPT = Key("except", SELECTOR, "which of them are left out: a selector, or a list of them")
 _WHERE = Key("where", WHERE, "only leaves whose specs fit: ndim, dtype, shape, min_size, max_size")
 _INDEX = Key("index", INDEX, 'the slice of each leaf that changes, such as -1 or "0:4"')
-_INTO = "the path of the new leaf, or for `split` a list of them, with the wildcards of `at`"
+_INTO = (
+    "the path of the new leaf, or for `split` a list of them, with the wildcards of `at`; for `fold`: `embedding`, if a "
+    "tied head and its embedding shall both change"
+)
 _ALONG = Key("axis", AXIS, AXIS.says)
 _FROM = Key("from", TEXT, "the .npy file or checkpoint that the values come from, relative to the recipe's folder")
 _LEAF = Key("leaf", TEXT, "the leaf of that checkpoint; it takes the wildcards of `at`, as in a rename")
@@ -163,6 +180,17 @@ VERBS: dict[str, Verb] = {
                 Key("delete", PATHS, "a list of keys, as in `set`; each must be there"),
             ),
             any_of=("set", "delete"),
+        ),
+        Verb(
+            "fold",
+            "adapters are added to the weights that they change",
+            (
+                Key("source", SOURCES, "the adapters, relative to the recipe's folder", required=True),
+                Key("scale", NUMBER, "a further factor of all terms"),
+                Key("untie", FLAG, "whether a tied head gets a leaf of its own"),
+                Key("into", TEXT, _INTO),
+            ),
+            changes=True,
         ),
         Verb("delete", "the leaves are left out", (_AT, _EXCEPT, _WHERE), changes=True),
         Verb(
