@@ -105,7 +105,7 @@ class Reading:
 
     def _scale(self, rank: int, parameter: str) -> float:
         said = self.adapter.rank(self.term, rank, parameter)
-        if said != rank:
+        if said != rank or not rank:
             raise SpecMismatch(f"A has {rank} ranks, and the configuration says {said}")
         return self.adapter.scale(self.term, rank, parameter)
 

@@ -12,6 +12,8 @@ from paramend.leaves.specs import Array, Spec, numpy_dtype
 
 # A leaf as matrices, in C order: how many there are, their rows, their columns.
 View: TypeAlias = tuple[int, int, int]
+# BLAS computes no more multiplications than these in the thread that asks; in several it may wait long for the others.
+_ALONE, _FEW = 1 << 18, 8
 # For each pass what is added to the elements of a tile, and what they are multiplied by then.
 _Terms: TypeAlias = list[tuple[Array, Array | None]]
 
@@ -92,7 +94,7 @@ class Combined(Given):
     """
 
     moves = False
-    tile = CHUNK
+    tile = 4 * CHUNK  # so many are computed while those before are written
     extents = None
 
     def __init__(
@@ -181,11 +183,18 @@ class Combined(Given):
                 yield number - mine, slice(at, at + (high - low - 1) * every.step + 1, every.step), slice(low, high)
 
     def _added(self, each: Sequence[_Ready], tile: int) -> Array:
-        found = np.zeros((len(self._rows(tile)), self.view[2]), self._wide)
+        shape = len(self._rows(tile)), self.view[2]
+        found: Array | None = None
         for ready in each:
             for number, here, there in self._met(ready, tile):
-                found[here, ready.columns] += ready.scale * (ready.u[number, there] @ ready.v[number])
-        return found
+                product = _product(ready.u[number, there], ready.v[number])
+                product *= ready.scale
+                if found is None and product.shape == shape:  # nearly always, and all of it
+                    found = product
+                    continue
+                found = np.zeros(shape, self._wide) if found is None else found
+                found[here, ready.columns] += product
+        return np.zeros(shape, self._wide) if found is None else found
 
     def _gain(self, each: Sequence[_Ready], tile: int) -> Array | None:
         if all(ready.gain is None for ready in each):
@@ -211,3 +220,15 @@ class Combined(Given):
                     ready.squares[slice(None) if ready.along else there] += squares.sum(0 if ready.along else 1)
         for ready in wanted:
             ready.measure(self._wide)
+
+
+def _product(u: Array, v: Array) -> Array:
+    """u @ v, in blocks of a few rows and as many columns as one thread computes."""
+    (rows, rank), columns = u.shape, v.shape[1]
+    found, width, whole = np.empty((rows, columns), u.dtype), max(_ALONE // (_FEW * rank), 1), rows - rows % _FEW
+    for at in range(0, columns, width):
+        some = slice(at, at + width)
+        blocks = found[:whole].reshape(-1, _FEW, columns)[:, :, some]
+        np.matmul(u[:whole].reshape(-1, _FEW, rank), v[:, some], out=blocks)
+        np.matmul(u[whole:], v[:, some], out=found[whole:, some])
+    return found
