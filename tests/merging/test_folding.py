@@ -276,6 +276,29 @@ def test_square_experts_need_a_family_and_a_version(folder):
     assert pm.fold(pm.open(base), adapter)[1].rows
 
 
+def test_a_square_conv1d_is_told_by_its_family_or_by_a_bias_beside(folder):
+    case = CASES["conv1d"]
+    base, adapter = folder(case)
+    made = [pm.fold(pm.open(base), adapter)[0]["model.c_proj.weight"]]
+    (base / "config.json").unlink()
+    made.append(pm.fold(pm.open(base), adapter)[0]["model.c_proj.weight"])  # model.c_attn is 3 x 9, and its bias 9
+    put(adapter, case, fan_in_fan_out=True)  # lm_head is linear whatever the file says
+    close(dict(pm.fold(pm.open(base), adapter)[0].items()), case.merged)
+    made.append(
+        pm.fold({"model.c_proj.weight": case.base["model.c_proj.weight"]}, _without(adapter, "c_proj"))[0][
+            "model.c_proj.weight"
+        ]
+    )
+    for each in made:
+        np.testing.assert_allclose(each, case.merged["model.c_proj.weight"], rtol=1e-12, atol=1e-12)
+
+
+def _without(adapter, name):
+    """The adapter with the leaves of one module alone."""
+    leaves = pm.open(adapter / "adapter_model.safetensors")
+    return pm.at(leaves, [path for path in leaves.paths if name not in path]).delete()
+
+
 # ---- heads -----------------------------------------------------------------------------------------------------------
 
 
@@ -320,6 +343,19 @@ def test_a_tied_head_in_memory(tied):
     parted, _ = pm.fold(tree, adapter, untie=True)
     np.testing.assert_array_equal(parted["model.embed_tokens.weight"], weight)
     np.testing.assert_allclose(parted["lm_head.weight"], weight + torch.tensor(added), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.numeric
+def test_terms_that_peft_ties_are_added_once(tied, tmp_path):
+    base, _, added = tied
+    b, a = linear(7, R, seed=2), linear(R, 4, seed=1)
+    leaves = {"lm_head.lora_A.weight": a, "lm_head.lora_B.weight": b}
+    leaves |= {"model.embed_tokens.lora_embedding_A": b.T, "model.embed_tokens.lora_embedding_B": a.T}
+    adapter = peft(tmp_path / "both", leaves, ensure_weight_tying=True)
+    made, report = pm.fold(pm.open(base), adapter, into="embedding")
+    old = pm.open(base)["model.embed_tokens.weight"]
+    np.testing.assert_allclose(made["model.embed_tokens.weight"], old + added, rtol=1e-12, atol=1e-12)
+    assert len(report.rows[0].sources) == 4
 
 
 # ---- trees -----------------------------------------------------------------------------------------------------------
@@ -430,6 +466,43 @@ def test_integers_are_not_folded_into(tmp_path):
     adapter = peft(tmp_path / "adapter", {"fc.lora_A.weight": linear(R, 8), "fc.lora_B.weight": linear(4, R)})
     with pytest.raises(SpecMismatch, match="not of floats"):
         pm.fold({"fc.weight": np.zeros((4, 8), "int8")}, adapter)
+
+
+def test_two_modules_of_an_adapter_are_not_one_leaf(tmp_path):
+    w = linear(4, 3)
+    leaves = kohya("lora_te1_fc", w)[0] | kohya("lora_te2_fc", w)[0]
+    save_file(leaves, tmp_path / "lora.safetensors")
+    with pytest.raises(SpecMismatch, match="lora_te1_fc of the adapter means the same leaf"):
+        pm.fold({"fc.weight": w}, tmp_path / "lora.safetensors")
+    one = pm.at(pm.open(tmp_path / "lora.safetensors"), "lora_te2_fc.**").delete()
+    assert pm.fold({"fc.weight": w}, one)[1].rows
+
+
+@pytest.mark.numeric
+def test_what_diffusers_says_in_the_metadata_of_a_file_counts(tmp_path):
+    w, a, b = linear(4, 3), linear(R, 3, seed=1), linear(4, R, seed=2)
+    held = {"lora_adapter_metadata": json.dumps({"unet.r": R, "unet.lora_alpha": 6, "unet.use_rslora": True})}
+    save_file({"unet.fc.lora_A.weight": a, "unet.fc.lora_B.weight": b}, tmp_path / "lora.safetensors", metadata=held)
+    made, _ = pm.fold({"fc.weight": w}, tmp_path / "lora.safetensors")
+    np.testing.assert_allclose(made["fc.weight"], w + 6 / np.sqrt(R) * b @ a, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".npz"])
+def test_in_place_edits_before_a_fold_are_made_once(suffix, folder, tmp_path):
+    case = CASES["dora"]
+    _, adapter = folder(case)
+    base = {path: value.astype("float32") for path, value in case.base.items()}
+    path = tmp_path / f"model{suffix}"
+    pm.save({name: torch.tensor(value) for name, value in base.items()} if suffix == ".pt" else base, path)
+
+    def edit(tree):
+        return pm.fold(pm.fold(pm.at(tree, "model.q.weight").multiply(2.0), adapter)[0], adapter)[0]
+
+    before = path.read_bytes()
+    pm.patch(path, edit)
+    assert not pm.diff(path, edit(base))
+    pm.undo(path)
+    assert path.read_bytes() == before
 
 
 # ---- commands and recipes --------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ _ENDS: Mapping[Pieces, str] = {
     ("lora_a",): "a",
     ("lora_b",): "b",
 }
-_WRAPPED = ("base_layer", "modules_to_save", "original_module")
+_WRAPPED = ("base_layer", "modules_to_save")
 # Keys of a configuration that change what its tensors mean, and how.
 _REFUSED = {
     "alora_invocation_tokens": "acts on some tokens alone",
@@ -140,11 +140,11 @@ class Adapter:
             depth = module.count("base_layer")
             bare = tuple(piece for piece in module if piece not in _WRAPPED)
             bare = bare[2:] if bare[:2] == ("base_model", "model") else bare
-            if role:
+            if role and (role != "alpha" or self.config is None):
                 key = bare, depth, leaf
                 found.setdefault(key, Term(bare, {}, depth, leaf)).roles[role] = number
             elif self.config is not None:
-                whole[bare] = number
+                whole[(*bare, "alpha") if role else bare] = number
             else:
                 rest.append(number)
         return list(found.values()), whole, rest
@@ -231,32 +231,32 @@ def adapter(given: AnyTree, rule: Sequence[str] | None = None) -> Adapter:
     """
     if isinstance(given, Adapter):
         return given
-    config: Path | None = None
-    leaves = given
+    leaves, config = given, None
     if isinstance(given, str | os.PathLike):
         path = Path(given)
-        if path.is_dir():
-            config = path / CONFIG
-            path = next((path / name for name in WEIGHTS if (path / name).is_file()), path)
-        leaves = open_checkpoint(path)
-    if isinstance(leaves, Checkpoint) and config is None and leaves.path.name in WEIGHTS:
-        config = leaves.path.with_name(CONFIG)
-    name = str(given) if isinstance(given, str | os.PathLike) else str(getattr(leaves, "path", "")) or "the adapter"
-    found = Adapter(name, editable(leaves), None if config is None else _config(config), rule)
-    prefixed = any(found.leaves.index.pieces(n)[:2] == ("base_model", "model") for n in found.leaves.index.numbers)
-    if found.config is None and prefixed:
-        raise CannotRead(
-            f"{name} is of PEFT, and there is no {CONFIG}, which says its alpha", hint="the folder of both"
-        )
+        leaves = open_checkpoint(next((each for name in WEIGHTS if (each := path / name).is_file()), path))
+    if isinstance(leaves, Checkpoint):
+        config = _config(leaves)
+    place = given if isinstance(given, str | os.PathLike) else getattr(leaves, "path", "")
+    found = Adapter(str(place) or "the adapter", editable(leaves), config, rule)
+    index = found.leaves.index
+    if config is None and any(index.pieces(number)[:2] == ("base_model", "model") for number in index.numbers):
+        raise CannotRead(f"{found.name} is of PEFT, and there is no {CONFIG}, which says its alpha")
     _check(found)
     return found
 
 
-def _config(file: Path) -> dict[str, Any]:
-    try:
+def _config(weights: Checkpoint) -> dict[str, Any] | None:
+    """What PEFT says beside its weights, and diffusers in the metadata of theirs; None if nothing is said."""
+    file, held = weights.path.with_name(CONFIG), weights.metadata.get("lora_adapter_metadata")
+    if weights.path.name in WEIGHTS and file.is_file():
         return parsed(file.read_bytes(), file)
-    except OSError as error:
-        raise CannotRead(f"{file} cannot be read, and an adapter of PEFT needs it: {error.strerror}") from None
+    if not isinstance(held, str):
+        return None
+    values = parsed(held.encode(), weights.path)
+    if len({key.partition(".")[0] for key in values}) != 1:
+        raise Unsupported(f"{weights.path} has adapters of several models: {', '.join(values)}")
+    return {key.partition(".")[2]: value for key, value in values.items()}
 
 
 def _check(found: Adapter) -> None:

@@ -61,7 +61,7 @@ class Destinations:
 
     Attributes:
         config: the configuration of the base, {} if there is none.
-        family: its model type, or "".
+        families: its model type, and that of the text model in it.
     """
 
     def __init__(self, leaves: Editable) -> None:
@@ -184,9 +184,10 @@ class Destinations:
 
     def is_conv1d(self, module: Pieces) -> bool | None:
         """Whether a module is a Conv1D; None if that is not known."""
-        if not module or not any(module[-1] in names for names in CONV1D.values()):
-            return False if self.families else None
-        return True if self.among(CONV1D) else self._transposed
+        named = bool(module) and any(module[-1] in names for names in CONV1D.values())
+        if self.among(CONV1D) or self._transposed:
+            return named
+        return self._transposed if named else None
 
     @cached_property
     def _transposed(self) -> bool | None:

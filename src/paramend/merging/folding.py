@@ -171,8 +171,9 @@ class _Folding:
         modules: dict[Pieces, list[Term]] = {}
         for term in adapter.terms:
             modules.setdefault(term.module, []).append(term)
+        owners: dict[int, Pieces] = {}
         for module, terms in modules.items():
-            self._tried(".".join(module), lambda m=module, t=terms: self._module(adapter, m, t))  # type: ignore[misc]
+            self._tried(".".join(module), lambda m=module, t=terms: self._module(adapter, m, t, owners))  # type: ignore[misc]
         trained, own = adapter.said("base_model_name_or_path", ""), str(getattr(self.leaves, "path", ""))
         if trained and own:
             names = {Path(own).name, Path(str(self.bases.config.get("_name_or_path", ""))).name}
@@ -191,8 +192,8 @@ class _Folding:
         except (NoMatch, SpecMismatch) as error:
             (self.missing if isinstance(error, NoMatch) else self.unfit).append(f"{name}: {error}")
 
-    def _module(self, adapter: Adapter, named: Pieces, terms: Sequence[Term]) -> None:
-        """Enter the terms of one module."""
+    def _module(self, adapter: Adapter, named: Pieces, terms: Sequence[Term], owners: dict[int, Pieces]) -> None:
+        """Enter the terms of one module; `owners` are those of the adapter so far, each of a leaf."""
         shared = self._shared(named)
         module = shared or self.bases.module(named)
         number = None if module is None else self.bases.weight(module)
@@ -212,6 +213,8 @@ class _Folding:
                 leaf = self.bases.modules.get(module or (), {}).get(term.leaf) if term.leaf else number
                 if leaf is None:
                     raise NoMatch("the base has no such leaf")
+                if owners.setdefault(leaf, named) != named and shared is None:
+                    raise SpecMismatch(f"{'.'.join(owners[leaf])} of the adapter means the same leaf")
                 if "tokens" in term.roles:
                     self._tokens(adapter, term, leaf)
                 else:
@@ -266,7 +269,12 @@ class _Folding:
         if wrong:
             count = wording.plural(len(wrong), "thing does", "things do")
             message = f"{count} not fit, and nothing was folded:\n  " + "\n  ".join(wrong)
-            raise (NoMatch if self.missing else SpecMismatch)(message)
+            hint = (
+                "pm.at(pm.open(adapter_file), selector).delete() is an adapter without some leaves"
+                if self.missing
+                else ""
+            )
+            raise (NoMatch if self.missing else SpecMismatch)(message, hint=hint)
         origins = {number: self._origin(number) for number in self.changes}
         tie = self.bases.tie
         if tie is not None and tie[1] is not None and tie[0] in origins:  # a leaf of each, with the same values

@@ -124,8 +124,8 @@ _EXCEPT = Key("except", SELECTOR, "which of them are left out: a selector, or a 
 _WHERE = Key("where", WHERE, "only leaves whose specs fit: ndim, dtype, shape, min_size, max_size")
 _INDEX = Key("index", INDEX, 'the slice of each leaf that changes, such as -1 or "0:4"')
 _INTO = (
-    "the path of the new leaf, or for `split` a list of them, with the wildcards of `at`; for `fold`: `embedding`, if a "
-    "tied head and its embedding shall both change"
+    "the path of the new leaf, or for `split` a list of them, with the wildcards of `at`; for `fold`: `embedding`, if "
+    "a tied head and its embedding shall both change"
 )
 _ALONG = Key("axis", AXIS, AXIS.says)
 _FROM = Key("from", TEXT, "the .npy file or checkpoint that the values come from, relative to the recipe's folder")
