@@ -345,6 +345,16 @@ def test_a_tied_head_in_memory(tied):
     np.testing.assert_allclose(parted["lm_head.weight"], weight + torch.tensor(added), rtol=1e-12, atol=1e-12)
 
 
+def test_rows_of_a_tied_embedding_are_those_of_the_head(tied, tmp_path):
+    base, _, _ = tied
+    rows = linear(2, 4, seed=3)
+    leaves = {"model.embed_tokens.token_adapter.trainable_tokens_delta": rows}
+    made, _ = pm.fold(pm.open(base), peft(tmp_path / "rows", leaves, trainable_token_indices=[6, 2]))
+    want = pm.open(base)["model.embed_tokens.weight"]
+    want[[6, 2]] = rows
+    assert made["model.embed_tokens.weight"].tobytes() == want.tobytes()
+
+
 @pytest.mark.numeric
 def test_terms_that_peft_ties_are_added_once(tied, tmp_path):
     base, _, added = tied

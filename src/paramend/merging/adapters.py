@@ -4,9 +4,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -67,22 +66,14 @@ _MOVED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 @dataclass(frozen=True)
 class Term:
-    """What an adapter holds for one module.
-
-    Attributes:
-        module: the module, as the adapter names it.
-        roles: what each leaf is → its number.
-        depth: how many other parameters of the module were wrapped first; their terms are told apart by it.
-        leaf: the name of the leaf that a rule gives; "" for the weight of the module.
-    """
+    """What an adapter holds for one module, as it names it: what each leaf is → its number; and the name of the leaf
+    that they change, "" for the weight of the module."""
 
     module: Pieces
+    leaf: str
     roles: dict[str, int] = field(default_factory=dict)
-    depth: int = 0
-    leaf: str = ""
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
     """An adapter: its leaves and its configuration. `pm.extract` makes one, and `pm.fold` takes it.
 
@@ -90,15 +81,37 @@ class Adapter:
         name: what messages call it.
         leaves: its leaves.
         config: what `adapter_config.json` says; None for formats that have none.
-        rule: the leaves A, the leaves B and the leaf of the base that they change, as paths with wildcards; or None.
-        read: the files that it was made of, as they were: a folder of it is as private as they are.
+        terms: what it holds for each module.
+        replaced: the leaves that take the place of one of the base: its path → number.
+        rest: the paths of leaves that are of no known kind.
     """
 
-    name: str
-    leaves: Editable
-    config: Mapping[str, Any] | None = None
-    rule: Sequence[str] | None = None
-    read: Sequence[os.stat_result] = ()
+    def __init__(
+        self,
+        name: str,
+        leaves: Editable,
+        config: Mapping[str, Any] | None = None,
+        rule: Sequence[str] | None = None,
+        read: Sequence[os.stat_result] = (),
+    ) -> None:
+        self.name, self.leaves, self.config, self._read = name, leaves, config, read
+        self.replaced: dict[Pieces, int] = {}
+        self.rest: list[str] = []
+        # Several parameters of a module are wrapped in each other: how deep tells their terms apart.
+        terms: dict[tuple[Pieces, int, str], Term] = {}
+        ruled = {} if rule is None else _ruled(leaves, rule)
+        for number in leaves.index.numbers:
+            role, module, leaf = ruled.get(number) or _role(leaves.index.pieces(number))
+            bare = tuple(piece for piece in module if piece not in _WRAPPED)
+            bare = bare[2:] if bare[:2] == ("base_model", "model") else bare
+            if role and (role != "alpha" or config is None):
+                key = bare, module.count("base_layer"), leaf
+                terms.setdefault(key, Term(bare, leaf)).roles[role] = number
+            elif config is not None:
+                self.replaced[(*bare, "alpha") if role else bare] = number
+            else:
+                self.rest.append(leaves.index.path(number))
+        self.terms = list(terms.values())
 
     def __repr__(self) -> str:
         return f"<{self.name}: {wording.plural(len(self.terms), 'term')}>"
@@ -107,7 +120,7 @@ class Adapter:
         """Write the adapter as PEFT loads it: `adapter_model.safetensors` and `adapter_config.json`, both or none.
 
         Args:
-            folder: the folder that they are in.
+            folder: the folder that they are in; it is as private as the models that the adapter was made of.
             force: whether it may already exist; it is then replaced in one step.
 
         Raises:
@@ -116,68 +129,18 @@ class Adapter:
         """
         if self.config is None or isinstance(self.leaves, Checkpoint):
             raise Unsupported(f"{self.name} was not extracted, and is a file already")
-        access, out = of_folder(access_of(self.read, new=NEW_FOLDER)), Path(folder)
-        with published(out, force=force, access=access, folder=True) as temporary:
-            save(
-                {self.leaves.index.path(n): self.leaves.read(n) for n in self.leaves.index.numbers},
-                temporary / WEIGHTS[0],
-            )
+        access, index = of_folder(access_of(self._read, new=NEW_FOLDER)), self.leaves.index
+        with published(Path(folder), force=force, access=access, folder=True) as temporary:
+            save({index.path(n): self.leaves.read(n) for n in index.numbers}, temporary / WEIGHTS[0])
             write_file(temporary / CONFIG, json.dumps(self.config, indent=2, sort_keys=True).encode() + b"\n")
 
     def origin(self, number: int) -> Origin:
         """Where the values of a leaf come from."""
         return origin_of(self.leaves, number)
 
-    @cached_property
-    def _parsed(self) -> tuple[list[Term], dict[Pieces, int], list[int]]:
-        """Its terms, the leaves that replace others, by their path, and those that are neither."""
-        found: dict[tuple[Pieces, int, str], Term] = {}
-        whole: dict[Pieces, int] = {}
-        rest: list[int] = []
-        ruled = self._ruled()
-        for number in self.leaves.index.numbers:
-            role, module, leaf = ruled.get(number) or _role(self.leaves.index.pieces(number))
-            depth = module.count("base_layer")
-            bare = tuple(piece for piece in module if piece not in _WRAPPED)
-            bare = bare[2:] if bare[:2] == ("base_model", "model") else bare
-            if role and (role != "alpha" or self.config is None):
-                key = bare, depth, leaf
-                found.setdefault(key, Term(bare, {}, depth, leaf)).roles[role] = number
-            elif self.config is not None:
-                whole[(*bare, "alpha") if role else bare] = number
-            else:
-                rest.append(number)
-        return list(found.values()), whole, rest
-
-    def _ruled(self) -> dict[int, tuple[str, Pieces, str]]:
-        if self.rule is None:
-            return {}
-        if isinstance(self.rule, str) or len(self.rule) != 3:
-            raise BadArgument(
-                f"rule={self.rule!r} is not three paths: of A, of B and of the leaf that they change",
-                hint='rule=("**/lora_a", "**/lora_b", "**/kernel")',
-            )
-        found: dict[int, tuple[str, Pieces, str]] = {}
-        for role, path in zip("ab", self.rule, strict=False):
-            for number, moved in rename(path, self.rule[2]).over(self.leaves.index).items():
-                *module, leaf = (text_of(label) for key, _ in keys(moved) for label in labels(key))
-                found[number] = role, tuple(module), leaf
-        return found
-
-    @property
-    def terms(self) -> list[Term]:
-        """What it holds for each module."""
-        return self._parsed[0]
-
-    @property
-    def replaced(self) -> dict[Pieces, int]:
-        """The leaves that take the place of one of the base: its path → number."""
-        return self._parsed[1]
-
-    @property
-    def rest(self) -> list[str]:
-        """The paths of leaves that are of no known kind."""
-        return [self.leaves.index.path(number) for number in self._parsed[2]]
+    def paths(self, terms: Iterable[Term]) -> list[str]:
+        """The paths of the leaves of some terms."""
+        return [self.leaves.index.path(number) for term in terms for number in term.roles.values()]
 
     def said(self, key: str, default: Any = None) -> Any:
         """What the configuration says; the default where it says nothing."""
@@ -205,6 +168,21 @@ class Adapter:
             except re.error as error:
                 raise BadCheckpoint(f"{self.name}: {pattern} has {text!r}, which is not a pattern: {error}") from None
         return float(self.said(key, 8))
+
+
+def _ruled(leaves: Editable, rule: Sequence[str]) -> dict[int, tuple[str, Pieces, str]]:
+    """The leaves that a rule names, each with what it is, the module and the leaf that it changes."""
+    if isinstance(rule, str) or len(rule) != 3:
+        raise BadArgument(
+            f"rule={rule!r} is not three paths: of A, of B and of the leaf that they change",
+            hint='rule=("**/lora_a", "**/lora_b", "**/kernel")',
+        )
+    found: dict[int, tuple[str, Pieces, str]] = {}
+    for role, path in zip("ab", rule, strict=False):
+        for number, moved in rename(path, rule[2]).over(leaves.index).items():
+            *module, leaf = (text_of(label) for key, _ in keys(moved) for label in labels(key))
+            found[number] = role, tuple(module), leaf
+    return found
 
 
 def _role(pieces: Pieces) -> tuple[str, Pieces, str]:

@@ -145,7 +145,7 @@ class _Folding:
         self.missing: list[str] = []
         self.unfit: list[str] = []
         self.said: list[str] = []
-        changed = [module for each in adapters for module in (*(t.module for t in each.terms), *_modules(each))]
+        changed = [module for each in adapters for module in _modules(each)]
         tied = list(dict.fromkeys(module for module in changed if self.bases.is_tied(module)))
         if tied and untie:
             head = next((module for module in tied if self.bases.module(module) is None), ("lm_head",))
@@ -200,7 +200,7 @@ class _Folding:
         fused = self.bases.fused(named) if number is None else None
         if shared is not None and shared != self.bases.module(named) and adapter.said("ensure_weight_tying"):
             terms, twins = [], terms  # the embedding has the same
-            self.changes.setdefault(cast(int, number), _Change()).sources += _paths(adapter, twins)
+            self.changes.setdefault(cast(int, number), _Change()).sources += adapter.paths(twins)
         each = [Reading(adapter, term, self.bases) for term in terms]
         found: list[tuple[Term, Placed]] = []
         if fused is not None:
@@ -222,7 +222,7 @@ class _Folding:
         for term, (target, product, view) in found:
             change = self.changes.setdefault(target, _Change())
             change.add(replace(product, scale=product.scale * self.scale), view)
-            change.sources += _paths(adapter, [term])
+            change.sources += adapter.paths([term])
 
     def _shared(self, module: Pieces) -> Pieces | None:
         """The module of the embedding for the head that shares its weight, and takes the same change."""
@@ -237,12 +237,11 @@ class _Folding:
         if isinstance(rows, Mapping):
             rows = next((each for name, each in rows.items() if ".".join(term.module).endswith(name)), [])
         spec = self.leaves.spec(number)
-        if (len(rows), *spec.shape[1:]) != values.spec.shape or any(
-            type(row) is not int or not 0 <= row < spec.shape[0] for row in rows
-        ):
-            raise SpecMismatch(
-                f"it is {spec}, and the rows {wording.listing(list(map(str, rows)), 4)} are {values.spec}"
-            )
+        rows = rows if isinstance(rows, list) else []
+        known = all(type(row) is int and 0 <= row < spec.shape[0] for row in rows)
+        if not known or (len(rows), *spec.shape[1:]) != values.spec.shape:
+            names = wording.listing(list(map(str, rows)), 4)
+            raise SpecMismatch(f"it is {spec}, and the rows {names} of trainable_token_indices are {values.spec}")
         change = self.changes.setdefault(number, _Change())
         change.whole = _with_rows(change.whole or self._base(number), rows, values)
         change.sources.append(adapter.leaves.index.path(term.roles["tokens"]))
@@ -269,16 +268,14 @@ class _Folding:
         if wrong:
             count = wording.plural(len(wrong), "thing does", "things do")
             message = f"{count} not fit, and nothing was folded:\n  " + "\n  ".join(wrong)
-            hint = (
-                "pm.at(pm.open(adapter_file), selector).delete() is an adapter without some leaves"
-                if self.missing
-                else ""
-            )
-            raise (NoMatch if self.missing else SpecMismatch)(message, hint=hint)
+            if self.missing:
+                hint = "pm.at(pm.open(adapter_file), selector).delete() is an adapter without some leaves"
+                raise NoMatch(message, hint=hint)
+            raise SpecMismatch(message)
         origins = {number: self._origin(number) for number in self.changes}
-        tie = self.bases.tie
-        if tie is not None and tie[1] is not None and tie[0] in origins:  # a leaf of each, with the same values
-            origins.setdefault(tie[1], origins[tie[0]])
+        embedding, head, _ = self.bases.tie or (-1, None, False)
+        if head is not None and embedding in origins and head not in self.leaves.twins(embedding):
+            origins.setdefault(head, origins[embedding])  # each has a leaf, and one counts for both
         operands = Gathered(None, (((str(place),), origin) for place, origin in enumerate(origins.values())))
         return self.leaves.edited(
             {number: call("set", {"value": Stored(operands, place)}) for place, number in enumerate(origins)}
@@ -301,7 +298,8 @@ class _Folding:
     def report(self) -> LayoutReport:
         """What was done."""
         index, rows, kept = self.leaves.index, [], []
-        for number in index.numbers:
+        twins = {twin for number in self.changes for twin in self.leaves.twins(number)} - self.changes.keys()
+        for number in (each for each in index.numbers if each not in twins):
             path, change = index.path(number), self.changes.get(number)
             if change is None:
                 kept.append(path)
@@ -312,13 +310,10 @@ class _Folding:
         return LayoutReport(f"fold {wording.listing(self.names, 2)}", tuple(rows), tuple(kept), did, tuple(self.said))
 
 
-def _paths(adapter: Adapter, terms: Sequence[Term]) -> list[str]:
-    return [adapter.leaves.index.path(number) for term in terms for number in term.roles.values()]
-
-
 def _modules(adapter: Adapter) -> list[Pieces]:
-    """The modules whose weight an adapter replaces."""
-    return [path[:-1] for path in adapter.replaced if path[-1] == "weight"]
+    """The modules whose weight an adapter changes; rows that it replaces are those of a tied head, too."""
+    terms = [term.module for term in adapter.terms if "tokens" not in term.roles]
+    return [*terms, *(path[:-1] for path in adapter.replaced if path[-1] == "weight")]
 
 
 def _same(one: Origin, other: Origin) -> bool:
