@@ -345,6 +345,13 @@ def test_a_tied_head_in_memory(tied):
     np.testing.assert_allclose(parted["lm_head.weight"], weight + torch.tensor(added), rtol=1e-12, atol=1e-12)
 
 
+def test_a_model_without_a_head_has_none_that_is_tied(tied, tmp_path):
+    base, _, _ = tied
+    (base / "config.json").write_text(json.dumps({"tie_word_embeddings": True, "architectures": ["LlamaModel"]}))
+    leaves = {"embed_tokens.lora_embedding_A": linear(R, 7), "embed_tokens.lora_embedding_B": linear(4, R)}
+    assert pm.fold(pm.open(base), peft(tmp_path / "rows", leaves))[1].rows
+
+
 def test_rows_of_a_tied_embedding_are_those_of_the_head(tied, tmp_path):
     base, _, _ = tied
     rows = linear(2, 4, seed=3)

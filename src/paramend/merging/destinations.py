@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from paramend.anatomy.beside import EMBEDDINGS as _ROWS
-from paramend.anatomy.beside import HEADS, absent_head
+from paramend.anatomy.beside import HEADS, WITH_HEAD, absent_head
 from paramend.anatomy.documents import document_of
 from paramend.anatomy.families import CONV1D, EXPERTS, INPUTS_FIRST, INTERLEAVED, UNSAID
 from paramend.leaves.leaves import Editable
@@ -118,7 +118,7 @@ class Destinations:
                 yield from ((*each, *named[len(begin) :]) for each in row)
         firsts = {module[0] for module in self.modules if module}
         if named and named[0] not in firsts:  # with the prefix of the class, or without it
-            yield named[1:]
+            yield from [named[1:]] if len(named) > 1 else []
             yield from ((first, *named) for first in firsts)
 
     def weight(self, module: Pieces) -> int | None:
@@ -229,7 +229,9 @@ class Destinations:
             return (embedding, head, True) if said or (one is not None and self.leaves.ties.get(head) == one) else None
         path = getattr(self.leaves, "path", None) or Path("/dev/null/none")
         absent = absent_head("lm_head.weight", self.leaves.index, path)
-        return None if absent is None else (embedding, None, bool(self.config))
+        kinds = self.config.get("architectures")
+        headed = not isinstance(kinds, list) or not kinds or str(kinds[0]).endswith(WITH_HEAD)
+        return None if absent is None else (embedding, None, bool(self.config) and headed)
 
     def is_tied(self, named: Pieces) -> bool:
         """Whether a module is a head or an embedding that share a weight."""
