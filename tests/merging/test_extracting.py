@@ -117,6 +117,7 @@ def test_the_leaves_have_the_names_and_the_packing_of_peft(models, tmp_path):
 def test_weights_with_inputs_first(leaf, tmp_path):
     """Of JAX, and of a Conv1D, which a bias beside it tells."""
     base = {"c_fc": {leaf: normal(4, 6), "bias": normal(6)}, "c_proj": {leaf: normal(4, 4), "bias": normal(4)}}
+    base |= {"gate": {leaf: normal(4, 4), "bias": normal(4)}}
     tuned = {
         name: {leaf: held[leaf] + low(*held[leaf].shape, 1, 7), "bias": held["bias"]} for name, held in base.items()
     }

@@ -3,7 +3,6 @@
 import json
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -14,6 +13,7 @@ from safetensors.numpy import save_file
 import paramend as pm
 from paramend.cli.main import cli
 from paramend.errors import BadCheckpoint, BadRecipe, CannotRead, NoMatch, Quantized, SpecMismatch, Unsupported
+from paramend.leaves.specs import numpy_dtype
 from support import adapters_reference
 
 CASES = adapters_reference.cases()
@@ -91,15 +91,17 @@ def test_norms_do_not_see_the_wrong_reading_of_experts(folder):
     assert np.linalg.norm(wrong - right) > np.linalg.norm(right)
 
 
-def test_bfloat16_is_the_float32_sum_rounded_once(folder):
-    case = CASES["linear"]
-    base, adapter = folder(case, cast=ml_dtypes.bfloat16)
-    made = pm.fold(pm.open(base), adapter)[0]
-    name = "base_model.model.model.q.lora_{}.weight"
-    a, b = (case.adapter[name.format(side)].astype("float32") for side in "AB")
-    old = case.base["model.q.weight"].astype(ml_dtypes.bfloat16).astype("float32")
-    want = (old + np.float32(1.5) * (b @ a)).astype(ml_dtypes.bfloat16)
-    assert made["model.q.weight"].tobytes() == want.tobytes()
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn"])
+def test_narrow_floats_are_the_float32_sum_rounded_once(dtype, tmp_path):
+    """With whole numbers in A and B, so that their products are exact."""
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(67, 33)).astype(numpy_dtype(dtype))
+    a, b = (rng.integers(-8, 8, shape).astype("float32") for shape in ((R, 33), (67, R)))
+    save_file({"fc.weight": w}, tmp_path / "model.safetensors")
+    adapter = peft(tmp_path / "adapter", {"fc.lora_A.weight": a, "fc.lora_B.weight": b}, lora_alpha=R / 64)
+    made = pm.fold(pm.open(tmp_path / "model.safetensors"), adapter)[0]["fc.weight"]
+    want = (w.astype("float32") + np.float32(1 / 64) * (b @ a)).astype(w.dtype)
+    assert made.tobytes() == want.tobytes()
 
 
 @pytest.mark.numeric

@@ -167,7 +167,7 @@ def _part(bases: Destinations, number: int, added: Array, rank: int | None, ener
     spec, (*module, name) = bases.leaves.spec(number), bases.leaves.index.pieces(number)
     path, last, sides = ".".join(module), module[-1], ("lora_A.weight", "lora_B.weight")
     # Routers of experts are parameters of a module of their own, not linear layers.
-    parameter = name if name not in WEIGHTS or last in ("gate", "router") else ""
+    parameter = name if name not in WEIGHTS or (name == "weight" and last in ("gate", "router")) else ""
     dtype = "float64" if spec.dtype == "float64" else "float32"
     experts = added.ndim == 3 and name != "weight"
     matrices = added if experts else added.reshape(1, len(added), -1)

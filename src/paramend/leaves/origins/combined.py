@@ -159,13 +159,16 @@ class Combined(Given):
         return max(CHUNK // max(self.view[2], 1), 1)
 
     def _terms(self, tile: int) -> _Terms:
-        if self._ready is None:
-            self._ready = [[_Ready(product, self.view, self._wide) for product in each] for each in self.passes]
-            for each in self._ready:
+        ready, (last, terms) = self._ready, self._last  # another thread may read other tiles
+        if ready is None:
+            ready = [[_Ready(product, self.view, self._wide) for product in each] for each in self.passes]
+            for each in ready:
                 self._measure(each)
-        if self._last[0] != tile:
-            self._last = tile, [(self._added(each, tile).reshape(-1), self._gain(each, tile)) for each in self._ready]
-        return self._last[1]
+            self._ready = ready
+        if last != tile:
+            terms = [(self._added(each, tile).reshape(-1), self._gain(each, tile)) for each in ready]
+            self._last = tile, terms
+        return terms
 
     def _rows(self, tile: int) -> range:
         """The rows of a tile, counted through all matrices."""
