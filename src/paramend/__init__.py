@@ -42,7 +42,9 @@ if TYPE_CHECKING:
     from paramend.growth import init as init
     from paramend.growth.deepening import deepen as deepen
     from paramend.growth.deepening import deepen_ as deepen_
+    from paramend.growth.experts import experts as experts
     from paramend.growth.liveness import check_live as check_live
+    from paramend.growth.upcycling import upcycle as upcycle
     from paramend.growth.writers import residual_writers as residual_writers
     from paramend.growth.zeroing import init_zero_ as init_zero_
     from paramend.journal.undo import history as history
@@ -101,7 +103,9 @@ _LATER = {
         ),
         "paramend.evidence.stats": ("stats",),
         "paramend.growth.deepening": ("deepen", "deepen_"),
+        "paramend.growth.experts": ("experts",),
         "paramend.growth.liveness": ("check_live",),
+        "paramend.growth.upcycling": ("upcycle",),
         "paramend.growth.writers": ("residual_writers",),
         "paramend.growth.zeroing": ("init_zero_",),
         "paramend.checkpoints.patching": ("patch",),

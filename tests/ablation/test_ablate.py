@@ -509,9 +509,19 @@ def test_the_command_without_targets_or_without_a_file(on_disk):
 
 @pytest.mark.parametrize("how", ["zero", "mean", "noise", "permuted", lambda x: x])
 def test_targets_of_codes_are_refused_before_the_model_is_scored(how):
-    tree = {"fc": {"qweight": np.ones((1, 8), "int32"), "scales": np.ones((1, 8), "float16")}, "head": np.ones(2)}
-    with pytest.raises(pm.errors.Quantized, match=r"fc/scales cannot be ablated as 'fc/\*\*'") as caught:
+    tree = {"fc": {"weight": np.ones((4, 8), "int8"), "weight_scales": np.ones(8, "float16")}, "head": np.ones(2)}
+    with pytest.raises(pm.errors.Quantized, match=r"fc/weight_scales cannot be ablated as 'fc/\*\*'") as caught:
         pm.ablate(tree, ["head", "fc/**"], lambda tree: 1 / 0, how=how)
     assert "pm.ablate(..., raw=True)" in caught.value.hint
-    assert pm.ablate(tree, ["head", "fc/**"], lambda tree: float(tree["fc"]["scales"].sum()), raw=True).baseline == 8
+    assert (
+        pm.ablate(tree, ["head", "fc/**"], lambda tree: float(tree["fc"]["weight_scales"].sum()), raw=True).baseline
+        == 8
+    )
     assert pm.ablate(tree, "head", lambda tree: float(tree["head"].sum())).rows[0].delta == -2
+
+
+def test_targets_of_codes_that_can_be_decoded_are_weights():
+    layer = {"weight_packed": np.array([[0x76543210]], "int32"), "weight_scale": np.ones((1, 1), "float32")}
+    tree = {"fc": layer, "head": np.ones(2)}
+    table = pm.ablate(tree, ["fc/weight", "head"], lambda tree: float(pm.at(tree, "fc/weight").one().sum()))
+    assert table.baseline == -36 and {row.targets[0]: row.delta for row in table.rows} == {"fc/weight": 36, "head": 0}

@@ -12,9 +12,8 @@ from safetensors.torch import load_file
 
 import paramend as pm
 from paramend.cli.main import ROWS, cli, edits
-from support.quantized import LAYOUTS, stored, write
+from support.quantized import ODD, stored, write
 
-FP8 = LAYOUTS["fp8-block", "DeepSeek-V3"]
 WEIGHT, SCALE = "model.layers.0.mlp.fc.weight", "model.layers.0.mlp.fc.weight_scale_inv"
 
 
@@ -25,7 +24,7 @@ def run(line):
 @pytest.fixture
 def model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return write(tmp_path / "m.safetensors", stored(FP8))
+    return write(tmp_path / "m.safetensors", stored(ODD))
 
 
 def test_every_command_that_opens_a_checkpoint_takes_raw():
@@ -40,6 +39,7 @@ EDITS = {
     "fill": "0.5",
     "add": "1",
     "multiply": "2",
+    "project_out": "d.npy",
     "clip": "-1 1",
     "cast": "bfloat16",
     "noise": "0.1",
@@ -53,7 +53,8 @@ EDITS = {
 
 
 def test_every_edit_is_refused_with_the_way_out_and_done_with_raw(model):
-    write(model.parent / "donor.safetensors", stored(FP8))
+    write(model.parent / "donor.safetensors", stored(ODD))
+    np.save(model.parent / "d.npy", np.ones(200))
     assert EDITS.keys() == {row.name for row in edits()}
     before = model.read_bytes()
     for verb, values in EDITS.items():
@@ -61,7 +62,7 @@ def test_every_edit_is_refused_with_the_way_out_and_done_with_raw(model):
         for how in ways if verb not in ("cast", "transpose", "reshape", "take", "permute") else ways[::2]:
             done = run(f"{verb} m.safetensors {WEIGHT} {values} {how}")
             assert done.exit_code == 2, done.output
-            assert all(said in done.stderr for said in ("fp8-block", WEIGHT, SCALE, "--raw"))
+            assert all(said in done.stderr for said in ("fp8", WEIGHT, SCALE, "--raw"))
         done = run(f"{verb} m.safetensors {WEIGHT} {values} --raw -o {verb}.safetensors")
         assert done.exit_code == 0, done.output
     assert model.read_bytes() == before and not (model.parent / "out.safetensors").exists()
@@ -70,7 +71,7 @@ def test_every_edit_is_refused_with_the_way_out_and_done_with_raw(model):
 
 def test_an_alias_takes_raw_and_in_place_too(model):
     assert run(f"scale m.safetensors {SCALE} 2 --raw --in-place").exit_code == 0
-    assert load_file(model)[SCALE].tolist() == (stored(FP8)[SCALE] * 2).tolist()
+    assert load_file(model)[SCALE].tolist() == (stored(ODD)[SCALE] * 2).tolist()
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_every_command_is_refused_and_done_with_raw(refused, raw, model):
     write(model.parent / "plain.safetensors", {WEIGHT: np.ones((256, 200), "float32")})
     (model.parent / "zero.yaml").write_text(f"version: 1\nsteps: [zero: {WEIGHT}]\n")
     done = run(f"{refused} -o out.safetensors")
-    assert done.exit_code == 2 and "fp8-block" in done.stderr and not (model.parent / "out.safetensors").exists()
+    assert done.exit_code == 2 and "fp8" in done.stderr and not (model.parent / "out.safetensors").exists()
     if raw:
         done = run(f"{refused} --raw -o out.safetensors")
         assert done.exit_code == 0, done.output
@@ -120,7 +121,7 @@ def test_ablate_is_refused_and_done_with_raw(model):
     (model.parent / "score.py").write_text("def score(tree):\n    return 1.0\n")
     line = "ablate m.safetensors model.layers.<n>.** --score score.py --json"
     done = run(line)
-    assert done.exit_code == 2 and "fp8-block" in done.stderr
+    assert done.exit_code == 2 and "fp8" in done.stderr
     assert json.loads(run(f"{line} --raw").stdout)["baseline"] == 1
 
 

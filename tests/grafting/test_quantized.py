@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import paramend as pm
 from paramend.errors import Quantized
-from support.quantized import LAYOUTS, stored, write
+from support.quantized import LAYOUTS, ODD, stored, write
 
 FP8 = LAYOUTS["fp8-block", "DeepSeek-V3"]
 WEIGHT, SCALE = "model.layers.0.mlp.fc.weight", "model.layers.0.mlp.fc.weight_scale_inv"
@@ -23,7 +23,7 @@ PLAIN = {WEIGHT: np.ones((256, 200), ml_dtypes.bfloat16), "model.norm.weight": n
 )
 @pytest.mark.parametrize("way", ["codes to values", "values to codes"])
 def test_codes_do_not_become_values_nor_values_codes(way, options, on_disk, tmp_path):
-    target, source = (PLAIN, stored(FP8)) if way == "codes to values" else (stored(FP8), PLAIN)
+    target, source = (PLAIN, stored(ODD)) if way == "codes to values" else (stored(ODD), PLAIN)
     if on_disk:
         target, source = (
             pm.open(write(tmp_path / "a.safetensors", target)),
@@ -36,10 +36,10 @@ def test_codes_do_not_become_values_nor_values_codes(way, options, on_disk, tmp_
 
 
 def test_in_place_a_target_stays_as_it_is():
-    tree = stored(FP8)
+    tree = stored(ODD)
     with pytest.raises(Quantized):
         pm.graft_(tree, PLAIN)
-    assert tree[WEIGHT].tobytes() == stored(FP8)[WEIGHT].tobytes() and tree["model.norm.weight"].sum() == 3
+    assert tree[WEIGHT].tobytes() == stored(ODD)[WEIGHT].tobytes() and tree["model.norm.weight"].sum() == 3
 
 
 @pytest.mark.parametrize("who", LAYOUTS, ids=" ".join)
@@ -81,12 +81,9 @@ def test_renamed_leaves_go_together_too():
 @pytest.mark.parametrize(
     ("target", "options"),
     [
-        ({WEIGHT: np.zeros((256, 200), ml_dtypes.float8_e5m2)}, {}),  # another code
         ({WEIGHT: np.zeros((256, 100), ml_dtypes.float8_e4m3fn)}, {"mismatch": "overlap"}),
         ({WEIGHT: np.zeros((256, 100), ml_dtypes.float8_e4m3fn)}, {"mismatch": "keep"}),
         ({WEIGHT: np.zeros((256, 100), ml_dtypes.float8_e4m3fn)}, {}),
-        ({SCALE: np.zeros((1, 1), "float32")}, {"mismatch": "overlap"}),
-        ({SCALE: np.zeros((2, 2), ml_dtypes.bfloat16)}, {}),
         ({}, {"only": "**.weight"}),
         ({}, {"rename": {SCALE: None}}),
     ],
@@ -96,11 +93,22 @@ def test_parts_of_a_weight_do_not_go(target, options):
         pm.graft(stored(FP8) | target, stored(FP8), **options)
 
 
-def test_another_scheme_is_refused_though_names_agree():
-    channel = LAYOUTS["fp8-channel", "compressed-tensors"]
-    tensor = {**channel, "weight_scale": ("bfloat16", (1,))}
-    with pytest.raises(Quantized):
-        pm.graft(stored(channel), stored(tensor), mismatch="overlap")
+@pytest.mark.parametrize(
+    "target",
+    [
+        {WEIGHT: np.ones((256, 200), ml_dtypes.float8_e5m2)},
+        {SCALE: np.ones((1, 1), "float32")},
+        {SCALE: np.ones((2, 2), ml_dtypes.bfloat16)},
+    ],
+    ids=["another code", "larger blocks", "scales of another dtype"],
+)
+def test_other_codes_and_scales_are_those_of_the_target(target):
+    target = stored(FP8) | target
+    tree, report = pm.graft(target, stored(FP8))
+    wanted, found = (pm.at(each, WEIGHT).one() for each in (stored(FP8), tree))
+    assert {name: x.dtype for name, x in tree.items()} == {name: x.dtype for name, x in target.items()}
+    assert 0 < report.encoded[WEIGHT][1].relative_l2 < 0.08
+    assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 0.08
 
 
 def test_weights_that_are_kept_hinder_nothing():
@@ -112,22 +120,75 @@ def test_weights_that_are_kept_hinder_nothing():
 
 
 def test_raw_grafts_leaves_as_they_are_stored(tmp_path):
-    tree, _ = pm.graft(PLAIN, stored(FP8), unused="ok", raw=True)
-    assert np.array_equal(tree[WEIGHT], stored(FP8)[WEIGHT].astype(ml_dtypes.bfloat16))
-    here, there = write(tmp_path / "a.safetensors", PLAIN), write(tmp_path / "b.safetensors", stored(FP8))
+    tree, _ = pm.graft(PLAIN, stored(ODD), unused="ok", raw=True)
+    assert np.array_equal(tree[WEIGHT], stored(ODD)[WEIGHT].astype(ml_dtypes.bfloat16))
+    here, there = write(tmp_path / "a.safetensors", PLAIN), write(tmp_path / "b.safetensors", stored(ODD))
     made, _ = pm.graft(pm.open(here, raw=True), pm.open(there, raw=True), unused="ok")
     made.save(tmp_path / "out.safetensors")
     assert torch.equal(load_file(tmp_path / "out.safetensors")[WEIGHT], load_file(there)[WEIGHT].bfloat16())
     with pytest.raises(Quantized):
         pm.graft(pm.open(here, raw=True), pm.open(there), unused="ok")
-    values = {name: x.copy() for name, x in stored(FP8).items()}
+    values = {name: x.copy() for name, x in stored(ODD).items()}
     pm.graft_(values, PLAIN, raw=True)
     assert values[WEIGHT].astype("float32").tolist() == np.ones((256, 200)).tolist()
 
 
 def test_the_hint_is_a_call_that_works():
     with pytest.raises(Quantized) as caught:
-        pm.graft(PLAIN, stored(FP8), unused="ok")
+        pm.graft(PLAIN, stored(ODD), unused="ok")
     call = caught.value.hint.partition(" takes leaves")[0]
     assert call == 'pm.graft(target, source, unused="ok", raw=True)'
-    eval(call, {"pm": pm, "target": PLAIN, "source": stored(FP8)})
+    eval(call, {"pm": pm, "target": PLAIN, "source": stored(ODD)})
+
+
+# ---- decoded and encoded -----------------------------------------------------------------------------------------
+
+
+def sides(tmp_path, on_disk, target, source):
+    """Two trees, or two checkpoints that hold them."""
+    if not on_disk:
+        return target, source
+    files = (write(tmp_path / f"{name}.safetensors", tree) for name, tree in (("a", target), ("b", source)))
+    return tuple(map(pm.open, files))
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_codes_become_the_values_that_they_stand_for(on_disk, tmp_path):
+    target, source = sides(tmp_path, on_disk, PLAIN, stored(FP8))
+    tree, report = pm.graft(target, source)
+    codes, scale = stored(FP8)[WEIGHT].astype("float32"), stored(FP8)[SCALE]
+    wanted = codes * np.repeat(np.repeat(scale, 128, 0), 100, 1)
+    assert tree[WEIGHT].tobytes() == wanted.astype(ml_dtypes.bfloat16).tobytes()
+    assert len(report.copied) == 2 and not report.encoded
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_values_become_codes_and_the_report_says_how_far_off(on_disk, tmp_path):
+    values = np.random.default_rng(0).standard_normal((256, 200)).astype("float32")
+    target, source = sides(tmp_path, on_disk, stored(FP8), {**PLAIN, WEIGHT: values})
+    tree, report = pm.graft(target, source)
+    found = pm.at(tree, WEIGHT).one()
+    off = np.linalg.norm(found - values) / np.linalg.norm(values)
+    said = report.to_dict()["encoded"][WEIGHT]
+    assert said["scheme"] == "fp8-block" and said["relative_l2"] == pytest.approx(off, rel=1e-4) and off < 0.03
+    assert said["max_abs"] == pytest.approx(np.abs(found - values).max(), rel=1e-6)
+    if on_disk:
+        tree.save(tmp_path / "out.safetensors")
+        assert np.array_equal(pm.open(tmp_path / "out.safetensors")[WEIGHT], found)
+
+
+def test_one_scheme_becomes_another(tmp_path):
+    values = np.random.default_rng(0).standard_normal((256, 256)).astype("float32")
+    block, channel = (
+        pm.quantize({"fc": {"weight": values}}, "**", scheme=f"fp8-{each}")[0] for each in ("block", "channel")
+    )
+    tree, report = pm.graft(pm.at(block, "fc/weight").zero(), channel)
+    given, found = (pm.at(each, "fc/weight").one().astype("float32") for each in (channel, tree))
+    assert np.linalg.norm(found - given) <= 0.03 * np.linalg.norm(given) and list(report.encoded) == ["fc/weight"]
+    assert tree["fc"]["weight_scale_inv"].shape == (2, 2)
+
+
+def test_a_module_takes_values_of_codes():
+    module = torch.nn.Linear(200, 256, bias=False)
+    pm.graft_(module, {name.rpartition(".")[2]: x for name, x in stored(FP8).items() if ".fc." in name})
+    assert np.array_equal(module.weight.detach().numpy(), pm.at(stored(FP8), WEIGHT).one())

@@ -221,6 +221,7 @@ def example_reports():
     grafted = pm.graft(target, {"w": np.ones(2), "v": np.ones(2), "x": np.ones(1)}, mismatch="overlap", unused="ok")
     simulated = pm.quantize({"w": np.ones((8, 8), "float32")}, "w", scheme="int8", simulate=True)[1]
     layers = {"layers": [{"w": np.ones(2)}, {"w": np.ones(2)}]}
+    mixture = {"0": {"gate": {"weight": np.ones((2, 2))}, "experts": {"w": np.ones((2, 2, 2))}}}
     params = {"a": jnp.ones(2), "b": jnp.ones(2)}
     return [
         saved,
@@ -237,6 +238,7 @@ def example_reports():
         pm.port({"a": {"kernel": np.ones((2, 2))}}, {"b.weight": np.ones((2, 2))})[1],
         port_refused().report,
         pm.deepen(layers, layers="layers[*]", order=[0, 1, 1], identity=None)[1],
+        pm.experts(mixture).keep([1])[1],
         pm.frozen(params, pm.freeze(optax.adam(1e-3), "a")),
         pm.check_live(params, lambda p: p["a"].sum()),
         pm.ablate(old, {"a": "a/**", "b": "b/**"}, lambda tree: float(tree["a"]["w"].sum()), pairs=True),
@@ -257,7 +259,7 @@ def example_errors():
         raised(errors.SpecMismatch, pm.at(TREE, "a/bias").set, np.ones(2)),
         raised(errors.Unsupported, pickle.dumps, pm.sel(lambda path, spec: True)),
         raised(
-            errors.Quantized, pm.at({"qweight": np.zeros((1, 8), "int32"), "scales": np.ones((1, 8))}, "scales").zero
+            errors.Quantized, pm.at({"weight": np.zeros((1, 8), "int8"), "weight_scales": np.ones(8)}, "weight").zero
         ),
         raised(errors.BadArgument, pm.sel, None),
         recipe,

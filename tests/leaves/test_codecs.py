@@ -1,5 +1,6 @@
 """Codecs: values bit for bit as the defining libraries decode them, any part of them, and the way back."""
 
+import math
 import pickle
 from itertools import pairwise
 
@@ -14,9 +15,10 @@ from paramend.leaves.codecs.codes import codes_of
 from paramend.leaves.codecs.fresh import codec_for, layout_of
 from paramend.leaves.codecs.stated import Stated
 from paramend.leaves.groups import groups_of
-from paramend.leaves.origins.boxes import select
+from paramend.leaves.origins.boxes import select, whole
 from paramend.leaves.origins.decoded import decoded
 from paramend.leaves.origins.encoded import encoded
+from paramend.leaves.origins.rescaled import rescaled
 from paramend.leaves.origins.stored import Held
 from paramend.leaves.specs import Spec
 from paramend.leaves.weights import weight_of
@@ -167,6 +169,72 @@ def test_nvfp4_of_modelopt_multiplies_scales_first():
 # ---- encoding ----------------------------------------------------------------------------------------------------
 
 
+def finite(case):
+    """A case whose scales are finite and not far from each other."""
+    rng = np.random.default_rng(1)
+    scale = case.leaves["scale"]
+    bits = rng.integers(100, 120, scale.shape, np.uint8)
+    near = bits.view(scale.dtype) if scale.itemsize == 1 and "nested scale" not in case.leaves else scale
+    payload = case.leaves["payload"]
+    codes = rng.integers(0, 120, payload.shape, np.uint8).view(payload.dtype) if payload.dtype == E4M3 else payload
+    return case.leaves | {"scale": near, "payload": codes}
+
+
+def again(codec, leaves, weight, **how):
+    """The leaves after an edit, whole and in ranges, and what they decode to."""
+    parts = held(leaves)
+    found = encoded(codec, Held(weight), {role: part.spec for role, part in parts.items()}, parts, **how)
+    new = {role: leaf.read() for role, leaf in found.items()}
+    for role, leaf in found.items():
+        cuts = [0, leaf.spec.size // 3, leaf.spec.size // 2, leaf.spec.size]
+        ranges = [leaf.read_range(*ends) for ends in pairwise(cuts)]
+        assert np.concatenate(ranges).tobytes() == new[role].tobytes()
+        assert (new[role].dtype, new[role].shape) == (leaves[role].dtype, leaves[role].shape)
+    return new, decoded(codec, parts | held(new), "float32").read()
+
+
+@pytest.mark.parametrize("case", FEW, ids=[case.name for case in FEW])
+def test_blocks_without_a_change_keep_their_bytes(case):
+    leaves, codec = finite(case), codec_of(case)
+    weight = decoded(codec, held(leaves), "float32").read()
+    new, after = again(codec, leaves, weight)
+    assert {role: new[role].tobytes() for role in new} == {role: leaves[role].tobytes() for role in new}
+    edited = weight.copy()
+    edited.reshape(-1)[0] = wanted = np.abs(weight).max() / 2
+    new, after = again(codec, leaves, edited)
+    assert abs(after.reshape(-1)[0] - wanted) <= wanted / 4
+    grid = codec.fields["scale"]
+    number = np.arange(grid.spec.size, dtype=np.int64).reshape(grid.spec.shape)
+    block = np.broadcast_to(grid.spread(number, whole(codec.spec.shape)), codec.spec.shape)
+    block = codec.weight(Held(np.array(block))).read()
+    others = block != block.reshape(-1)[0]
+    assert (after[others] == weight[others]).all()
+    assert (new["scale"].reshape(-1)[1:] == leaves["scale"].reshape(-1)[1:]).all()
+
+
+@pytest.mark.parametrize("case", FEW, ids=[case.name for case in FEW])
+def test_zero_is_exact_and_keeps_scales(case):
+    leaves, codec = finite(case), codec_of(case)
+    weight = decoded(codec, held(leaves), "float32").read()
+    new, after = again(codec, leaves, np.zeros_like(weight), keep=True)
+    assert list(new) == ["payload"]
+    assert not after.any()
+    assert not np.signbit(after).any()
+
+
+def test_a_zero_point_without_a_code_is_refused():
+    leaves = {"payload": np.zeros((1, 8), np.int32), "zero": np.full((1, 1), words(*[15] * 8))}
+    leaves |= {"scale": np.ones((1, 8), np.float16), "group": np.zeros(8, np.int32)}
+    row, parts = row_of(GPTQ), held(leaves)
+    codec = row.codec("gptq", parts, Stated("gptq", symmetric=False))
+    zeros = Held(np.zeros((8, 8), np.float32))
+    specs = {role: part.spec for role, part in parts.items()}
+    with pytest.raises(Unsupported, match="zero point is 16, and codes of gptq end at 15"):
+        encoded(codec, zeros, specs, parts, keep=True)["payload"].read()
+    refitted = {role: leaf.read() for role, leaf in encoded(codec, zeros, specs, parts).items()}
+    assert not decoded(codec, held(leaves | refitted)).read().any()
+
+
 # What a weight of normal numbers loses at most, as relative L2: what the step of the codes makes of it.
 LOSS = {"fp8": 0.028, "int8": 0.009, "bnb-int8": 0.009, "int4": 0.12, "gptq": 0.12, "awq": 0.11, "nf4": 0.1}
 LOSS |= {"mxfp4": 0.13, "nvfp4": 0.105, "fp4": 0.13}
@@ -186,10 +254,6 @@ def test_a_new_group_is_known_and_near(scheme, shape):
     leaves = encoded(codec, Held(weight), layout.specs, known) | known
     assert {role: leaf.spec for role, leaf in leaves.items()} == dict(layout.specs)
     named = {layout.names[role].replace("*", "weight"): leaf.read() for role, leaf in leaves.items()}
-    for role, leaf in leaves.items():
-        cuts = [0, leaf.spec.size // 3, leaf.spec.size // 2, leaf.spec.size]
-        ranges = [leaf.read_range(*ends) for ends in pairwise(cuts)]
-        assert np.concatenate(ranges).tobytes() == named[layout.names[role].replace("*", "weight")].tobytes()
     tree = Tree({"fc": named})
     (group,) = groups_of(tree)
     found = weight_of(tree, group, lambda number: Held(tree.read(number)), lambda module: layout.stated)
@@ -198,6 +262,35 @@ def test_a_new_group_is_known_and_near(scheme, shape):
     error = found.origin("float32").read() - weight.astype(np.float32)
     loss = np.linalg.norm(error) / np.linalg.norm(weight.astype(np.float32))
     assert 0.001 < loss < LOSS[scheme.partition("-")[0] if scheme.startswith("fp8") else scheme]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("factor", [0.75, 2.0, -1.0, -0.5, 1.0])
+def test_scales_take_a_factor(scheme, factor):
+    weight = np.random.default_rng(0).standard_normal((64, 128)).astype(np.float32)
+    layout = layout_of(scheme, Spec(weight.shape, "float32"))
+    codec, known = codec_for(scheme, layout), held(layout.known)
+    parts = (
+        held({role: leaf.read() for role, leaf in encoded(codec, Held(weight), layout.specs, known).items()}) | known
+    )
+    new = rescaled(codec, parts, factor)
+    signed = scheme.startswith(("fp8", "mxfp4", "nvfp4", "fp4"))
+    if (factor < 0 and not signed) or (scheme == "mxfp4" and factor == 0.75):
+        assert new is None
+        return
+    before, after = (decoded(codec, parts | more, "float32").read() for more in ({}, new))
+    step = 2.0**-10 if scheme in ("gptq", "awq") else 2.0**-22  # scales of float16 are rounded
+    assert (np.abs(after - before * np.float32(factor)) <= np.abs(before * factor) * step).all()
+    assert set(new) <= {"scale", "global", "payload"}
+
+
+def test_factors_that_scales_cannot_take():
+    parts = held({"payload": np.ones((2, 2), E4M3), "scale": np.array([[0, 254]], np.uint8).view(E8M0)})
+    codec = row_of(BLOCK).codec("fp8-block", parts, Stated())
+    assert rescaled(codec, parts, 0.5) is None  # exponents end
+    assert rescaled(codec, parts, 2.0) is None
+    assert rescaled(codec, parts, 0.0) is None
+    assert rescaled(codec, parts, math.inf) is None
 
 
 def test_values_without_a_code():
@@ -218,17 +311,19 @@ def test_values_without_a_code():
         encoded(codec, Held(weight), layout.specs)["payload"].read()
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_zero_is_exact(scheme):
-    weight = np.zeros((128, 128), np.float32)
-    layout = layout_of(scheme, Spec(weight.shape, "float32"))
-    codec, known = codec_for(scheme, layout), held(layout.known)
-    found = decoded(codec, encoded(codec, Held(weight), layout.specs, known) | known).read()
-    assert not found.any()
-    assert not np.signbit(found).any()
+def test_zero_is_exact_where_a_scale_is_not_finite():
+    leaves = {"payload": np.full((2, 2), 2, E4M3), "scale": np.array([[255, 127]], np.uint8).view(E8M0)}
+    row, parts = row_of(BLOCK), held(leaves)
+    codec, specs = row.codec("fp8-block", parts, Stated()), {role: part.spec for role, part in parts.items()}
+    new = {
+        role: leaf.read()
+        for role, leaf in encoded(codec, Held(np.zeros((2, 2), np.float32)), specs, parts, keep=True).items()
+    }
+    assert decoded(codec, held(leaves | new)).read().tolist() == [[0, 0], [0, 0]]
+    assert new["scale"].view(np.uint8).tolist() == [[127, 127]]
 
 
-@pytest.mark.parametrize("name", ["float8_e4m3fn", "e2m1", "nf4", "fp4", "int8", "-8..7"])
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "e2m1", "nf4", "fp4", "int8", "-8..7"])
 def test_nearest_codes(name):
     codes = codes_of(name)
     numbers = np.arange(len(codes.values), dtype=np.uint8)

@@ -90,10 +90,13 @@ NUMBERS = st.one_of(st.integers(-(2**70), 2**70), st.floats(), st.booleans())
 ARRAYS = st.lists(NUMBERS, min_size=1, max_size=3) | st.just([[1, 2], [3, 4.5]]) | st.just([])
 DATA = {
     "value": {"fill": NUMBERS, "set": ARRAYS, "add": NUMBERS | ARRAYS, "multiply": NUMBERS | ARRAYS},
+    "direction": ARRAYS,
+    "strength": NUMBERS,
     "std": st.floats(0, 1e300),
     "seed": st.integers(0, 2**40),
     "dtype": st.sampled_from(["bfloat16", "float32", "bf16", "int8"]),
     "init": st.sampled_from(["lecun_normal", "he_uniform"]),
+    "requantize": st.sampled_from(["amax", "keep", "never"]),
     "index": {
         "": st.sampled_from([-1, 0, "0:4", "[0, ::2]", "..., -1", [0, "1:"], ":"]),
         "permute": st.just([1, 0]) | st.just("1, 0"),
@@ -101,7 +104,13 @@ DATA = {
     "axes": st.lists(st.integers(-3, 3), max_size=3) | st.just("1, 0"),
     "indices": st.sampled_from([[], [3, -1], [True, False], "0:4", "::-1", "2, 0"]),
     "axis": st.integers(-3, 3),
-    "into": {"": st.just("a/b"), "split": st.lists(st.sampled_from(["a", "b/<n>"]), min_size=1, max_size=2)},
+    "into": {"": st.just("a/b")}
+    | dict.fromkeys(("split", "tie"), st.lists(st.sampled_from(["a", "b/<n>"]), min_size=1, max_size=2)),
+    "multiple": st.integers(1, 99),
+    "length": st.integers(1, 99),
+    "scheme": st.sampled_from(["int4", "fp8-block", "bnb-int8"]),
+    "group_size": st.integers(-1, 256),
+    "rename": st.dictionaries(TEXTS, TEXTS, min_size=1, max_size=2),
     "sizes": st.lists(st.integers(0, 5), min_size=1, max_size=3) | st.just("2, 1"),
     "ndim": st.integers(0, 4),
     "shape": st.lists(st.integers(0, 9), max_size=3),
@@ -137,6 +146,8 @@ def steps(draw, verbs=tuple(VERBS)):
             "delete": st.lists(TEXTS, min_size=1, max_size=2),
         }
         return {verb.name: draw(st.fixed_dictionaries({}, optional=given).filter(bool))}
+    if verb.keys[0].name != "at":  # of a whole model
+        return verb.example
     if verb.short and draw(st.booleans()):
         return {verb.name: at}
     body = {"at": at} if verb.keys[0].name == "at" else {}
@@ -702,6 +713,9 @@ def fitting(draw):
         body |= {"init": "he_uniform", "seed": draw(st.integers(0, 9))}
     if verb == "clip":
         body |= {"lo": draw(st.floats(-4, 0, width=16)), "hi": draw(st.floats(0, 4, width=16))}
+    if verb == "project_out":
+        length = draw(st.sampled_from([3, PLACES[at][0]]))
+        body |= {"direction": [1, -2, 0.5, 3][:length], "strength": draw(small)}
     if len(body) == 1 and not VERBS[verb].short and verb != "expect":  # a row of the table that is new
         body = {**VERBS[verb].example[verb], "at": at}
     return {verb: body}
@@ -868,12 +882,12 @@ def test_what_is_wrong_with_a_file_and_with_its_fit_are_listed_together(tmp_path
 
 # ---- quantised weights -------------------------------------------------------------------------------------------
 
-QUANTISED = {"fc": {"qweight": np.ones((1, 8), "int32"), "scales": np.ones((1, 8), "float16"), "bias": np.ones(8)}}
+QUANTISED = {"fc": {"weight": np.ones((1, 8), "int8"), "weight_scales": np.ones(8, "float16"), "bias": np.ones(8)}}
 
 
 def test_steps_on_quantised_weights_are_refused_each_with_its_address():
     recipe = Recipe(
-        [{"zero": "fc/bias"}, {"zero": "fc/*"}, {"delete": "fc/scales"}, {"cast": {"at": "**", "dtype": "f32"}}]
+        [{"zero": "fc/bias"}, {"zero": "fc/*"}, {"delete": "fc/weight_scales"}, {"cast": {"at": "**", "dtype": "f32"}}]
     )
     with pytest.raises(BadRecipe) as caught:
         recipe.apply(QUANTISED)
@@ -884,15 +898,15 @@ def test_steps_on_quantised_weights_are_refused_each_with_its_address():
 
 
 def test_raw_is_a_key_of_a_recipe():
-    recipe = Recipe.parse("version: 1\nraw: true\nsteps: [zero: fc/qweight, delete: fc/scales]")
-    assert recipe.apply(QUANTISED)["fc"]["qweight"].sum() == 0
+    recipe = Recipe.parse("version: 1\nraw: true\nsteps: [zero: fc/weight, delete: fc/weight_scales]")
+    assert recipe.apply(QUANTISED)["fc"]["weight"].sum() == 0
     assert Recipe.parse(str(recipe)) == recipe and Recipe(**recipe.to_dict()) == recipe
     assert str(recipe).startswith("version: 1\nraw: true\nsteps:")
-    tree = {"fc": {"qweight": np.ones((1, 8), "int32"), "scales": np.ones((1, 8), "float16")}}
-    with pytest.raises(BadRecipe, match="gptq"):
+    tree = {"fc": {"weight": np.ones((1, 8), "int8"), "weight_scales": np.ones(8, "float16")}}
+    with pytest.raises(BadRecipe, match="eetq"):
         Recipe([{"zero": "**"}]).apply_(tree)
-    assert tree["fc"]["qweight"].sum() == 8
+    assert tree["fc"]["weight"].sum() == 8
     Recipe([{"zero": "**"}], raw=True).apply_(tree)
-    assert tree["fc"]["qweight"].sum() == 0
+    assert tree["fc"]["weight"].sum() == 0
     with pytest.raises(BadRecipe, match=r"\$\.raw .*raw is true or false"):
         Recipe.parse("version: 1\nraw: please\nsteps: [zero: w]")

@@ -184,6 +184,10 @@ LAYOUTS = {
 }
 
 
+# FP8 with scales of a layout that is not known: it is recognised, and cannot be decoded.
+ODD = {"weight": (F8, (256, 200)), "weight_scale_inv": ("float32", (7,))}
+
+
 def stored(layout, module="model.layers.0.mlp.fc", *, norm=True):
     """A layout as numpy arrays by name; the values are the bytes 1 to 99."""
     rng = np.random.default_rng(0)

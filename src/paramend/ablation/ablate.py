@@ -12,6 +12,7 @@ from paramend.ablation.stages import Calls, Compiled, Functional, InPlace
 from paramend.arrays.registry import backend
 from paramend.edits.memory import Memory, editable
 from paramend.edits.quantized import check_values
+from paramend.edits.weights import Weights, weighed
 from paramend.errors import BadArgument
 from paramend.leaves.leaves import Editable, unique
 from paramend.leaves.specs import Scalar
@@ -87,13 +88,15 @@ def ablate(
             raise BadArgument(f"order={order!r} is neither 1 nor 2", hint="pairs=True")
         warnings.warn("pm.ablate(..., order=2) is now pairs=True", DeprecationWarning, stacklevel=2)
         pairs = order == 2
-    leaves = editable(tree, raw=raw)
+    leaves = weighed(editable(tree, raw=raw))
     chosen = {name: _chosen(leaves, name, selector) for name, selector in named(leaves, targets).items()}
     stage = _stage(leaves, score, jit, batch)
     groups = [(name,) for name in chosen] + (list(combinations(chosen, 2)) if pairs else [])
     edits: dict[str, Calls] = {name: calls(leaves, numbers, how, seed) for name, numbers in chosen.items()}
+    stored = leaves.stored if isinstance(leaves, Weights) else leaves
     for name, edited in edits.items():
-        check_values(leaves, edited, f"cannot be ablated as {name!r}", _RAW)
+        plain = [number for number in edited if not (isinstance(leaves, Weights) and number in leaves.groups)]
+        check_values(stored, plain, f"cannot be ablated as {name!r}", _RAW)
     found = stage.run([{}, *({n: c for name in group for n, c in edits[name].items()} for group in groups)])
     baseline, alone = found[0], dict(zip(chosen, found[1:], strict=False))
     rows = []

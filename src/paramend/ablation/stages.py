@@ -8,6 +8,7 @@ import numpy as np
 from paramend.arrays.registry import backend, backend_of, to_numpy
 from paramend.edits.call import Call
 from paramend.edits.memory import Memory
+from paramend.edits.weights import Weights
 from paramend.errors import BadArgument, Unsupported
 from paramend.leaves.leaves import Editable
 
@@ -46,7 +47,8 @@ class Functional:
 
     def run(self, edits: Sequence[Calls]) -> list[float]:
         """The score under each of some edits; with no calls, that of the tree itself."""
-        root = getattr(self._tree, "root", self._tree)
+        stored = self._tree.stored if isinstance(self._tree, Weights) else self._tree
+        root = getattr(stored, "root", stored)
         return [number_of(self._score(self._tree.edited(calls) if calls else root)) for calls in edits]
 
 

@@ -25,6 +25,10 @@ def abstract(x: Any) -> bool:
     return False
 
 
+def traced(x: Any) -> bool:
+    return False
+
+
 def zeros(x: Any) -> Any:
     return _same(np.zeros_like(x), x)
 
@@ -53,6 +57,10 @@ def add(x: Any, value: Any) -> Any:
 
 def multiply(x: Any, value: Any) -> Any:
     return _same((x * np.asarray(value).astype(x.dtype)).astype(x.dtype, copy=False), x)
+
+
+def matmul(x: Any, y: Any) -> Any:
+    return x @ y
 
 
 def clip(x: Any, lo: Any, hi: Any) -> Any:

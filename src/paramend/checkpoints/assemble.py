@@ -12,7 +12,6 @@ from paramend.leaves.leaves import Editable
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.stored import Made
 from paramend.leaves.paths import Label
-from paramend.piecewise.rows import expression
 
 # A leaf of the result: its path and where it comes from: an origin, or a tree and the number of its leaf.
 Pick = tuple[Sequence[Label], Origin | tuple[Editable, int]]
@@ -67,4 +66,4 @@ def origin_of(tree: Any, number: int) -> Origin:
     """The origin of a leaf of a tree, or of a checkpoint with the edits that were planned for it."""
     if not isinstance(tree, Checkpoint):
         return Made(tree.spec(number), lambda: to_numpy(tree.read(number)))
-    return leaf_of(tree.source, number) if tree.untouched else expression(tree.source, tree.plan.by_number[number])
+    return tree.expression(number)

@@ -12,19 +12,24 @@ import numpy as np
 from paramend.anatomy.beside import absent_head, mark_blocks
 from paramend.anatomy.documents import Document
 from paramend.anatomy.quantization import quantization_of
+from paramend.arrays.initializers import NOWHERE, Site
 from paramend.arrays.registry import backend
 from paramend.edits.call import Call
+from paramend.edits.damage import Damage
 from paramend.edits.plan import Plan
 from paramend.edits.quantized import check_calls, check_renamed, check_whole
+from paramend.edits.weights import chosen, weighed
 from paramend.errors import BadArgument, Unsupported, printable
+from paramend.formats.gathered import leaf_of
 from paramend.formats.registry import home_of, open_source
 from paramend.formats.source import Source
 from paramend.leaves.leaves import Editable, Group, Index
+from paramend.leaves.origins.origin import Origin
 from paramend.leaves.paths import labels, text_of
 from paramend.leaves.specs import Array, Slice, Spec, numpy_dtype
 from paramend.reports import wording
 from paramend.reports.progress import Progress
-from paramend.selectors.selector import Selector, resolve
+from paramend.selectors.selector import Selector
 
 if TYPE_CHECKING:
     from paramend.rewriting.rewrite import RewriteReport
@@ -42,7 +47,8 @@ _PUBLIC = {
 class Checkpoint(Editable):
     """A checkpoint as a tree: `pm.at(checkpoint, selector)` takes it like any other. Made by `pm.open`.
 
-    Like a dict it has `len`, `in`, `[path]`, `.keys()`, `.values()` and `.items()`; leaves are read one at a time.
+    Like a dict it has `len`, `in`, `[path]`, `.keys()`, `.values()` and `.items()`; leaves are read one at a time. A
+    quantised weight is one leaf, decoded as it is read, unless the checkpoint was opened `raw`.
 
     An edit returns a new checkpoint with a longer plan; leaves are read on demand, and nothing is written before
     `.save(out)`. The files themselves never change. It is a context manager; `close()` closes its files.
@@ -113,7 +119,7 @@ class Checkpoint(Editable):
         return f"<{printable(str(self.path))}: {count}{f', {edited:,} edited' if edited else ''}>"
 
     def __len__(self) -> int:
-        return len(self.index.numbers)
+        return len(weighed(self).index.numbers)
 
     def __iter__(self) -> Iterator[str]:
         """The paths, as of a dict."""
@@ -123,7 +129,7 @@ class Checkpoint(Editable):
         """Whether there is a leaf of exactly this path, with "/" or "." between keys."""
         if not isinstance(path, str):
             return False
-        index = self.index
+        index = weighed(self).index
         if path in index.texts.values():
             return True
         pieces = tuple(map(text_of, labels(path)))
@@ -136,7 +142,7 @@ class Checkpoint(Editable):
     @property
     def paths(self) -> list[str]:
         """The paths of its leaves, in order; each is a selector for its leaf."""
-        return [self.index.path(number) for number in self.index.numbers]
+        return list(map(weighed(self).index.path, weighed(self).index.numbers))
 
     def keys(self) -> list[str]:
         """The paths, as of a dict."""
@@ -144,7 +150,7 @@ class Checkpoint(Editable):
 
     def values(self) -> Iterator[Array]:
         """The leaves, each read when it comes."""
-        return (self.fetch(number) for number in self.index.numbers)
+        return map(weighed(self).fetch, weighed(self).index.numbers)
 
     def items(self) -> Iterator[tuple[str, Array]]:
         """Pairs of path and leaf, each read when it comes.
@@ -164,10 +170,11 @@ class Checkpoint(Editable):
         Raises:
             NoMatch: there is no such leaf; the message has the nearest path.
         """
-        numbers = resolve(path, self)
+        leaves = weighed(self)
+        numbers = chosen(path, leaves)
         if len(numbers) > 1:
             raise BadArgument(f"{path!r} names {len(numbers)} leaves", hint="pm.at(checkpoint, selector).get()")
-        return self.fetch(numbers[0])
+        return cast(Array, leaves.fetch(numbers[0]))
 
     def __enter__(self) -> "Checkpoint":
         return self
@@ -297,7 +304,21 @@ class Checkpoint(Editable):
         chosen = {twin for number in numbers for twin in self.plan.twins(number)}
         moved = structure.moves(self.index, selector, chosen, to)
         check_renamed(self, lambda: moved)
-        return self.planned(self.plan.renamed(moved))
+        return self.relocated(moved)
+
+    def relocated(self, moves: Mapping[int, Sequence[tuple[str, int | None]]]) -> "Checkpoint":
+        return self.planned(self.plan.renamed(moves))
+
+    def expression(self, number: int) -> Origin:
+        from paramend.piecewise.rows import expression  # not needed to look at a checkpoint
+
+        return leaf_of(self.source, number) if self.untouched else expression(self.source, self.plan.by_number[number])
+
+    def computing(self, origin: Origin, call: Call, *, path: str, pieces: tuple[str, ...]) -> Origin:
+        from paramend.piecewise.edited import Edited  # as above
+
+        place = Site(pieces, out_first=self.index.separator == ".") if call.op.placed else NOWHERE
+        return Edited(origin, [call], [place], path, Damage())
 
     def save(
         self,

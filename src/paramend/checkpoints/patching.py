@@ -36,6 +36,7 @@ from paramend.leaves.origins.origin import Extent
 from paramend.piecewise.changes import Work, Works, change_all
 from paramend.piecewise.chunks import laid_flat, nbytes_of, restage
 from paramend.piecewise.rows import survey
+from paramend.piecewise.spool import Spool
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
 from paramend.rewriting.files import operands
@@ -103,8 +104,11 @@ def _change(store: UndoStore, source: Source, plan: Plan, progress: Progress | N
 
 
 @uncollected()
-def check_patch(source: Source, plan: Plan) -> list[Work]:
-    """What would be written where, if the plan can be carried out in place; `Unsupported` says what can do it else."""
+def check_patch(source: Source, plan: Plan, spool: Spool) -> list[Work]:
+    """What would be written where, if the plan can be carried out in place; `Unsupported` says what can do it else.
+
+    New values of quantised weights, of which several leaves are made, are computed into the spool.
+    """
     name = source.path
     for row in plan.deleted:
         hint = f"paramend delete {name} '{row.path}' -o OUT"
@@ -132,7 +136,8 @@ def check_patch(source: Source, plan: Plan) -> list[Work]:
             )
         one = source.ties.get(row.source, row.source)
         if extent.nbytes and one not in done:  # a leaf with several names has a row for each
-            found = works.of(row, extent)
+            coded = any(edit.coding is not None and edit.op.name == "set" for edit in row.calls)
+            found = works.of(spool.taken(source, row) if coded else row, extent)
             work += [found] if len(found.ranges) else []  # an empty slice writes nothing
         done.add(one)
     _check_apart(source, work)
@@ -159,7 +164,12 @@ def _check_apart(source: Source, work: Sequence[Work]) -> None:
 class _Patch:
     def __init__(self, store: UndoStore, source: Any, plan: Plan, progress: Progress | None) -> None:
         self.store, self.source, self.plan, self.progress = store, source, plan, progress
-        self.work = check_patch(source, plan)
+        self.spool = Spool()
+        try:
+            self.work = check_patch(source, plan, self.spool)
+        except BaseException:
+            self.spool.close()
+            raise
         self.chunked = isinstance(source, Chunked)
         self.files = [] if self.chunked else sorted({each.extent.path for each in self.work})
         self.documents = [document for document in plan.texts if document.text != document.before]
@@ -183,17 +193,20 @@ class _Patch:
                 if base.is_symlink():
                     raise linked(base)
                 written = sum(int((each.ranges[:, 1] - each.ranges[:, 0]).sum()) for each in self.work)
+        self.spool.close()
         written += sum(len(document.text) for document in self.documents)
         return PatchReport(str(base), self.plan, written, dry_run=True)
 
     def carry_out(self) -> PatchReport:
         if not self.work and not self.documents:  # only leaves or slices without elements
+            self.spool.close()
             return PatchReport(str(self.source.path), self.plan, 0)
         try:
             fill = self._fill if self.chunked or self.documents else None
             with explained(self.store.base), staged(self.store, fill, self.documents) as new:
                 written, record = self._write(new)
         finally:
+            self.spool.close()
             if self.chunked:
                 with contextlib.suppress(OSError):
                     self.source.forget()

@@ -1,12 +1,12 @@
 """Which leaves a command is about: those of its SELECTORs, without those of `--except`."""
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from paramend.edits.weights import chosen as met
 from paramend.errors import NoMatch
-from paramend.leaves.leaves import Leaves
 from paramend.reports import wording
 from paramend.selectors.messages import quoted
 from paramend.selectors.selector import Selector, resolve, sel
@@ -45,14 +45,14 @@ class Chosen:
     def typed(self) -> str:
         return " ".join([*map(shlex.quote, self.texts), *(f"--except {shlex.quote(text)}" for text in self.excepts)])
 
-    def numbers(self, leaves: Leaves) -> tuple[int, ...]:
+    def numbers(self, leaves: Any) -> Sequence[int]:
         """The numbers of the chosen leaves, in the order of the tree; `NoMatch` if a selector matches nothing."""
-        found = resolve(self.named, leaves)
+        found = met(self.named, leaves)
         if not self.excepts:
             return found
         resolve(sel(list(self.excepts)), leaves)
         try:
-            return resolve(self.selector, leaves)
+            return met(self.selector, leaves)
         except NoMatch:
             count = wording.plural(len(found), "leaf", "leaves")
             named, spared = (" or ".join(map(quoted, texts)) for texts in (self.texts, self.excepts))

@@ -15,12 +15,13 @@ from paramend.cli.choosing import EXCEPT, Chosen, chosen
 from paramend.cli.opening import raw
 from paramend.cli.options import edits
 from paramend.cli.writing import edit_checkpoint
-from paramend.edits.arguments import NUMBER, TEXT, Value
+from paramend.edits.arguments import ARRAY, NUMBER, TEXT, Value
 from paramend.edits.call import Op
 from paramend.edits.ops import OPS
 from paramend.edits.plan import call
+from paramend.edits.weights import weighed
 from paramend.errors import BadArgument, BadRecipe, SpecMismatch
-from paramend.leaves.origins.stored import Stored
+from paramend.leaves.origins.origin import Origin
 from paramend.leaves.specs import Spec
 from paramend.recipes.donors import Donors
 from paramend.reports import wording
@@ -48,7 +49,7 @@ def _typed(value: Value) -> Callable[[Any], Any]:
             return value.typed(text)
         except BadArgument as error:
             if value.array and (not value.example or Path(_split(text)[0]).exists()):
-                if re.fullmatch(r"-?[\d.]+(e-?\d+)?", text) and not Path(text).exists():
+                if value is ARRAY and re.fullmatch(r"-?[\d.]+(e-?\d+)?", text) and not Path(text).exists():
                     raise click.BadParameter(f"{text} is no file; `paramend fill` takes a number") from None
                 return _File(text)
             message = f"{str(error).partition(chr(10))[0]}{', nor an existing file' if value.array else ''}"
@@ -86,16 +87,14 @@ class _Command(click.Command):
         return super().parse_args(ctx, [*given, "--", *values])
 
 
-def _donated(
-    checkpoint: Checkpoint, op: Op, choice: Chosen, numbers: Sequence[int], name: str, args: Args
-) -> Checkpoint:
+def _donated(checkpoint: Any, op: Op, choice: Chosen, numbers: Sequence[int], name: str, args: Args) -> Checkpoint:
     """The checkpoint with an edit whose argument `name` names the file that the arrays come from."""
     value = args[name]
     file, leaf = _split(value)
     by = choice.named
     found = Donors(raw=raw()).values(file, leaf, checkpoint, [(number, by) for number in numbers])
     calls = {number: call(op.name, {**args, name: array}) for number, array in found.items()}
-    wrong = list(_refused(checkpoint, calls))
+    wrong = list(_refused(checkpoint, calls)) if name == "value" else []
     if wrong:
         spec, given = checkpoint.spec(wrong[0]), _spec(found[wrong[0]])
         of, leaves, to = str(checkpoint.path), choice.typed, given.dtype
@@ -107,10 +106,11 @@ def _donated(
             + (f"; {wording.plural(len(wrong) - 1, 'more leaf does', 'more leaves do')} not fit" if wrong[1:] else ""),
             hint=cast if given.shape == spec.shape else "",
         )
-    return checkpoint.edited(calls)
+    made: Checkpoint = checkpoint.edited(calls)
+    return made
 
 
-def _refused(checkpoint: Checkpoint, calls: Mapping[int, Any]) -> Iterator[int]:
+def _refused(checkpoint: Any, calls: Mapping[int, Any]) -> Iterator[int]:
     for number, each in calls.items():
         try:
             each.spec(checkpoint.spec(number))
@@ -119,7 +119,7 @@ def _refused(checkpoint: Checkpoint, calls: Mapping[int, Any]) -> Iterator[int]:
 
 
 def _spec(value: Any) -> Spec:
-    return value.spec if isinstance(value, Stored) else Spec(value.shape, value.dtype.name)
+    return value.spec if isinstance(value, Origin) else Spec(value.shape, value.dtype.name)
 
 
 def _split(value: str) -> tuple[str, str | None]:
@@ -140,7 +140,7 @@ def _recipe(name: str, choice: Chosen, args: Args) -> str:
         if isinstance(value, _File):
             file, leaf = _split(value)
             body |= {"from": Path(file).name} | ({} if leaf is None else {"leaf": leaf})
-        else:
+        elif value is not None and (key, value) != ("requantize", "amax"):
             body[key] = value
     with suppress(BadRecipe):
         return str(Recipe([{name: body}], raw=raw()))
@@ -151,7 +151,7 @@ def _command(
     name: str,
     says: str,
     params: list[click.Parameter],
-    edited: Callable[[Checkpoint, Chosen, Sequence[int], Args], Checkpoint],
+    edited: Callable[[Any, Chosen, Sequence[int], Args], Checkpoint],
     *,
     in_place: bool,
 ) -> click.Command:
@@ -164,7 +164,8 @@ def _command(
         args = {str(param.name): given.pop(str(param.name)) for param in params}
 
         def edit(checkpoint: Checkpoint) -> Checkpoint:
-            found = edited(checkpoint, choice, choice.numbers(checkpoint), args)
+            leaves = weighed(checkpoint)
+            found = edited(leaves, choice, choice.numbers(leaves), args)
             return found.planned(found.plan, _recipe(name, choice, args)) if given["record"] else found
 
         edit_checkpoint(path, edit, patches=in_place, **given)
@@ -204,11 +205,12 @@ def edit_command(op: Op) -> click.Command:
             such = "" if value.scalar or value.array or not value.example else f", such as {value.example}"
             told.append(f"{name.upper()}: {takes}{such}.")
 
-    def edited(checkpoint: Checkpoint, choice: Chosen, numbers: Sequence[int], args: Args) -> Checkpoint:
+    def edited(checkpoint: Any, choice: Chosen, numbers: Sequence[int], args: Args) -> Checkpoint:
         files = [key for key, value in args.items() if isinstance(value, _File)]
         if files:
             return _donated(checkpoint, op, choice, numbers, files[0], args)
-        return checkpoint.edited(dict.fromkeys(numbers, call(op.name, args)))
+        made: Checkpoint = checkpoint.edited(dict.fromkeys(numbers, call(op.name, args)))
+        return made
 
     says = f"In the leaves that a SELECTOR matches, {op.says}."
     if told:

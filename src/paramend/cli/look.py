@@ -1,5 +1,6 @@
 """`paramend show`: what a checkpoint holds."""
 
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from paramend.cli import _ui
 from paramend.cli.choosing import EXCEPT, chosen
 from paramend.cli.opening import open_checkpoint
 from paramend.cli.options import takes
+from paramend.edits.weights import Weights, weighed
 from paramend.formats.safetensors_header import RECORD
 from paramend.formats.source import Source
 from paramend.leaves.paths import natural
@@ -41,13 +43,15 @@ def show(
 
     PATH is a file or a directory; the format is detected from its content.
 
-    Only the header is read, unless --stats is given. Mean, std and norm are of the finite values. Numbers that JSON
-    lacks are printed as the strings "NaN", "Infinity" and "-Infinity".
+    Only the header is read, unless --stats is given. A quantised weight is one leaf, with its scheme, the size of its
+    blocks and the shape that it has as floats; --raw lists what it is stored in. Mean, std and norm are of the finite
+    values. Numbers that JSON lacks are printed as the strings "NaN", "Infinity" and "-Infinity".
 
     Exit status: 0 done; 2 an unreadable or damaged file, or a selector that matches nothing.
     """
     with open_checkpoint(path) as checkpoint:
-        file = checkpoint.source
+        seen = weighed(checkpoint)
+        file: Any = seen if isinstance(seen, Weights) else checkpoint.source
         numbers = chosen(selectors, excepts).numbers(file) if selectors or excepts else file.index.numbers
         # In the file `layers.10` comes before `layers.2`.
         numbers = sorted(numbers, key=lambda number: natural(file.index.path(number)))
@@ -58,12 +62,12 @@ def show(
 
                 found = measured(file, numbers, Meter(progress, sum(map(file.nbytes, numbers))))
         if as_json:
-            _ui.emit(_data(file, numbers, found))
+            _ui.emit(_data(checkpoint.source, file, numbers, found))
         else:
-            _ui.show_lines(_table(file, numbers, found, every=every or stats), header=True)
+            _ui.show_lines(_table(checkpoint.source, file, numbers, found, every=every or stats), header=True)
 
 
-def _data(file: Source, numbers: list[int], found: "dict[int, Measures | str]") -> dict[str, Any]:
+def _data(source: Source, file: Any, numbers: list[int], found: "dict[int, Measures | str]") -> dict[str, Any]:
     leaves = []
     for number in numbers:
         spec = file.spec(number)
@@ -73,14 +77,16 @@ def _data(file: Source, numbers: list[int], found: "dict[int, Measures | str]") 
             "shape": list(spec.shape),
             "nbytes": file.nbytes(number),
         }
+        if _is_weight(file, number):
+            leaf |= {"scheme": file.weight(number).codec.scheme, "stored": [*map(_named(file), file.members(number))]}
         if number in found:
             measures = found[number]
             leaf["stats"] = None if isinstance(measures, str) else measures.to_dict()
         leaves.append(leaf)
     return {
-        "path": str(file.path),
-        "format": file.format or None,
-        "metadata": {key: _plain(value) for key, value in file.metadata.items()},
+        "path": str(source.path),
+        "format": source.format or None,
+        "metadata": {key: _plain(value) for key, value in source.metadata.items()},
         "leaves": leaves,
         "count": len(numbers),
         "size": sum(file.spec(number).size for number in numbers),
@@ -88,11 +94,15 @@ def _data(file: Source, numbers: list[int], found: "dict[int, Measures | str]") 
     }
 
 
-def _table(file: Source, numbers: list[int], found: "dict[int, Measures | str]", *, every: bool) -> list[str]:
+def _table(
+    source: Source, file: Any, numbers: list[int], found: "dict[int, Measures | str]", *, every: bool
+) -> list[str]:
     leaves = []
     for number in numbers:
         spec = file.spec(number)
-        cells = (spec.dtype, f"[{','.join(map(str, spec.shape))}]")
+        codec = file.weight(number).codec if _is_weight(file, number) else None
+        dtype = f"{codec.scheme} {codec.block}".rstrip() if codec else spec.dtype
+        cells = (dtype, f"[{','.join(map(str, spec.shape))}]")
         leaves.append(Line((file.index.path(number),), cells, file.nbytes(number)))
     if not every:
         leaves = fold(leaves, limit=len(leaves))
@@ -111,12 +121,20 @@ def _table(file: Source, numbers: list[int], found: "dict[int, Measures | str]",
     scalars = wording.plural(sum(file.spec(number).size for number in numbers), "scalar")
     total = f"{count}, {scalars}, {wording.size(sum(map(file.nbytes, numbers)))}"
     lines = [*aligned(rows, right="lll" + "r" * len(rows[0])), "", total]
-    if file.metadata:
-        told = {**file.metadata, **({RECORD: "(see paramend history)"} if RECORD in file.metadata else {})}
+    if source.metadata:
+        told = {**source.metadata, **({RECORD: "(see paramend history)"} if RECORD in source.metadata else {})}
         said = [f"{key}={_short(value)}" for key, value in islice(told.items(), _ENTRIES)]
-        more = len(file.metadata) - len(said)
+        more = len(source.metadata) - len(said)
         lines += aligned([("metadata", *said, *([f"and {more:,} more"] if more else []))])
     return lines
+
+
+def _is_weight(file: Any, number: int) -> bool:
+    return isinstance(file, Weights) and number in file.groups
+
+
+def _named(file: Weights) -> Callable[[int], str]:
+    return file.stored.index.path
 
 
 def _plain(value: Any) -> Any:

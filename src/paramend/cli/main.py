@@ -61,6 +61,10 @@ ROWS = (
     CommandRow("quantize", "codes", "Write a checkpoint with weights in a quantised scheme."),
     CommandRow("ablate", "ablate", "Score a checkpoint without each of its parts; write nothing."),
     CommandRow("deepen", "grow", "Write a model with more layers, or fewer, made from those it has."),
+    CommandRow(
+        "experts", "grow", "Write a model with some of its experts, or with each several times.", also=("prune",)
+    ),
+    CommandRow("upcycle", "grow", "Write a dense model as a mixture of experts.", also=("moe",)),
     CommandRow("undo", "undo", "Take back the last edit that was made in place.", opens=False),
     CommandRow("history", "undo", "List the edits in a checkpoint's record, and those made in place.", opens=False),
     CommandRow("verify", "undo", "Check a checkpoint against the record that it carries.", opens=False),
@@ -72,10 +76,8 @@ ROWS = (
 
 @cache
 def edits() -> tuple[CommandRow, ...]:
-    """The rows of the table of edits that are commands.
-
-    The table is parsed, not imported: importing it imports numpy, and `--help` would take twice as long.
-    """
+    """The rows of the table of edits that are commands. The table is parsed, not imported: importing it imports numpy,
+    and `--help` would take twice as long."""
     table = util.find_spec("paramend.edits.ops")
     assert table is not None and table.origin is not None
     found = []

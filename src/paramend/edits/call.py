@@ -1,20 +1,22 @@
 """A call: one edit of the table with its arguments, checked against specs and then run on an array."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any, TypeVar
 
 import numpy as np
 
 from paramend.arrays.backend import Backend
 from paramend.arrays.initializers import Site
+from paramend.arrays.lowrank import LowRank, Product
 from paramend.arrays.registry import backend, backend_of
 from paramend.edits.arguments import Args, Value, shown
 from paramend.edits.checks import check_scalar
 from paramend.edits.damage import Losses
 from paramend.edits.runs import native
 from paramend.errors import NoMatch, OutOfRange, SpecMismatch, Unsupported
-from paramend.formats.gathered import leaf_of
+from paramend.leaves.codecs.encoding import Misfit
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.origins.texts import shortened
@@ -36,7 +38,7 @@ class Op:
         parameters: the names of its arguments.
         run: (backend, array, args, place) → a new array.
         check: (spec, args) → the spec after it; raises if the edit makes no sense. None if it always does.
-        slot: for edits that jax.numpy's `.at[index]` has too: args → (its method, its argument).
+        slot: for edits that jax.numpy's `.at[index]` has too: args → (its method, its argument), or None.
         losses: for edits that a dtype may be too narrow for: how many values it could not hold.
         reads: whether the result depends on the old values; if not, an engine need not read them.
         keeps_spec: whether shape and dtype stay, so that the edit can be done in place.
@@ -50,6 +52,7 @@ class Op:
         moves: for edits that only move elements: (origin, args) → the origin after it, whose bytes are copied.
         bytewise: whether it moves stored bytes and takes them for no values, so that it is right for the codes and
             scales of quantised weights, too.
+        product: for edits that add a product of low rank: (spec, args) → the product, or None.
     """
 
     name: str
@@ -57,7 +60,7 @@ class Op:
     parameters: tuple[str, ...]
     run: Run
     check: Check | None = None
-    slot: Callable[[Args], tuple[str, Any]] | None = None
+    slot: Callable[[Args], tuple[str, Any] | None] | None = None
     losses: Losses | None = None
     reads: bool = True
     keeps_spec: bool = True
@@ -70,6 +73,7 @@ class Op:
     also: tuple[str, ...] = ()
     moves: Moves | None = None
     bytewise: bool = False
+    product: Callable[[Spec, Args], Product | None] | None = None
 
     def __repr__(self) -> str:
         return f"<op {self.name}>"
@@ -89,6 +93,11 @@ class Op:
         return {} if self.code else dict(zip(self.parameters, self.takes, strict=True))
 
     @property
+    def array(self) -> str:
+        """The name of the argument that may be an array, also from a file; "" if there is none."""
+        return next((name for name, value in self.arguments.items() if value.array), "")
+
+    @property
     def checks(self) -> bool:
         """Whether `after` may refuse anything."""
         return self.check is not None or any(value.scalar for value in self.takes)
@@ -101,17 +110,75 @@ class Op:
         return spec if self.check is None else self.check(spec, args)
 
 
+@dataclass(frozen=True, slots=True)
+class Coding:
+    """What was asked of a quantised weight, and how the leaves that it is stored in do it.
+
+    Attributes:
+        path: the weight.
+        before: its shape and dtype.
+        spec: those after the edits.
+        scheme: what it is stored in, such as "fp8-block".
+        asked: the edits, first to last.
+        how: "codes of 0", "its scale", "encoded anew, ..." for each of them.
+        misfit: how far codes that were made anew are from what was asked; None if all is exact.
+        serial: its place among others.
+    """
+
+    path: str
+    before: Spec
+    spec: Spec
+    scheme: str
+    asked: tuple["Call", ...]
+    how: tuple[str, ...]
+    misfit: Misfit | None = None
+    serial: int = field(default_factory=count().__next__, compare=False)
+
+    @property
+    def said(self) -> str:
+        """How it is done, and how far off it is where that is known."""
+        said = ["; ".join(dict.fromkeys(self.how)), str(self.misfit or "")]
+        return f"{self.scheme}: {', '.join(filter(None, said))}"
+
+    def then(self, later: "Coding") -> "Coding":
+        """Both, one after the other, of one weight."""
+        how, asked = (*self.how, *later.how), (*self.asked, *later.asked)
+        return replace(later, before=self.before, asked=asked, how=how, misfit=later.misfit or self.misfit)
+
+    def told(self) -> "Coding":
+        """The same for a report, without arrays."""
+        return replace(self, asked=tuple(each.told() for each in self.asked))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What it adds to the row of a report."""
+        found: dict[str, Any] = {"scheme": self.scheme, "how": list(self.how)}
+        return found | (self.misfit.to_dict() if self.misfit else {})
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class Call:
-    """An op with its arguments, and the slice of the leaf that it edits (None for the whole leaf)."""
+    """An op with its arguments, and the slice of the leaf that it edits (None for the whole leaf).
+
+    Attributes:
+        coding: the edit of a quantised weight that this is a part of; None if it is one of the leaf itself.
+    """
 
     op: Op
     args: Args = field(default_factory=dict)
     index: Any = None
+    coding: Coding | None = None
+
+    def __post_init__(self) -> None:
+        value = self.args.get("value")
+        if type(value) is tuple and len(value) == 2 and all(getattr(each, "ndim", 0) > 1 for each in value):
+            object.__setattr__(self, "args", {**self.args, "value": LowRank(*value)})
 
     def __str__(self) -> str:
-        from_args = ", ".join(_short(self.args[name]) for name in self.op.parameters if name in self.args)
-        return f"{self.op.name}({from_args})"
+        given = {name: self.args[name] for name in self.op.parameters if name in self.args}
+        default = {name for name, value in given.items() if value is None and name in self.op.optional}
+        rule = given.pop("requantize", "amax")
+        said = [_short(value) for name, value in given.items() if name not in default]
+        return f"{self.op.name}({', '.join([*said, *([] if rule == 'amax' else [f'requantize={rule!r}'])])})"
 
     def __repr__(self) -> str:
         return f"<call {self}>"
@@ -119,7 +186,7 @@ class Call:
     def told(self) -> "Call":
         """The call for a report, with arrays and functions replaced by their descriptions."""
         args = {name: value if isinstance(value, _PLAIN) else _Said(_short(value)) for name, value in self.args.items()}
-        return Call(self.op, args, self.index)
+        return replace(self, args=args, coding=self.coding and self.coding.told())
 
     def spec(self, spec: Spec) -> Spec:
         """The spec after the call; `SpecMismatch` or `OutOfRange` if arguments or slice do not fit the leaf."""
@@ -135,8 +202,9 @@ class Call:
         library = backend(x)
         if self.index is None:
             return self.op.run(library, x, self.args, place)
-        if self.op.slot is not None:
-            verb, value = self.op.slot(self.args)
+        slot = self.op.slot and self.op.slot(self.args)
+        if slot:
+            verb, value = slot
             return library.put(x, self.index, verb, native(library, value))
         part = self.op.run(library, library.get(x, self.index), self.args, place)
         return library.put(x, self.index, "set", part)
@@ -157,9 +225,10 @@ class _Said(str):
 def _short(value: Any) -> str:
     if isinstance(value, _PLAIN):
         return repr(value)
-    if isinstance(value, Stored):  # a leaf of another file, or one that is made
-        made = leaf_of(value.source, value.number)
-        return str(value.spec) if isinstance(made, Stored) else shortened(str(made))
+    if isinstance(value, LowRank):
+        return " @ ".join(map(_short, value))
+    if isinstance(value, Origin):  # a leaf of another file, or one that is made
+        return str(value.spec) if isinstance(value, Stored) else shortened(str(value))
     if backend_of(type(value)) is None:
         return repr(value) if callable(value) else shown(value)
     spec = backend(value).spec(value)

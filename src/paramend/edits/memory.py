@@ -7,12 +7,15 @@ from typing import Any
 import numpy as np
 
 from paramend.arrays.initializers import NOWHERE, Site
-from paramend.arrays.registry import backend, backend_of
+from paramend.arrays.lowrank import LowRank
+from paramend.arrays.registry import backend, backend_of, to_numpy
 from paramend.edits.call import Call, explained
 from paramend.edits.damage import Damage, of_call, said
 from paramend.edits.quantized import check_calls, check_renamed, check_whole
 from paramend.errors import Unsupported, ValuesLost
 from paramend.leaves.leaves import Editable, Group
+from paramend.leaves.origins.origin import Origin
+from paramend.leaves.origins.stored import Held, Made
 from paramend.leaves.overlaps import overlapping
 from paramend.selectors.slices import write_index
 from paramend.trees.tree import Tree
@@ -39,7 +42,7 @@ class Memory(Tree, Editable):
         calls = self.check_(calls)
         new = self.computed(calls)
         # The user's function may raise halfway, and an operand may be a leaf that changes.
-        if any(call.op.name == "apply" for call in calls.values()) or self._reads_itself(calls):
+        if any(call.op.name == "apply" or call.coding for call in calls.values()) or self._reads_itself(calls):
             new = iter(list(new))
         for number, value in new:
             self.assign(number, value)
@@ -71,7 +74,9 @@ class Memory(Tree, Editable):
         """Whether an operand shares memory with one of several leaves that change."""
         if len(calls) < 2:
             return False
-        operands = {id(value): value for call in calls.values() for value in call.args.values()}
+        given = [value for call in calls.values() for value in call.args.values()]
+        given += [factor for value in given if isinstance(value, LowRank) for factor in value]
+        operands = {id(value): value for value in given}
         arrays = [value for value in operands.values() if backend_of(type(value)) is not None]
         written = [self.values[number] for number in calls] if arrays else []
         memories = {at: backend(each).memory(each) for at, each in enumerate((*arrays, *written))}
@@ -91,7 +96,27 @@ class Memory(Tree, Editable):
         chosen = tuple(numbers)
         check_renamed(self, lambda: structure.moves(self.index, selector, set(chosen), to))
         twins = {twin for number in chosen for twin in self.twins(number)}
-        return structure.relocate(self, structure.moves(self.index, selector, twins, to), ())
+        return self.relocated(structure.moves(self.index, selector, twins, to))
+
+    def relocated(self, moves: Mapping[int, Sequence[tuple[str, int | None]]]) -> Any:
+        from paramend.edits import structure  # as above
+
+        return structure.relocate(self, moves, ())
+
+    def expression(self, number: int) -> Origin:
+        leaf = self.values[number]
+        return Made(backend(leaf).spec(leaf), lambda: to_numpy(leaf))
+
+    def computing(self, origin: Origin, call: Call, *, path: str, pieces: tuple[str, ...]) -> Origin:
+        place = Site(pieces, out_first=self.index.separator == ".") if call.op.placed else NOWHERE
+        return Held(np.asarray(call.run(origin.read(), place)))
+
+    def is_blank(self, number: int) -> bool:
+        library = backend_of(type(self.values[number]))
+        return library is None or library.abstract(self.values[number]) or library.traced(self.values[number])
+
+    def beside(self, values: Any, number: int) -> Any:
+        return backend(self.values[number]).beside(values, self.values[number])
 
     def regrouped(self, groups: Sequence[Group], *, close_up: bool = True) -> Any:
         from paramend.edits import structure  # as above

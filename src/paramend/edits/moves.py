@@ -118,6 +118,11 @@ def _permutation(spec: Spec, args: Args) -> tuple[Places, int]:
     return places, axis
 
 
+def places_of(spec: Spec, verb: str, args: Args) -> tuple[Places, int]:
+    """The old places along an axis that `take` or `permute` asks for, and the axis."""
+    return (_places if verb == "take" else _permutation)(spec, args)
+
+
 def taken(x: Any, args: Args) -> Any:
     """Some places along an axis."""
     return hands.take(x, *_places(hands.spec_of(x), args))

@@ -4,15 +4,18 @@ import copyreg
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from inspect import signature
-from typing import Any, Concatenate, Generic, ParamSpec, SupportsIndex, TypeAlias, TypeVar
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, SupportsIndex, TypeAlias, TypeVar
 
+from paramend.arrays.lowrank import LowRank, product_of
 from paramend.edits import checks, damage, hands, moves, runs
 from paramend.edits.arguments import (
+    ALONG,
     ARRAY,
     AXES,
     AXIS,
     BOUND,
     DEVIATION,
+    DIRECTION,
     DTYPE,
     INITIALIZER,
     NEW_SHAPE,
@@ -20,11 +23,13 @@ from paramend.edits.arguments import (
     OPERAND,
     PERMUTATION,
     PLACES,
+    REQUANTIZE,
     SEED,
     Args,
     Value,
 )
 from paramend.edits.call import Check, Op, Run
+from paramend.edits.directions import check_projection, projection
 from paramend.leaves.origins.stored import Zeros
 from paramend.leaves.specs import AnyArray, DtypeLike, Scalar, Seed
 
@@ -36,6 +41,7 @@ T = TypeVar("T")
 S = TypeVar("S")
 P = ParamSpec("P")
 F = TypeVar("F", bound=Callable[..., Any])
+Requantize: TypeAlias = Literal["amax", "keep", "never"]
 # A function (key, shape, dtype), as JAX has them.
 Initializer: TypeAlias = Callable[[AnyArray, tuple[int, ...], AnyArray], AnyArray]
 
@@ -62,17 +68,20 @@ def edit(
 
     def entered(verb: F) -> F:
         own = list(signature(verb).parameters.values())[1:]
+        given = takes
+        if own and own[-1].name == "requantize" and (takes or not own[:-1]):
+            given = (*takes, REQUANTIZE)
         optional = {each.name: each.default for each in own if each.default is not each.empty}
         names = tuple(each.name for each in own)
-        op = Op(verb.__name__, says, names, run, check, takes=takes, optional=optional, **how)
-        if takes and len(takes) != len(names):
-            raise TypeError(f"the edit {op.name} has the arguments {names}, and takes= describes {len(takes)}")
+        op = Op(verb.__name__, says, names, run, check, takes=given, optional=optional, **how)
+        if given and len(given) != len(names):
+            raise TypeError(f"the edit {op.name} has the arguments {names}, and takes= describes {len(given)}")
         OPS[op.name] = op
 
         @wraps(verb)
         def made(self: "Edits[Any]", /, *args: Any, **kwargs: Any) -> Any:
             verb(self, *args, **kwargs)  # Python itself reports a missing argument
-            return self._edit(op, {**op.optional, **dict(zip(names, args, strict=False)), **kwargs})
+            return self._edit(op, _checked({**op.optional, **dict(zip(names, args, strict=False)), **kwargs}))
 
         return made  # type: ignore[return-value]
 
@@ -99,7 +108,7 @@ def in_place(verb: Callable[Concatenate[S, P], Any]) -> Callable[Concatenate[S, 
 
     def made(self: Any, /, *args: Any, **kwargs: Any) -> None:
         verb.__wrapped__(self, *args, **kwargs)  # type: ignore[attr-defined]
-        self._edit_(op, {**op.optional, **dict(zip(op.parameters, args, strict=False)), **kwargs})
+        self._edit_(op, _checked({**op.optional, **dict(zip(op.parameters, args, strict=False)), **kwargs}))
 
     made.__name__, made.__module__ = f"{op.name}_", verb.__module__
     made.__qualname__ = f"{verb.__qualname__}_"
@@ -108,8 +117,20 @@ def in_place(verb: Callable[Concatenate[S, P], Any]) -> Callable[Concatenate[S, 
     return made
 
 
+def _checked(args: dict[str, Any]) -> dict[str, Any]:
+    """Arguments, if `requantize` among them is a rule that there is; an edit of floats does not look at it."""
+    if "requantize" in args:
+        REQUANTIZE.read(args["requantize"])
+    return args
+
+
 class Edits(Generic[T]):
-    """The verbs that change values, each a row of the table; `Selection` carries them out."""
+    """The verbs that change values, each a row of the table; `Selection` carries them out.
+
+    A quantised weight is edited as the weight that it is: `zero` sets codes, a factor goes to scales, and everything
+    else is computed in float32 and encoded to the nearest where it is stored in blocks that change. `requantize` says
+    how: "amax" gives such blocks new scales, "keep" keeps those that are there, "never" refuses.
+    """
 
     def _edit(self, op: Op, args: Args) -> T:
         raise NotImplementedError
@@ -124,7 +145,7 @@ class Edits(Generic[T]):
         slot=lambda args: ("set", 0),
         reads=False,
     )
-    def zero(self) -> T:
+    def zero(self, *, requantize: Requantize = "amax") -> T:
         """The tree with +0.0 in every selected element, even for NaN, inf and negative numbers.
 
         >>> pm.at({"w": np.array([-1.0, np.nan]), "b": np.ones(1)}, "w").zero()
@@ -141,7 +162,7 @@ class Edits(Generic[T]):
         takes=(NUMBER,),
         reads=False,
     )
-    def fill(self, value: Scalar) -> T:
+    def fill(self, value: Scalar, *, requantize: Requantize = "amax") -> T:
         """The tree with a scalar in every selected element.
 
         Raises:
@@ -164,7 +185,7 @@ class Edits(Generic[T]):
         chunks=False,
         arithmetic=False,
     )
-    def set(self, value: AnyArray | Mapping[str, AnyArray]) -> T:
+    def set(self, value: AnyArray | Mapping[str, AnyArray], *, requantize: Requantize = "amax") -> T:
         """The tree with the selected leaves replaced by an array of the same shape and dtype.
 
         Args:
@@ -183,20 +204,62 @@ class Edits(Generic[T]):
     @edit(
         "the operand is added, in the dtype of the leaf",
         check=checks.check_arithmetic,
-        run=lambda library, x, args, place: library.add(x, runs.native(library, args["value"])),
-        slot=lambda args: ("add", args["value"]),
+        run=runs.add,
+        slot=lambda args: None if isinstance(args["value"], LowRank) else ("add", args["value"]),
+        product=lambda spec, args: product_of(args["value"], spec) if isinstance(args["value"], LowRank) else None,
         losses=damage.of_sum,
         takes=(OPERAND,),
         also=("plus", "sum"),
     )
-    def add(self, value: Scalar | AnyArray) -> T:
+    def add(self, value: Scalar | AnyArray | tuple[AnyArray, AnyArray], *, requantize: Requantize = "amax") -> T:
         """The tree with a scalar or a broadcastable array added to the selected leaves, in their dtype.
+
+        A pair `(B, A)` of matrices, or stacks of them, adds `B @ A`, which must have the shape of the leaf: in float32,
+        in float64 for leaves of float64, rounded once. On disk the product is never whole.
 
         >>> pm.at({"w": np.zeros(2)}, "w").add(1.5)
         {'w': array([1.5, 1.5])}
         """
 
     add_ = in_place(add)
+
+    @edit(
+        "the share along a direction is taken out",
+        check=check_projection,
+        run=runs.project_out,
+        product=projection,
+        losses=damage.of_shift,
+        takes=(DIRECTION, NUMBER.named("how much of it: 1 is all", "1"), ALONG),
+        also=("project-out", "orthogonalize"),
+        chunks=False,
+    )
+    def project_out(
+        self,
+        direction: AnyArray,
+        strength: Scalar = 1.0,
+        axis: SupportsIndex | None = None,
+        *,
+        requantize: Requantize = "amax",
+    ) -> T:
+        """The tree with a direction taken out of the selected leaves (Arditi et al., 2024): W - strength * r (r^T W),
+        for the unit vector r, in each matrix of a stack. It is computed and rounded as the product that `add` takes.
+
+        Args:
+            direction: a vector, which is not zero.
+            strength: 1 takes all of it, 0.5 half.
+            axis: the axis that it is along; by default, the one of the last two that has its length.
+
+        Raises:
+            BadArgument: the direction is zero, or not finite.
+            SpecMismatch: neither axis has its length, or both; or a leaf does not hold floats.
+
+        >>> pm.at({"w": np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])}, "w").project_out([0, 1, 0])
+        {'w': array([[1., 2.],
+               [0., 0.],
+               [5., 6.]])}
+        """
+
+    project_out_ = in_place(project_out)
 
     @edit(
         "every element is multiplied, in the dtype of the leaf",
@@ -208,7 +271,7 @@ class Edits(Generic[T]):
         aliases=("scale",),
         also=("mul",),
     )
-    def multiply(self, value: Scalar | AnyArray) -> T:
+    def multiply(self, value: Scalar | AnyArray, *, requantize: Requantize = "amax") -> T:
         """The tree with the selected leaves multiplied by a scalar or a broadcastable array, in their dtype.
 
         Integers that wrap and floats that overflow are counted in a `ValuesLost` warning, on disk in the report.
@@ -227,7 +290,7 @@ class Edits(Generic[T]):
         takes=(BOUND.named("the least value", "-1"), BOUND.named("the greatest value", "1")),
         also=("clamp", "limit"),
     )
-    def clip(self, lo: Scalar | None, hi: Scalar | None) -> T:
+    def clip(self, lo: Scalar | None, hi: Scalar | None, *, requantize: Requantize = "amax") -> T:
         """The tree with the selected leaves clipped to two bounds, as by numpy's `clip`, in their dtype.
 
         NaN stays NaN. For leaves of integers the bounds may be fractions: values are clipped to the integers between.
@@ -246,15 +309,10 @@ class Edits(Generic[T]):
 
     clip_ = in_place(clip)
 
-    @edit(
-        "the leaf becomes fn(leaf)",
-        check=checks.check_apply,
-        run=runs.apply,
-        chunks=False,
-        arithmetic=False,
-        placed=True,
-    )
-    def apply(self, fn: Callable[[AnyArray], AnyArray], *, keep_spec: bool = True) -> T:
+    @edit("the leaf becomes fn(leaf)", runs.apply, checks.check_apply, chunks=False, arithmetic=False, placed=True)
+    def apply(
+        self, fn: Callable[[AnyArray], AnyArray], *, keep_spec: bool = True, requantize: Requantize = "amax"
+    ) -> T:
         """The tree with each chosen leaf replaced by `fn(leaf)`.
 
         On a checkpoint too the function gets a whole leaf, or a whole slice of it: the largest one must fit in memory.
@@ -293,11 +351,11 @@ class Edits(Generic[T]):
         "normal noise of a standard deviation is added",
         check=checks.check_noise,
         run=runs.noise,
-        losses=damage.of_noise,
+        losses=damage.of_shift,
         placed=True,
         takes=(DEVIATION, SEED),
     )
-    def noise(self, std: float, *, seed: Seed = 0) -> T:
+    def noise(self, std: float, *, seed: Seed = 0, requantize: Requantize = "amax") -> T:
         """The tree with normal noise added to the selected leaves.
 
         Args:
@@ -323,7 +381,7 @@ class Edits(Generic[T]):
         takes=(INITIALIZER, SEED),
         also=("init", "initialize"),
     )
-    def reinit(self, init: str | Initializer, *, seed: Seed = 0) -> T:
+    def reinit(self, init: str | Initializer, *, seed: Seed = 0, requantize: Requantize = "amax") -> T:
         """The tree with the selected leaves drawn anew.
 
         Args:
@@ -338,12 +396,7 @@ class Edits(Generic[T]):
 
     reinit_ = in_place(reinit)
 
-    @edit(
-        "the axes get another order",
-        takes=(AXES,),
-        also=("swapaxes", "T"),
-        **moving(moves.transposed),
-    )
+    @edit("the axes get another order", takes=(AXES,), also=("swapaxes", "T"), **moving(moves.transposed))
     def transpose(self, axes: Sequence[SupportsIndex]) -> T:
         """The tree with the axes of the selected leaves in another order, as by `numpy.transpose`.
 

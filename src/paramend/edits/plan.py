@@ -4,15 +4,16 @@ import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
 import numpy as np
 
 from paramend.anatomy.documents import Change, Document
 from paramend.arrays.initializers import NOWHERE, Site
+from paramend.arrays.lowrank import LowRank
 from paramend.arrays.registry import backend_of, to_numpy
-from paramend.edits.call import Call, explained
+from paramend.edits.call import Call, Coding, explained
 from paramend.edits.damage import Damage, said
 from paramend.edits.ops import OPS
 from paramend.errors import BadArgument, RenameClash, Unsupported
@@ -21,6 +22,7 @@ from paramend.leaves.described import Described
 from paramend.leaves.leaves import Index, Leaves, keys_of, plain, uncollected
 from paramend.leaves.names import by_name
 from paramend.leaves.origins.origin import Origin
+from paramend.leaves.origins.stored import Stored
 from paramend.leaves.origins.texts import shortened
 from paramend.leaves.paths import Label, labels, natural, write_path
 from paramend.leaves.specs import Spec
@@ -45,6 +47,7 @@ class Row:
         depths: for each key of a moved leaf, the depth in the source of the template of its container, or None.
         added: where it comes from, in reports of what came to a checkpoint in its own files.
         made: what it is made of before the calls, an origin or its text, if it is not the leaf of its path.
+        coding: of a quantised weight that a report shows as one leaf, how it is edited.
     """
 
     path: str
@@ -59,6 +62,7 @@ class Row:
     damage: Damage = field(default_factory=Damage, compare=False)
     added: str = ""
     made: Origin | str = ""
+    coding: Coding | None = None
 
     def __repr__(self) -> str:
         return f"<{self.path}: {self.spec}, {self.outcome or 'as it is'}>"
@@ -88,13 +92,16 @@ class Row:
     def outcome(self) -> str:
         """What it is made of, the calls, and what they could not hold."""
         made = f"◄─ {shortened(str(self.made))}" if self.made and not self.added else ""
+        coded = f"({self.coding.said})" if self.coding else ""
         edit, damage = ", ".join(filter(None, (made, self.edit))), str(self.damage)
+        edit = " ".join(filter(None, (edit, coded)))
         return f"{edit}: {damage}" if damage else edit
 
     def to_dict(self) -> dict[str, Any]:
         """The row as data that JSON can hold."""
         more: dict[str, Any] = {"renamed_from": self.was, "inserted_from": self.added, "origin": str(self.made)}
         more |= {"overflowed": self.damage.overflowed, "lost": self.damage.lost}
+        more |= self.coding.to_dict() if self.coding else {}
         return {
             "path": self.path,
             "dtype": self.spec.dtype,
@@ -107,6 +114,8 @@ class Row:
 
 
 def _said(edit: Call) -> str:
+    if edit.coding is not None:
+        return f"{_said(edit.coding.asked[-1])} of {edit.coding.path} in {edit.coding.scheme}"
     return str(edit) if edit.index is None else f"[{write_index(edit.index)}] {edit}"
 
 
@@ -259,6 +268,20 @@ class Plan(Paged):
         depths = tuple(row.depths[depth] if depth and row.depths else depth for _, depth in keys)
         return replace(row, path=path, labels=new, was="" if path == was else was, depths=depths)
 
+    @property
+    def shown(self) -> "Plan":
+        """The plan for readers: a quantised weight that is edited is one row, and not those that it is stored in."""
+        parts: dict[str, list[Row]] = {}
+        for row in self.rows:
+            for path in {each.coding.path for each in row.calls if each.coding is not None}:
+                parts.setdefault(path, []).append(row)
+        if not parts:
+            return self
+        ones = {rows[0].source: _weight(rows) for rows in parts.values()}
+        gone = {row.source for rows in parts.values() for row in rows}
+        kept = (ones.get(row.source, row) for row in self.rows if row.source in ones or row.source not in gone)
+        return self._with(tuple(kept))
+
     @uncollected()
     def told(self) -> "Plan":
         """The plan for a report, which neither holds arrays nor keeps files open."""
@@ -270,9 +293,11 @@ class Plan(Paged):
         def of(row: Row) -> Row:
             damage = Damage(row.damage.overflowed, row.damage.lost)
             row = replace(row, made=str(row.made)) if row.made else row
+            if row.coding is not None:
+                return replace(row, calls=tuple(map(said, row.calls)), coding=row.coding.told())
             return row.with_calls(tuple(map(said, row.calls)), row.places, row.spec, damage) if row.calls else row
 
-        rows, deleted = (tuple(map(of, part)) for part in (self.rows, self.deleted))
+        rows, deleted = (tuple(map(of, part)) for part in (self.shown.rows, self.deleted))
         return Plan(Described(self.leaves), rows, deleted, self.texts)
 
     def _with(self, rows: tuple[Row, ...]) -> "Plan":
@@ -290,6 +315,8 @@ class Plan(Paged):
 
     def page(self) -> Page:
         """The result as a map, coloured by what becomes of each leaf, beside the leaves that are deleted."""
+        if (shown := self.shown) is not self:
+            return shown.page()
         rows = [*self.rows, *self.deleted]
         ends = [""] * len(self.rows) + ["deleted"] * len(self.deleted)
         kinds = [
@@ -316,6 +343,8 @@ class Plan(Paged):
 
     def lines(self) -> list[str]:
         """The table line by line, a header first."""
+        if (shown := self.shown) is not self:
+            return shown.lines()
         table = [("path", "spec", "edit")]
         deleted = {id(row) for row in self.deleted}
         made = [row for row in self.rows if row.made and row.stays]
@@ -343,13 +372,22 @@ class Plan(Paged):
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as data that JSON can hold: the rows that change something, and how many leaves stay."""
-        changed = [row for row in self.rows if row.made or not row.stays]
+        changed = [row for row in self.shown.rows if row.made or not row.stays]
         data: dict[str, Any] = {"changed": [row.to_dict() for row in changed]}
         if self.deleted:
             data["deleted"] = [row.was or row.path for row in self.deleted]
         if self.configured:
             data["config"] = [change.to_dict() for change in self.configured]
         return data | {"kept": len(self.rows) - len(changed)}
+
+
+def _weight(rows: Sequence[Row]) -> Row:
+    """A quantised weight as one row, of the rows of what it is stored in."""
+    codings = {each.coding.serial: each.coding for row in rows for each in row.calls if each.coding is not None}
+    first, *rest = (codings[serial] for serial in sorted(codings))
+    coding = reduce(Coding.then, rest, first)
+    calls = coding.asked
+    return Row(coding.path, coding.spec, rows[0].source, coding.before, calls, was=rows[0].was, coding=coding)
 
 
 def call(op: str, args: Mapping[str, Any]) -> Call:
@@ -409,7 +447,15 @@ def _settled(edit: Call) -> Call:
             "an initializer function (key, shape, dtype) needs a JAX leaf, and leaves on disk are numpy arrays",
             hint='.reinit("lecun_normal")',
         )
-    value = edit.args.get("value")
-    if type(value) is not np.ndarray and backend_of(type(value)) is not None:
-        edit = replace(edit, args={**edit.args, "value": to_numpy(value)})
-    return edit
+    arrays = {name: edit.args[name] for name in ("value", "direction") if name in edit.args}
+    held = {name: _held(value, lazy=name == "value") for name, value in arrays.items()}
+    return replace(edit, args={**edit.args, **held})
+
+
+def _held(value: Any, lazy: bool = False) -> Any:
+    """A value with numpy arrays in place of those of other libraries and, unless it is lazy, of leaves of files."""
+    if isinstance(value, LowRank):
+        return LowRank(*map(_held, value))
+    if isinstance(value, Stored):
+        return value if lazy else value.read()
+    return value if type(value) is np.ndarray or backend_of(type(value)) is None else to_numpy(value)

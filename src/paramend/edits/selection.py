@@ -8,6 +8,7 @@ from paramend.edits.call import Call, Op, explained, sliced_shape
 from paramend.edits.labelling import Labels
 from paramend.edits.memory import editable
 from paramend.edits.ops import Edits
+from paramend.edits.weights import chosen, weighed
 from paramend.errors import BadArgument, NoMatch, Unsupported, WrongCount, printable
 from paramend.leaves.leaves import Editable
 from paramend.leaves.specs import AnyArray, AnyTree, Slice
@@ -28,9 +29,9 @@ class Selection(Edits[T]):
 
     def __init__(self, tree: T, selector: SelectorLike, count: int | None = None, *, raw: bool = False) -> None:
         self._selector, self._index = slice_of(selector)
-        self._tree = editable(tree, raw=raw)
+        self._tree = weighed(editable(tree, raw=raw))
         self._stays_raw = isinstance(tree, Editable) and tree.raw
-        self._numbers = resolve(self._selector, self._tree)
+        self._numbers = chosen(self._selector, self._tree)
         if count is not None and len(self._numbers) != count:
             raise WrongCount(
                 f"{self._selector!r} matches {wording.plural(len(self._numbers), 'leaf', 'leaves')}, not {count}: "
@@ -170,7 +171,7 @@ class Selection(Edits[T]):
     def _calls(self, op: Op, args: Args) -> dict[int, Call]:
         if op.name == "set" and isinstance(args["value"], Mapping):
             values = _by_path(args["value"], self.paths)
-            calls = [Call(op, {"value": value}, self._index) for value in values]
+            calls = [Call(op, {**args, "value": value}, self._index) for value in values]
             return dict(zip(self._numbers, calls, strict=True))
         return dict.fromkeys(self._numbers, Call(op, args, self._index))
 
@@ -181,7 +182,8 @@ class Selection(Edits[T]):
         calls = self._calls(op, args)
         if self._tree.patched_by:
             selector = repr(getattr(self._selector, "text", self._selector))
-            typed = _typed({name: args[name] for name in op.parameters if name in args})
+            plain = {name: args[name] for name in op.parameters if name in args}
+            typed = _typed({name: value for name, value in plain.items() if (name, value) != ("requantize", "amax")})
             index = "" if self._index is None else f"[{write_index(self._index)}]"
             raise Unsupported(
                 f"{op.name}_ cannot edit an opened checkpoint in place",
@@ -196,7 +198,7 @@ def _typed(args: Mapping[str, Any]) -> str:
     >>> _typed({"std": 0.1, "seed": 0}), _typed({"value": np.ones(2)})
     ('0.1, seed=0', 'value')
     """
-    plain = (bool, int, float, complex, str)
+    plain = (bool, int, float, complex, str, type(None))
     texts = {name: repr(value) if isinstance(value, plain) else name for name, value in args.items()}
     return ", ".join(f"{name}={text}" if at else text for at, (name, text) in enumerate(texts.items()))
 

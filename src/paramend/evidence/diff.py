@@ -9,6 +9,7 @@ from typing import Any, Literal
 from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.checkpoints.keys import matched
 from paramend.edits.memory import Memory
+from paramend.edits.weights import weighed
 from paramend.errors import BadArgument, UnexpectedChange, Unsupported
 from paramend.evidence.choices import chosen
 from paramend.evidence.comparisons import Comparer, Pair
@@ -156,7 +157,7 @@ def _unexpected_change(rows: Sequence[tuple[str, DiffRow]]) -> UnexpectedChange:
 def _sides(before: Any, after: Any) -> Iterator[tuple[Editable, Editable]]:
     """Both sides as leaves, with typed keys of one kind."""
     with _leaves(before) as old, _leaves(after) as new:
-        yield matched(old, new), matched(new, old)
+        yield weighed(matched(old, new), inputs=True), weighed(matched(new, old), inputs=True)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.edits.memory import Memory
+from paramend.edits.weights import weighed
 from paramend.evidence.histograms import histograms as histograms_of
 from paramend.evidence.measures import Measures, Tally
 from paramend.evidence.reading import Span, looked
@@ -65,7 +66,7 @@ def stats(
     if isinstance(tree, str | os.PathLike):
         with open_checkpoint(tree) as checkpoint:
             return stats(checkpoint, selector, spectral=spectral, histograms=histograms, progress=progress)
-    leaves = tree if isinstance(tree, Editable) else Memory(tree)
+    leaves = weighed(tree if isinstance(tree, Editable) else Memory(tree), inputs=True)
     numbers = resolve(selector, leaves)
     matrices = _matrices(leaves, numbers, spectral)
     found = measured(leaves, numbers, Meter(progress, sum(leaves.nbytes(number) for number in numbers)))
@@ -78,14 +79,7 @@ def stats(
 
 
 def measured(leaves: Any, numbers: Sequence[int], meter: Meter) -> dict[int, Measures | str]:
-    """The measures of each leaf, or the reason why its values are not available or not numbers.
-
-    >>> from paramend.trees.tree import Tree
-    >>> tree = Tree([np.array([3.0, 4.0]), np.array(["a"])])
-    >>> found = measured(tree, [0, 1], Meter(None, 0))
-    >>> found[0].norm, found[1]
-    (5.0, 'str32 is not a number')
-    """
+    """The measures of each leaf, or the reason why its values are not available or not numbers."""
     found: dict[int, Measures | str] = {number: _obstacle(leaves, number) for number in numbers}
     tallies = {number: Tally() for number, why in found.items() if not why}
     tasks = ((number, (stream_of(leaves, number),)) for number in tallies)

@@ -12,6 +12,7 @@ from paramend.errors import Unsupported
 from paramend.grafting import engine
 from paramend.grafting.numbers import Counted, is_state, left_in_file, with_numbers
 from paramend.grafting.options import Dtype, Mismatch, Missing, Options, Place, Renames, Unused
+from paramend.grafting.quantized import adapted
 from paramend.grafting.report import Ends, GraftReport, GraftRow
 from paramend.leaves.leaves import Editable, Leaves
 from paramend.leaves.specs import AnyTree, Spec
@@ -96,8 +97,10 @@ def graft(
     tree, leaves = engine.leaves_of(target), engine.leaves_of(source)
     leaves = numbered(matched(leaves, tree), tree)
     options = Options(rename, only, mismatch, place, resize, unused, missing, dtype, raw=raw)
+    leaves, fits = adapted(tree, leaves, options)
     if isinstance(tree, Counted):
         values, report = _planned(tree, leaves, options)
+        report.encoded = fits
         new = tree.with_leaves(values)
         report.ends = Ends(new, source)
         return new, report
@@ -105,6 +108,7 @@ def graft(
 
     plan = engine.planned(tree, leaves, options)
     made, report = grafted(plan), plan.report()
+    report.encoded = fits
     report.fresh += [
         GraftRow.of(path, Spec((), type(value).__name__), "a number in the file, which a graft leaves as it is")
         for path, value in left_in_file(tree, leaves).items()
@@ -155,7 +159,9 @@ def graft_(
     tree = Counted(module)
     leaves = matched(engine.leaves_of(source), tree)
     options = Options(rename, only, mismatch, place, resize, unused, missing, dtype, in_place=True, raw=raw)
+    leaves, fits = adapted(tree, leaves, options)
     values, report = _planned(tree, leaves, options)
+    report.encoded = fits
     engine.put_in(tree, values)
     report.ends = Ends(module, source)
     return report

@@ -1,11 +1,112 @@
-"""Quantised weights in grafts: their leaves go together onto the same scheme, or not at all."""
+"""Quantised weights in grafts: as bytes onto the same scheme, else decoded, or encoded as the target has them."""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
+from paramend.arrays.registry import backend
+from paramend.edits.decoding import keys
+from paramend.edits.memory import Memory
 from paramend.edits.quantized import check_values
+from paramend.edits.weights import Weights, weighed
+from paramend.errors import ParamendError
+from paramend.grafting.options import Options
 from paramend.grafting.plan import GraftPlan
+from paramend.leaves.codecs.encoding import Misfit
 from paramend.leaves.groups import Group, group_of, may_hold_groups
-from paramend.leaves.leaves import Leaves
+from paramend.leaves.leaves import Editable, Leaves
+from paramend.leaves.leaves import Group as Regroup
+from paramend.leaves.origins.encoded import encoded
+from paramend.leaves.origins.origin import Origin
+from paramend.leaves.paths import Label
+from paramend.leaves.weights import Weight, labels_of
+
+
+def adapted(target: Any, source: Any, options: Options) -> tuple[Any, dict[str, tuple[str, Misfit]]]:
+    """The source with its weights as the target stores them: codes become floats, and floats codes; and how far what
+    was encoded is from what it was, by path in the source.
+
+    Weights that both have in one scheme, with leaves of equal specs, stay as they are stored.
+    """
+    fits: dict[str, tuple[str, Misfit]] = {}
+    if options.raw or not (may_hold_groups(target) or may_hold_groups(source)):
+        return source, fits
+    ours, theirs = (weighed(_editable(each), inputs=True) for each in (target, source))
+    here = ours.groups if isinstance(ours, Weights) else {}
+    there = theirs.groups if isinstance(theirs, Weights) else {}
+    if not here and not there:
+        return source, fits
+    try:
+        pairs = GraftPlan(ours, theirs, replace(options, in_place=False, unused="ok", missing="fresh")).pairs()
+    except ParamendError:  # the plan of the leaves as they are stored says why
+        return source, fits
+    stored = theirs.stored if isinstance(theirs, Weights) else theirs
+    groups: list[Regroup] = []
+    for number, origin in pairs.items():
+        weight = ours.weight(number) if isinstance(ours, Weights) and number in here else None
+        given = theirs.weight(origin) if isinstance(theirs, Weights) and origin in there else None
+        if (weight is None and given is None) or (weight and given and _equal(weight, given)):
+            continue
+        if (weight is None and _group(target, number)) or (given is None and _group(source, origin)):
+            continue  # of a scheme that cannot be decoded
+        spec = theirs.spec(origin)
+        if weight is not None and (spec.kind != "float" or spec.shape != weight.spec.shape):
+            continue
+        numbers = (origin,) if given is None else given.group.numbers
+        path = labels_of(stored, given.group) if given else stored.index.paths[origin]
+        if weight is None:
+            assert given is not None
+            groups.append(Regroup(numbers, (keys(path),), partial(_floats, given)))
+            continue
+        misfit = Misfit(blocks=weight.codec.fields["scale"].spec.size)
+        parts = _parts(weight, given.origin("float32") if given else theirs.expression(origin), misfit)
+        paths = [keys(_beside(ours, weight, role, path)) for role in parts]
+        groups.append(Regroup(numbers, tuple(paths), partial(_codes, parts)))
+        for start, stop in parts["payload"].ranges():
+            parts["payload"].read_range(start, stop)
+        fits[theirs.index.path(origin)] = weight.codec.scheme, misfit
+    if not groups:
+        return source, fits
+    made = stored.as_stored().regrouped(groups)
+    return (made.as_stored(source.raw) if isinstance(made, Editable) else type(source)(made)), fits
+
+
+def _editable(leaves: Any) -> Editable:
+    return leaves if isinstance(leaves, Editable) else Memory(leaves.root)
+
+
+def _equal(one: Weight, other: Weight) -> bool:
+    specs = ({role: part.spec for role, part in weight.parts.items()} for weight in (one, other))
+    return one.group.scheme is other.group.scheme and next(specs) == next(specs)
+
+
+def _floats(weight: Weight, given: Any) -> list[Any]:
+    """The float leaf that a weight becomes."""
+    values = weight.origin()
+    return [values] if isinstance(given[0], Origin) else [backend(given[0]).beside(values.read(), given[0])]
+
+
+def _codes(parts: Mapping[str, Origin], given: Any) -> list[Any]:
+    """The leaves that a float leaf becomes."""
+    if isinstance(given[0], Origin):
+        return list(parts.values())
+    return [backend(given[0]).beside(part.read(), given[0]) for part in parts.values()]
+
+
+def _parts(weight: Weight, values: Origin, misfit: Misfit) -> dict[str, Origin]:
+    """The leaves of a weight of the target for values, by role: those that depend on them."""
+    new = (*weight.codec.encodes, "global")
+    kept = {role: part for role, part in weight.parts.items() if role not in new}
+    specs = {role: part.spec for role, part in weight.parts.items()}
+    return encoded(weight.codec, values, specs, kept, misfit=misfit)
+
+
+def _beside(ours: Any, weight: Weight, role: str, path: tuple[Label, ...]) -> tuple[Label, ...]:
+    """The path of a leaf of the target, with the module of a leaf of the source."""
+    number = next(number for number in weight.group.numbers if weight.group.role(number) == role)
+    depth = len(ours.stored.index.paths[weight.group.numbers[0]]) - 1
+    return (*path[:-1], *ours.stored.index.paths[number][depth:])
 
 
 def check_groups(plan: GraftPlan) -> None:

@@ -4,6 +4,7 @@ import weakref
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from paramend.leaves.codecs.encoding import Misfit
 from paramend.leaves.specs import Spec
 from paramend.pages.page import Column, Page
 from paramend.pages.paged import Paged
@@ -111,6 +112,7 @@ class GraftReport(Paged):
         refused: whether the graft was refused: then nothing was changed, and the rows say what would have become of
             each leaf.
         ends: the two models of the graft, as long as they are alive, for `pm.graft_optimizer_`.
+        encoded: floats of the source that became codes: path in the source → the scheme, and how far the codes are off.
     """
 
     copied: list[GraftRow] = field(default_factory=list)
@@ -119,6 +121,7 @@ class GraftReport(Paged):
     unused: list[GraftRow] = field(default_factory=list)
     refused: bool = False
     ends: Ends | None = field(default=None, compare=False)
+    encoded: dict[str, tuple[str, Misfit]] = field(default_factory=dict, compare=False)
 
     @property
     def totals(self) -> dict[str, dict[str, int]]:
@@ -144,7 +147,11 @@ class GraftReport(Paged):
         )
 
     def sections(self) -> list[Section]:
-        return [Section(name, [_line(row) for row in getattr(self, name)]) for name in PARTS]
+        codes = [Line((path,), (f"{scheme}, {fit}",)) for path, (scheme, fit) in self.encoded.items()]
+        return [
+            *(Section(name, [_line(row) for row in getattr(self, name)]) for name in PARTS),
+            Section("encoded", codes),
+        ]
 
     def page(self) -> Page:
         """The target as a map, coloured by what became of each leaf, beside the unused leaves of the source."""
@@ -160,7 +167,8 @@ class GraftReport(Paged):
 
     def to_dict(self) -> dict[str, Any]:
         rows = {name: [_plain(asdict(row)) for row in getattr(self, name)] for name in PARTS}
-        return {"refused": self.refused, "totals": self.totals, **rows}
+        encoded = {path: {"scheme": scheme, **fit.to_dict()} for path, (scheme, fit) in self.encoded.items()}
+        return {"refused": self.refused, "totals": self.totals, **rows, **({"encoded": encoded} if encoded else {})}
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:

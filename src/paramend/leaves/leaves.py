@@ -291,6 +291,7 @@ class Editable(Leaves):
         if self.raw == raw:
             return self
         again = copy(self)
+        again.__dict__.pop("_weighed", None)
         again.raw = raw
         return again
 
@@ -322,6 +323,26 @@ class Editable(Leaves):
     @abstractmethod
     def moved(self, selector: Any, numbers: Iterable[int], to: str) -> Any:
         """A copy with the selected leaves under new paths."""
+
+    @abstractmethod
+    def relocated(self, moves: Mapping[int, Sequence[tuple[str, int | None]]]) -> Any:
+        """A copy with some leaves under other paths, in the form of `renames.keys`."""
+
+    @abstractmethod
+    def expression(self, number: int) -> Any:
+        """The origin of a leaf, edited."""
+
+    @abstractmethod
+    def computing(self, origin: Any, call: Any, *, path: str, pieces: tuple[str, ...]) -> Any:
+        """The origin of values after a call of an op, which depends on a path where they are random."""
+
+    def is_blank(self, number: int) -> bool:
+        """Whether a leaf has no values here and now: it is traced, or abstract."""
+        return False
+
+    def beside(self, values: Any, number: int) -> Any:
+        """A numpy array as users get it: of the library and on the devices of a leaf."""
+        return values
 
     @abstractmethod
     def regrouped(self, groups: Sequence[Group], *, close_up: bool = True) -> Any:

@@ -173,3 +173,9 @@ _DIGITS = frozenset("0123456789")
 def _number_key(found: re.Match[str]) -> str:
     number = found[0].lstrip("0")
     return f"\0{chr(min(len(number), 0x10FFFF))}{number}"
+
+
+def renamed(path: tuple[Label, ...], name: str) -> tuple[Label, ...]:
+    """The path of a leaf under another name beside it."""
+    last = path[-1]
+    return (*path[:-1], last._replace(text=name) if isinstance(last, Part) else name) if text_of(last) != name else path

@@ -9,7 +9,7 @@ from paramend.leaves.codecs.stated import NOTHING, Stated, disagree
 from paramend.leaves.groups import Group, Named, weight_name
 from paramend.leaves.origins.decoded import decoded
 from paramend.leaves.origins.origin import Origin
-from paramend.leaves.paths import write_path
+from paramend.leaves.paths import Label, renamed, text_of, write_path
 from paramend.leaves.specs import Spec
 
 
@@ -89,11 +89,11 @@ def weight_of(
         )
     last = index.pieces(group.numbers[0])[-1] in ("kernel", "w")
     codec = scheme.codec(scheme.name, parts, replace(says, outputs_last=last))
-    return Weight(path_of(leaves, group), group, codec, parts)
+    return Weight(write_path(labels_of(leaves, group), index.separator), group, codec, parts)
 
 
-def path_of(leaves: Named, group: Group) -> str:
+def labels_of(leaves: Named, group: Group) -> tuple[Label, ...]:
     """The path of the weight that a group is: its payload's, if that has no name of its own."""
     assert group.payload is not None
-    path, name = leaves.index.path(group.payload), leaves.index.pieces(group.payload)[-1]
-    return path.removesuffix(name) + weight_name(name, group.scheme)
+    path = leaves.index.paths[group.payload]
+    return renamed(path, weight_name(text_of(path[-1]), group.scheme))

@@ -12,13 +12,12 @@ from paramend.edits.memory import editable
 from paramend.edits.plan import call
 from paramend.edits.quantized import check_values
 from paramend.errors import BadArgument, NoMatch, SpecMismatch, Unsupported
-from paramend.formats.gathered import Gathered
 from paramend.growth.deepening import deepen
 from paramend.leaves.leaves import Editable
 from paramend.leaves.origins.combined import Combined, Product, View
 from paramend.leaves.origins.moved import join, take
 from paramend.leaves.origins.origin import Origin
-from paramend.leaves.origins.stored import Made, Stored
+from paramend.leaves.origins.stored import Made
 from paramend.leaves.origins.texts import quoted
 from paramend.leaves.specs import AnyTree
 from paramend.mapping.report import LayoutReport, Moved
@@ -276,10 +275,7 @@ class _Folding:
         embedding, head, _ = self.bases.tie or (-1, None, False)
         if head is not None and embedding in origins and head not in self.leaves.twins(embedding):
             origins.setdefault(head, origins[embedding])  # each has a leaf, and one counts for both
-        operands = Gathered(None, (((str(place),), origin) for place, origin in enumerate(origins.values())))
-        return self.leaves.edited(
-            {number: call("set", {"value": Stored(operands, place)}) for place, number in enumerate(origins)}
-        )
+        return self.leaves.edited({number: call("set", {"value": origin}) for number, origin in origins.items()})
 
     def _origin(self, number: int) -> Origin:
         change, spec = self.changes[number], self.leaves.spec(number)

@@ -19,7 +19,8 @@ from paramend.piecewise import steps as computing
 from paramend.piecewise.edited import are_alike, is_orderless
 from paramend.piecewise.regions import Region, region
 from paramend.piecewise.rows import values
-from paramend.piecewise.steps import flat, step_of
+from paramend.piecewise.spool import Spooled
+from paramend.piecewise.steps import Learner, flat, step_of
 from paramend.piecewise.windows import GAP, Window, joined
 from paramend.reports.progress import Meter
 
@@ -44,6 +45,10 @@ class Works:
         self._seen: dict[Any, tuple[tuple[Call, ...], Work]] = {}
 
     def of(self, row: Row, extent: Extent) -> Work:
+        value = row.calls[-1].args.get("value") if row.calls else None
+        if isinstance(value, Spooled):
+            steps = int((value.changed[:, 1] - value.changed[:, 0]).sum())
+            return Work(row, extent, (), value.changed + extent.start, steps)
         key = (row.before, extent.nbytes, *map(id, row.calls))
         _, first = self._seen.get(key) or self._seen.setdefault(key, (row.calls, _work_at_0(row, extent.nbytes)))
         return Work(row, extent, first.regions, first.ranges + extent.start, first.steps)
@@ -74,6 +79,8 @@ def _merged(ranges: Array) -> Array:
     return np.stack([ranges[first, 0], reach[last]], 1)
 
 
+# Bytes of new values that are copied from a spool at once.
+_SPAN = 1 << 20
 # The bytes of a leaf up to which it is changed together with others like it.
 _SMALL = 1 << 16
 # The elements of a run below which runs all over a leaf are put in order first.
@@ -142,15 +149,23 @@ def change(descriptor: int, source: Source, work: Work, meter: Meter) -> None:
         _change_slice(descriptor, extent, replace(edit, index=None), where, row, place, meter)
     if work.regions:
         return
+    spooled = row.calls[-1].args.get("value")
+    if isinstance(spooled, Spooled):
+        for start, stop in (work.ranges - extent.start).tolist():
+            for at in range(start, stop, _SPAN):
+                data = spooled.data(at, min(at + _SPAN, stop))
+                put(descriptor, data, extent.start + at)
+                meter.advance(len(data), row.path)
+        return
     at = extent.start
     new: Iterable[Array] = values(source, row)
     if any(edit.op.moves for edit in row.calls):  # what is written may be read again
         new = list(new)
     for array in new:
-        data = flat(array, Spec(array.shape, row.spec.dtype), f"{row.path}: {row.edit}").view(np.uint8).data
-        put(descriptor, data, at)
-        at += len(data)
-        meter.advance(len(data), row.path)
+        new_bytes = flat(array, Spec(array.shape, row.spec.dtype), f"{row.path}: {row.edit}").view(np.uint8).data
+        put(descriptor, new_bytes, at)
+        at += len(new_bytes)
+        meter.advance(len(new_bytes), row.path)
 
 
 def _change_slice(
@@ -168,6 +183,9 @@ def _change_slice(
     with np.errstate(all="ignore"):  # an overflow to inf is a valid result
         # Runs all over the leaf are read and written in the order of the leaf.
         if step is not None and not (where.shuffled and where.run < _FEW):
+            if isinstance(step, Learner):
+                for at, starts, run in _pieces(where, dtype.itemsize):
+                    step.learn(window(starts, run).read(), at)
             constant = edit.op.chunks and not edit.op.reads
             new = np.empty(0, dtype)
             for at, starts, run in _pieces(where, dtype.itemsize):

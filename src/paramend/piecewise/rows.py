@@ -30,15 +30,15 @@ def expression(source: Any, row: Row) -> Origin:
         for call, _ in group:
             if call.op.moves is not None:
                 origin = call.op.moves(origin, call.args)
-            else:  # set to a leaf of another file
-                value: Stored = call.args["value"]
-                origin = leaf_of(value.source, value.number)
+            else:  # set to a leaf of another file, or to what is made of other leaves
+                value: Origin = call.args["value"]
+                origin = leaf_of(value.source, value.number) if isinstance(value, Stored) else value
     return origin
 
 
 def _how(call: Call) -> str:
     whole = call.index is None
-    replaced = whole and call.op.name == "set" and isinstance(call.args.get("value"), Stored)
+    replaced = whole and call.op.name == "set" and isinstance(call.args.get("value"), Origin)
     return "moves" if replaced or (whole and call.op.moves is not None) else "computes"
 
 
@@ -89,13 +89,12 @@ def _ahead(tiles: Iterator[memoryview]) -> Iterator[memoryview]:
 
 
 def survey(plan: Plan) -> None:
-    """Count in the rows of a plan the values that its edits cannot hold, without writing: for dry runs.
-
-    Only leaves that such edits change are read.
-    """
+    """Count in the rows of a plan the values that its edits cannot hold, without writing: for dry runs. Only leaves
+    that such edits change are read."""
     for row in plan.changed:
         # A cast to a dtype that holds every value loses none.
         safe = [edit.op.name for edit in row.calls] == ["cast"] and holds(row.spec.dtype, row.before.dtype)
-        if any(edit.op.losses is not None for edit in row.calls) and not safe:
+        encoded = any(edit.coding is not None and edit.coding.misfit is not None for edit in row.calls)
+        if encoded or (any(edit.op.losses is not None for edit in row.calls) and not safe):
             for _ in values(plan.leaves, row):
                 pass

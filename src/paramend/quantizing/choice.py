@@ -1,138 +1,56 @@
-"""A model as its weights: each quantised one is a leaf, chosen by its own name or by those of what it is stored in."""
+"""Which quantised weights a selector means, of a model as its weights."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Iterable
 from functools import partial
-from typing import Any
 
-from paramend.anatomy.documents import document_of
-from paramend.anatomy.quantization import FILES, stated
-from paramend.arrays.registry import to_numpy
-from paramend.checkpoints.assemble import origin_of
-from paramend.checkpoints.checkpoint import Checkpoint
-from paramend.errors import NoMatch, RenameClash
-from paramend.leaves.described import Described
-from paramend.leaves.groups import groups_of, weight_name
-from paramend.leaves.leaves import Editable, Index, keys_of
-from paramend.leaves.origins.origin import Origin
-from paramend.leaves.origins.stored import Held
-from paramend.leaves.paths import Label, Part, text_of, write_path
-from paramend.leaves.schemes import WEIGHTS
-from paramend.leaves.specs import Spec
-from paramend.leaves.weights import Weight, weight_of
+from paramend.anatomy.quantization import stated
+from paramend.edits.weights import Weights, chosen, weighed
+from paramend.errors import NoMatch
+from paramend.leaves.groups import Group, groups_of
+from paramend.leaves.leaves import Editable
+from paramend.leaves.paths import write_path
+from paramend.leaves.weights import labels_of, weight_of
 from paramend.reports import wording
-from paramend.selectors.selector import SelectorLike, Text, resolve, sel
-
-# Name of a file beside the weights, what it holds → what it holds then; None if nothing.
-Change = Callable[[str, dict[str, Any]], dict[str, Any] | None]
+from paramend.selectors.selector import SelectorLike, sel
 
 
-class Seen(Described):
-    """Leaves in which each quantised weight is one, under its own name and with its own spec.
-
-    Attributes:
-        leaves: the leaves as they are stored.
-        groups: number of a payload → its group; of what is left of one without it, the number of its first leaf.
-
-    Raises:
-        RenameClash: another leaf has the name of a weight.
-    """
-
-    def __init__(self, leaves: Editable) -> None:
-        super().__init__(leaves)
-        self.leaves = leaves
-        self.groups = {group.numbers[0]: group for group in groups_of(leaves)}
-        paths = dict(leaves.index.paths)
-        for first, group in self.groups.items():
-            if first == group.payload:
-                paths[first] = renamed(paths[first], weight_name(text_of(paths[first][-1]), group.scheme))
-            for number in group.numbers[1:]:
-                paths.pop(number, None)
-        self.index = Index(leaves.index.separator)
-        for number, path in paths.items():
-            names: Any = self.index.names
-            for label in path[:-1]:
-                names = names.setdefault(label, {}) if isinstance(names, dict) else names
-            if not isinstance(names, dict) or names.setdefault(path[-1], number) != number:
-                raise RenameClash(f"{write_path(path, self.index.separator)} is there, and is no part of that weight")
-            self.index.numbers.append(number)
-        for path, layers in leaves.index.layers.items():
-            self.index.mark(path, layers)
-
-    def spec(self, number: int) -> Spec:
-        return self.weight(number).spec if number in self.groups else super().spec(number)
-
-    def weight(self, payload: int) -> Weight:
-        """The weight of a group; `Quantized` if it cannot be decoded, `SpecMismatch` if something disagrees."""
-        says = partial(stated, getattr(self.leaves, "quantization", None))
-        return weight_of(self.leaves, self.groups[payload], self.origin, says)
-
-    def origin(self, number: int) -> Origin:
-        """Where the values of a leaf are; of a checkpoint nothing is read."""
-        leaves = self.leaves
-        return origin_of(leaves, number) if isinstance(leaves, Checkpoint) else Held(to_numpy(leaves.read(number)))
-
-    def chosen(self, selector: SelectorLike) -> list[int]:
-        """The payloads of the groups that a selector means, in order, with those that are tied to them.
-
-        The names of the weights count. Text may name what they are stored in as well: codes, or scales alone; other
-        selectors the codes.
-
-        Raises:
-            NoMatch: none is meant.
-        """
-        selector = sel(selector)
-        payloads = {number: at for at, group in self.groups.items() for number in group.numbers}
-        try:
-            numbers: Iterable[int] = resolve(selector, self)
-        except NoMatch:
-            numbers = resolve(selector, self.leaves)
-            payloads = payloads if isinstance(selector, Text) else {at: at for at in self.groups}
-        twins = {twin for number in numbers for twin in self.leaves.twins(number)}
-        found = {payloads[number] for number in twins if number in payloads}
-        if not found:
-            near = [self.index.path(payload) for payload in self.groups][:1]
-            raise NoMatch(
-                f"{selector!r} names {wording.plural(len(twins), 'leaf', 'leaves')}, none of which is quantised",
-                hint=f'"{near[0]}"' if near else "",
-            )
-        return self.index.ordered(found)
-
-    def modules(self, numbers: Iterable[int]) -> list[str]:
-        """The modules that hold some leaves, each once, as configurations name them."""
-        return list(dict.fromkeys(".".join(self.index.pieces(number)[:-1]) for number in numbers))
-
-    def floats(self, without: Iterable[int] = ()) -> list[str]:
-        """The modules with a matrix of floats that is not quantised."""
-        gone, spec = {*self.groups, *without}, super().spec
-        some = (n for n in self.index.numbers if n not in gone and self.index.pieces(n)[-1] in WEIGHTS)
-        return self.modules(n for n in some if spec(n).kind == "float" and spec(n).ndim > 1)
+def whole(leaves: Editable) -> Weights:
+    """A model as its weights, also if none is quantised or it was opened raw."""
+    found = weighed(leaves.as_stored(False))
+    return found if isinstance(found, Weights) else Weights(leaves, ())
 
 
-def renamed(path: tuple[Label, ...], name: str) -> tuple[Label, ...]:
-    """The path of a leaf under another name beside it."""
-    last = path[-1]
-    return (*path[:-1], last._replace(text=name) if isinstance(last, Part) else name) if text_of(last) != name else path
-
-
-def keys(path: tuple[Label, ...]) -> list[tuple[str, int | None]]:
-    """A path in the form of `renames.keys`, whose containers are those of a leaf that it comes in the place of."""
-    return [(key, depth) for depth, key in enumerate(keys_of(path))]
-
-
-def followed(tree: Any, change: Change) -> tuple[Any, tuple[str, ...]]:
-    """A tree; of a checkpoint, with other files beside its weights, and what is to be said of them.
+def selected(weights: Weights, selector: SelectorLike) -> list[int]:
+    """The numbers of the quantised weights that a selector means, in order, with those that are tied to them.
 
     Raises:
-        BadCheckpoint: one of them is damaged.
+        NoMatch: none is meant.
+        Quantized: one is of a scheme that cannot be decoded.
+        SpecMismatch: one is not whole.
     """
-    said: list[str] = []
-    for name, _ in FILES:
-        document = document_of(tree, name)
-        if document is not None and document.text:
-            values = change(name, document.values)
-            new = replace(document, text=b"") if values is None else document.holding(values)
-            if new.text != document.text:
-                tree = tree.planned(tree.plan.beside(new))
-                said += [f"{name} goes"] if values is None else [f"{name}: {each}" for each in new.changes]
-    return tree, tuple(said)
+    selector = sel(selector)
+    numbers = chosen(selector, weights)
+    twins = {twin for number in numbers for twin in weights.twins(number)}
+    says = partial(stated, weights.quantization)
+    for group in groups_of(weights.stored, twins):
+        if group.numbers[0] not in weights.groups:
+            weight_of(weights.stored, group, weights.stored.expression, says)
+    found = twins & weights.groups.keys()
+    if not found:
+        near = [weights.index.path(number) for number in weights.groups][:1]
+        raise NoMatch(
+            f"{selector!r} names {wording.plural(len(twins), 'leaf', 'leaves')}, none of which is quantised",
+            hint=f'"{near[0]}"' if near else "",
+        )
+    return weights.index.ordered(found)
+
+
+def named(leaves: Editable, groups: Iterable[Group]) -> dict[str, str]:
+    """Path → scheme of some weights."""
+    return {_path(leaves, group): group.scheme.name for group in groups}
+
+
+def _path(leaves: Editable, group: Group) -> str:
+    if group.payload is None:
+        return leaves.index.path(group.numbers[0])
+    return write_path(labels_of(leaves, group), leaves.index.separator)

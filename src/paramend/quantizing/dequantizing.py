@@ -1,21 +1,13 @@
 """Quantised weights as floats: `pm.dequantize`."""
 
-from collections.abc import Collection, Mapping, Sequence
-from functools import partial
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
-from paramend.anatomy.counts import retyped
-from paramend.anatomy.recoding import dequantised
-from paramend.arrays.registry import backend
+from paramend.edits.decoding import floated
 from paramend.edits.memory import editable
-from paramend.edits.plan import call
-from paramend.errors import BadArgument, Unsupported
-from paramend.formats.jsontext import CONFIG
-from paramend.leaves.leaves import Group
-from paramend.leaves.origins.origin import Origin
+from paramend.errors import BadArgument
+from paramend.leaves.groups import groups_of
 from paramend.leaves.specs import BITS, DtypeLike, Spec, dtype_name
-from paramend.leaves.weights import Weight
-from paramend.quantizing.choice import Seen, followed, keys
+from paramend.quantizing.choice import named, selected, whole
 from paramend.quantizing.report import Coded, QuantizeReport
 from paramend.selectors.selector import SelectorLike
 
@@ -58,63 +50,21 @@ def dequantize(
     if name and (not name.startswith(("float", "bfloat")) or BITS.get(name, 0) < 16):
         raise BadArgument(f"dtype={name!r} is no float of 16 bits or more", hint='dtype="bfloat16"')
     leaves = editable(model)
-    seen = Seen(leaves)
-    chosen = seen.chosen(selector)
-    kept = sorted(seen.groups.keys() - set(chosen))
-    _check_modules(seen, chosen, kept)
-    weights = {at: seen.weight(at) for at in chosen}
-    made: dict[tuple[int, ...], list[Any]] = {}  # tied ones are made once
-
-    def make(weight: Weight, stored: Sequence[Any]) -> list[Any]:
-        values = weight.origin("float32" if _is_half(weight, name) else name)
-        if isinstance(stored[0], Origin):
-            return [values]
-        one = tuple(leaves.ties.get(number, number) for number in weight.group.numbers)
-        if one not in made:
-            made[one] = [backend(stored[0]).beside(values.read(), stored[0])]
-        return made[one]
-
-    path, stored = seen.index.path, leaves.index.path
-    groups, rows = [], []
-    for at, weight in weights.items():
-        groups.append(Group(weight.group.numbers, (keys(seen.index.paths[at]),), partial(make, weight)))
-        spec = Spec(weight.spec.shape, name or weight.spec.dtype)
-        rows.append(Coded(path(at), weight.codec.scheme, spec, tuple(map(stored, weight.group.numbers))))
-    halves = {path(at) for at, weight in weights.items() if _is_half(weight, name)}
-    tree, said = followed(_halved(leaves.regrouped(groups), halves), partial(_configured, seen, chosen, kept, name))
-    stay = {path(at): seen.groups[at].scheme.name for at in kept}
-    others = len(seen.index.numbers) - len(seen.groups)
-    return cast(T, tree), QuantizeReport("dequantised", tuple(rows), stay, others, said)
-
-
-def _is_half(weight: Weight, dtype: str) -> bool:
-    """Whether a weight becomes float16, which ends at 65,504: the edit that casts to it counts what it cannot hold."""
-    return (dtype or weight.spec.dtype) == "float16"
-
-
-def _halved(tree: Any, paths: Collection[str]) -> Any:
-    """A tree with some leaves in float16."""
-    leaves, half = editable(tree), call("cast", {"dtype": "float16"})
-    index, ties = leaves.index, leaves.ties
-    numbers = [number for number in index.numbers if index.path(number) in paths and ties.get(number, number) == number]
-    return leaves.edited(dict.fromkeys(numbers, half)) if numbers else tree
-
-
-def _check_modules(seen: Seen, chosen: Sequence[int], kept: Sequence[int]) -> None:
-    """Raise if a configuration could not say what a module is then: it says of a whole one whether it is quantised."""
-    both = sorted(set(seen.modules(chosen)) & set(seen.modules(kept)))
-    if both and getattr(seen.leaves, "quantization", None):
-        raise Unsupported(
-            f"{both[0]} would be quantised in part, which no configuration can say of a module", hint=f'"{both[0]}.*"'
+    weights = whole(leaves)
+    chosen = selected(weights, selector)
+    groups = {number: weights.groups[number] for number in chosen}
+    kept = [group for number, group in weights.groups.items() if number not in groups]
+    kept += [group for group in groups_of(leaves) if group.payload not in weights.groups]
+    found = {number: weights.weight(number) for number in chosen}
+    tree, said = floated(leaves, found, kept, dict.fromkeys(chosen, name))
+    rows = tuple(
+        Coded(
+            weight.path,
+            weight.codec.scheme,
+            Spec(weight.spec.shape, name or weight.spec.dtype),
+            tuple(map(leaves.index.path, weight.group.numbers)),
         )
-
-
-def _configured(
-    seen: Seen, chosen: Sequence[int], kept: Sequence[int], dtype: str, file: str, values: Mapping[str, Any]
-) -> dict[str, Any] | None:
-    """What a file beside the weights holds then; None if nothing."""
-    new = dequantised(file, values, seen.modules(chosen), seen.floats(), left=bool(kept))
-    if new is None or file != CONFIG or not dtype:
-        return new
-    others = [seen.spec(number).dtype for number in seen.index.numbers if number not in seen.groups]
-    return retyped(new, [*others, *[""] * len(chosen)], [*others, *[dtype] * len(chosen)])[0]
+        for weight in found.values()
+    )
+    others = len(weights.index.numbers) - len(rows) - len(kept)
+    return cast(T, tree), QuantizeReport("dequantised", rows, named(leaves, kept), others, said)

@@ -12,21 +12,24 @@ from paramend.anatomy.recoding import quantised
 from paramend.arrays.registry import backend
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.edits.call import explained
+from paramend.edits.decoding import floats, followed, keys, modules
 from paramend.edits.memory import editable
 from paramend.edits.plan import call
+from paramend.edits.weights import Weights
 from paramend.errors import Quantized, SpecMismatch, Unsupported
 from paramend.leaves.codecs.codec import Codec
 from paramend.leaves.codecs.fresh import Layout, check_scheme, codec_for, layout_of
+from paramend.leaves.groups import groups_of
 from paramend.leaves.leaves import Group
 from paramend.leaves.origins.decoded import decoded
 from paramend.leaves.origins.encoded import encoded
 from paramend.leaves.origins.moved import permute_axes
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.stored import Held
-from paramend.leaves.paths import Label, text_of, write_path
+from paramend.leaves.paths import Label, renamed, text_of, write_path
 from paramend.leaves.schemes import WEIGHTS
 from paramend.leaves.specs import Spec
-from paramend.quantizing.choice import Seen, followed, keys, renamed
+from paramend.quantizing.choice import named, whole
 from paramend.quantizing.report import Coded, QuantizeReport
 from paramend.selectors.selector import SelectorLike, Union, resolve, sel
 
@@ -69,27 +72,28 @@ def quantize(
     """
     check_scheme(scheme)
     leaves = editable(model)
-    seen = Seen(leaves)
+    seen = whole(leaves)
     numbers = _chosen(seen, selector)
     news = [_new(seen, number, scheme, group_size, simulate=simulate) for number in numbers]
     rows = tuple(explained(seen.index.path(new.number), new.row, seen) for new in news)
     said: tuple[str, ...] = ()
     tree: Any
     if simulate and not isinstance(leaves, Checkpoint):
-        values = {new.number: new.values(seen.origin(new.number)).read() for new in news}
+        values = {new.number: new.values(seen.expression(new.number)).read() for new in news}
         tree = leaves.edited({number: call("set", {"value": value}) for number, value in values.items()})
     else:
         tree = leaves.regrouped([new.regrouped(seen, simulate=simulate) for new in news])
     if not simulate:
-        modules, floats = seen.modules(numbers), seen.floats(numbers)
-        says = partial(quantised, scheme=scheme, group_size=group_size, modules=modules, floats=floats)
+        left = floats(leaves, [*numbers, *(each for group in seen.groups.values() for each in group.numbers)])
+        named_ = modules(leaves, numbers)
+        says = partial(quantised, scheme=scheme, group_size=group_size, modules=named_, floats=left)
         tree, said = followed(tree, says)
-    kept = {seen.index.path(at): group.scheme.name for at, group in seen.groups.items()}
+    kept = named(leaves, groups_of(leaves))
     others = len(seen.index.numbers) - len(rows) - len(kept)
     return cast(T, tree), QuantizeReport("simulated" if simulate else "quantised", rows, kept, others, said)
 
 
-def _chosen(seen: Seen, selector: SelectorLike) -> list[int]:
+def _chosen(seen: Weights, selector: SelectorLike) -> list[int]:
     """The leaves that a selector means: of what wildcards take, the matrices that schemes are for.
 
     Raises:
@@ -109,7 +113,7 @@ def _chosen(seen: Seen, selector: SelectorLike) -> list[int]:
     return seen.index.ordered(found)
 
 
-def _hindrance(seen: Seen, number: int, said: str) -> str:
+def _hindrance(seen: Weights, number: int, said: str) -> str:
     """Why a leaf is not quantised where a selector takes it among others, or ""."""
     if number in seen.groups:
         return f"is quantised already ({seen.groups[number].scheme.name})"
@@ -152,14 +156,14 @@ class _New:
     def _turn(self, weight: Origin) -> Origin:
         return permute_axes(weight, (1, 0)) if self.turned else weight
 
-    def paths(self, seen: Seen) -> list[tuple[Label, ...]]:
+    def paths(self, seen: Weights) -> list[tuple[Label, ...]]:
         """The paths of the leaves."""
         path = seen.index.paths[self.number]
         return [renamed(path, name.replace("*", text_of(path[-1]))) for name in self.layout.names.values()]
 
-    def row(self, seen: Seen) -> Coded:
+    def row(self, seen: Weights) -> Coded:
         """The row of a report; the weight is read."""
-        weight, path = seen.origin(self.number), seen.index.path(self.number)
+        weight, path = seen.expression(self.number), seen.index.path(self.number)
         values, norm, off, most = self.values(weight, "float32"), 0.0, 0.0, 0.0
         for start, stop in values.ranges():
             was = weight.read_range(start, stop).astype(np.float64)
@@ -170,11 +174,11 @@ class _New:
         names = tuple(write_path(each, seen.index.separator) for each in self.paths(seen))
         return Coded(path, self.codec.scheme, weight.spec, names, (off / norm) ** 0.5 if norm else 0.0, most)
 
-    def regrouped(self, seen: Seen, *, simulate: bool) -> Group:
+    def regrouped(self, seen: Weights, *, simulate: bool) -> Group:
         """The leaf, which becomes several, or one with the values that they stand for."""
 
         def make(old: Sequence[Any]) -> list[Any]:
-            weight = seen.origin(self.number)
+            weight = seen.expression(self.number)
             made = [self.values(weight)] if simulate else list(self.parts(weight).values())
             return made if isinstance(old[0], Origin) else [backend(old[0]).beside(e.read(), old[0]) for e in made]
 
@@ -182,7 +186,7 @@ class _New:
         return Group((self.number,), tuple(map(keys, paths)), make)
 
 
-def _new(seen: Seen, number: int, scheme: str, group_size: int | None, *, simulate: bool) -> _New:
+def _new(seen: Weights, number: int, scheme: str, group_size: int | None, *, simulate: bool) -> _New:
     """What a leaf becomes."""
     spec, path = seen.spec(number), seen.index.path(number)
     turned = seen.index.pieces(number)[-1] in ("kernel", "w")
@@ -192,7 +196,7 @@ def _new(seen: Seen, number: int, scheme: str, group_size: int | None, *, simula
         )
     if not simulate and turned:
         raise Unsupported(f"{path} has its inputs first, as JAX does, and {scheme} its outputs", hint="simulate=True")
-    if not simulate and len(seen.leaves.twins(number)) > 1:
+    if not simulate and len(seen.twins(number)) > 1:
         raise Unsupported(f"{path} is one leaf under several paths, which quantised ones cannot be")
     inner = Spec(spec.shape[::-1], spec.dtype) if turned else spec
     layout = explained(path, layout_of, scheme, inner, group_size)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,9 +11,11 @@ from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.edits.quantized import check_values
 from paramend.edits.structure import moves
+from paramend.edits.weights import Weights, weighed
 from paramend.errors import BadArgument, BadCheckpoint, NoMatch, Unsupported, WrongCount
 from paramend.formats.files import open_regular
 from paramend.leaves.leaves import Editable, Index
+from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.paths import labels, text_of
 from paramend.leaves.specs import Array
@@ -37,12 +40,12 @@ class Donors:
     def open(self, name: str) -> Array | Checkpoint:
         path = self.place(name)
         if path not in self._open:
-            self._open[path] = _read_npy(path) if path.suffix == ".npy" else open_checkpoint(path, raw=self._raw)
+            self._open[path] = read_npy(path) if path.suffix == ".npy" else open_checkpoint(path, raw=self._raw)
         return self._open[path]
 
     def values(
         self, name: str, leaf: str | None, leaves: Editable, chosen: Sequence[tuple[int, Selector]]
-    ) -> dict[int, Array | Stored]:
+    ) -> dict[int, Array | Origin]:
         """Leaf number → an array, or a reference to one, for the chosen leaves, each with the selector that matched it.
 
         `leaf` is the path in the file, whose wildcards stand for what those of the selectors matched; without it, the
@@ -51,15 +54,18 @@ class Donors:
         An edited checkpoint gets references. Trees in memory get copies, which become leaves and outlive the file; so
         do checkpoints that take leaves from their own file, because a patch writes one leaf before it reads the next.
         """
-        donor = self.open(name)
+        donor, stored = self.open(name), leaves.stored if isinstance(leaves, Weights) else leaves
         if not isinstance(donor, Checkpoint):
             if leaf is not None:
                 raise BadArgument(f"{name} holds one array, without a name", hint="leave leaf out")
-            array = donor if isinstance(leaves, Checkpoint) else np.array(donor)
+            array = donor if isinstance(stored, Checkpoint) else np.array(donor)
             return dict.fromkeys((number for number, _ in chosen), array)
-        lazy = isinstance(leaves, Checkpoint) and not _share(leaves, donor)
+        lazy = isinstance(stored, Checkpoint) and not _share(stored, donor)
+        seen: Any = weighed(donor)
 
-        def read(number: int) -> Array | Stored:
+        def read(number: int) -> Array | Origin:
+            if isinstance(seen, Weights) and number in seen.groups:
+                return seen.expression(number) if lazy else seen.fetch(number)
             check_values(donor, [number], f"of {name} is no value to take")
             why = donor.refusal(number)
             if why:
@@ -68,7 +74,7 @@ class Donors:
 
         if leaf is not None and not captures(leaf):
             try:
-                found = resolve(leaf, donor)
+                found = resolve(leaf, seen)
             except NoMatch as error:
                 error.args = (f"{name}: {error}",)
                 raise
@@ -78,7 +84,7 @@ class Donors:
         paths = {number: leaves.index.pieces(number) for number, _ in chosen}
         if leaf is not None:
             paths = _moved(leaves.index, chosen, leaf)
-        known = {donor.index.pieces(number): number for number in donor.index.numbers}
+        known = {seen.index.pieces(number): number for number in seen.index.numbers}
         missing = ["/".join(path) for path in paths.values() if path not in known]
         if missing:
             near = wording.closest(missing[0], ["/".join(path) for path in known], limit=1)
@@ -104,7 +110,8 @@ def _share(one: Checkpoint, other: Checkpoint) -> bool:
     return any((stat.st_dev, stat.st_ino) in files for stat in other.source.stats.values())
 
 
-def _read_npy(path: Path) -> Array:
+def read_npy(path: Path) -> Array:
+    """The array in an `.npy` file; `BadCheckpoint` if there is none."""
     os.close(open_regular(path))  # numpy would wait forever on a pipe
     try:
         try:

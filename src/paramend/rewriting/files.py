@@ -11,7 +11,7 @@ from paramend.formats.registry import Format, format_of
 from paramend.formats.safetensors_header import MAX_HEADER, RECORD, SafetensorsWriter, framed
 from paramend.formats.writer import Item, LeafBytes
 from paramend.leaves.leaves import keys_of
-from paramend.leaves.origins.origin import Extent
+from paramend.leaves.origins.origin import Extent, Origin
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.specs import BITS
 from paramend.piecewise.rows import expression
@@ -195,8 +195,9 @@ def nbytes_of(made: Plan, row: Row) -> int:
 
 
 def operands(row: Row) -> list[Stored]:
-    """The leaves of other files that edits of a leaf read."""
-    return [value for edit in row.calls if isinstance(value := edit.args.get("value"), Stored)]
+    """The leaves of files that edits of a leaf read beside it."""
+    values = (value for edit in row.calls if isinstance(value := edit.args.get("value"), Origin))
+    return [each for value in values for each in value.stored() if isinstance(each, Stored)]
 
 
 def sources(made: Plan) -> list[Any]:

@@ -7,7 +7,9 @@ A row of `leaves.schemes` has a function that makes the codec of a group from it
 
     weight_of(leaves, group, leaf_of, stated)   the weight that a group is: path, spec, codec, parts
     weight.origin(dtype)                        its values, an origin: `Decoded` in axes of the model
-    encoded(codec, values, specs, known)        role → origin of each leaf that is made of new values
+    encoded(codec, values, specs, parts)        role → origin of each leaf that changes, for new values; blocks whose
+                                                values are what is there keep their bytes; keep=True keeps all scales
+    rescaled(codec, parts, factor)              the same for a weight times a number; None if scales cannot take it
     layout_of(scheme, spec), codec_for(...)     which leaves a weight becomes that is not quantised yet, and their codec
 
 All of them read piece by piece. What a leaf loses is the difference of `values` and of `decoded(codec, new parts)`.

@@ -42,6 +42,14 @@ class Scaling(ABC):
             grids: what stays, as scales of scales.
         """
 
+    def through(self, factor: float) -> tuple[str, float] | None:
+        """The role of the leaf that takes a factor of the weight, and the factor for it; None if none can."""
+        return "scale", factor
+
+    def suffices(self, top: Array, wanted: Array) -> bool:
+        """Whether scales of scales hold scales for values that ask for others."""
+        raise NotImplementedError
+
     def top(self, greatest: Array, limit: float) -> Array:
         """The scale of scales for the greatest magnitude of a weight, float32."""
         raise NotImplementedError
@@ -135,3 +143,23 @@ class Codec:
     def encodes(self) -> tuple[str, ...]:
         """The roles of the leaves that new values change: the codes first, then scales and zero points."""
         return tuple(role for role in ("payload", *_GROUPED) if role in self.fields)
+
+    @property
+    def block(self) -> str:
+        """How many places of the weight share a scale, along each axis that has several blocks; "" if there is one.
+
+        An axis of which a block has all, or one place alone, is not said.
+        """
+        lengths = [self.fields["scale"].every[axis] for axis in (self.axes or range(len(self.spec.shape)))]
+        return "×".join(str(each) for each in lengths if each > 1)
+
+    @property
+    def zero_word(self) -> int | None:
+        """The word of the payload, of 64 bits, in which all codes are those of 0; None if zero points say which."""
+        if self.zeros is not None and "zero" in self.fields:
+            return None
+        packing, code = self.fields["payload"].packing, int(self.codes.nearest(np.zeros(1, np.float32))[0])
+        bits = 8 if packing is None else packing.bits
+        if 64 % bits:
+            return None if code else 0
+        return sum(code << at for at in range(0, 64, bits))

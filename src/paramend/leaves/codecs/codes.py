@@ -15,6 +15,8 @@ _NF4 = (
 )
 _FP4 = (0.0, 0.0052083333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25)
 _BYTES = ("int8", "uint8")
+# Dtypes in which every code has its opposite; those with "uz" have no -0.
+_SIGNED = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3")
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -35,18 +37,23 @@ class Codes:
 
     @property
     def low(self) -> float:
-        """The least value."""
-        return float(np.nanmin(self.values))
+        """The least finite value."""
+        return float(self.values[np.isfinite(self.values)].min())
 
     @property
     def high(self) -> float:
-        """The greatest value."""
-        return float(np.nanmax(self.values))
+        """The greatest finite value."""
+        return float(self.values[np.isfinite(self.values)].max())
 
     @property
     def limit(self) -> float:
         """What the greatest magnitude is for: the greatest value, or for integers half of their range."""
         return (self.high - self.low) / 2
+
+    @property
+    def sign(self) -> int:
+        """The bit by which the opposite of each code differs; 0 if there is no such bit."""
+        return 8 if self.name in ("e2m1", "fp4") else 0x80 if self.name in _SIGNED else 0
 
     def decode(self, codes: Array) -> Array:
         """The values of codes of one byte each, float32."""

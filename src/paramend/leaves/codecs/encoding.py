@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from paramend.errors import Unsupported
 from paramend.leaves.codecs.codec import Codec, Grids, Parts
 from paramend.leaves.codecs.fields import Field, Groups
-from paramend.leaves.origins.boxes import Box
+from paramend.leaves.origins.boxes import Box, whole
 from paramend.leaves.specs import Array, numpy_dtype
+from paramend.reports import wording
 
 
 class Bounds(NamedTuple):
@@ -20,16 +22,72 @@ class Bounds(NamedTuple):
     Attributes:
         low: the least one, or 0.
         high: the greatest one, or 0.
+        changed: whether one is not as it was.
     """
 
     low: Array
     high: Array
+    changed: Array
 
     @property
     def greatest(self) -> Array:
         """The greatest magnitudes."""
         found: Array = np.maximum(self.high, -self.low)
         return found
+
+
+@dataclass(slots=True)
+class Misfit:
+    """How far codes are from the values that they are for, measured band by band.
+
+    Attributes:
+        bands: where a band begins → the squares of its values, those of the differences, the greatest difference, and
+            how many blocks have new values.
+        blocks: how many blocks there are.
+        new: how many have new values, where bands do not hold whole blocks.
+    """
+
+    bands: dict[tuple[int, ...], tuple[float, float, float, int]] = field(default_factory=dict)
+    blocks: int = 0
+    new: int = 0
+
+    def measure(self, at: tuple[int, ...], wanted: Array, found: Array, new: int) -> None:
+        """Enter a band, once or again."""
+        with np.errstate(all="ignore"):
+            wide, gap = wanted.reshape(-1).astype(np.float64), (found - wanted).reshape(-1).astype(np.float64)
+        self.bands[at] = float(wide @ wide), float(gap @ gap), float(np.abs(gap).max(initial=0)), new
+
+    @property
+    def changed(self) -> int:
+        """How many blocks have new values."""
+        return self.new or sum(band[3] for band in self.bands.values())
+
+    @property
+    def relative_l2(self) -> float | None:
+        """The norm of the differences as a share of that of the values; None before anything is measured."""
+        squares, gaps = (math.fsum(band[place] for band in self.bands.values()) for place in (0, 1))
+        return (math.sqrt(gaps / squares) if squares else 0.0) if self.bands else None
+
+    @property
+    def max_abs(self) -> float | None:
+        """The greatest difference; None likewise."""
+        return max((band[2] for band in self.bands.values()), default=None)
+
+    def __str__(self) -> str:
+        if self.relative_l2 is None:
+            return ""
+        blocks = f"{self.changed:,} of {wording.plural(self.blocks, 'block')}"
+        return f"{blocks}, relative L2 {self.relative_l2:.3g}, max {self.max_abs:.3g}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a report holds of it."""
+        found = {"relative_l2": self.relative_l2, "max_abs": self.max_abs}
+        return {**found, "blocks": self.blocks, "blocks_encoded": self.changed}
+
+
+def finite(codec: Codec, views: Parts) -> bool:
+    """Whether all scales are finite."""
+    return bool(np.isfinite(factor_of(codec, codec.scales(views, whole(codec.spec.shape)))).all())
 
 
 def unit(codec: Codec) -> tuple[int, ...]:
@@ -44,33 +102,61 @@ def unit(codec: Codec) -> tuple[int, ...]:
     )
 
 
-def bounds_of(codec: Codec, values: Array, box: Box, views: Parts) -> Bounds:
+def bounds_of(codec: Codec, values: Array, changed: Array | None, box: Box, views: Parts) -> Bounds:
     """The bounds of the values of a box, NaN left out."""
     field, groups, zero = codec.fields["scale"], codec.groups(views), np.float32(0)
     low, high = (field.reduced(each, values, box, groups) for each in (np.fmin, np.fmax))
-    return Bounds(np.fmin(low, zero), np.fmax(high, zero))
+    new = np.ones((), np.bool_) if changed is None else field.reduced(np.logical_or, changed, box, groups)
+    return Bounds(np.fmin(low, zero), np.fmax(high, zero), new)
 
 
-def scales_for(codec: Codec, bounds: Bounds, box: Box, views: Parts, tops: Mapping[str, Array]) -> Grids:
+def even(codec: Codec, views: Parts) -> bool:
+    """Whether a weight is symmetric: it has no zero points, or all of them are in the middle of the codes."""
+    if codec.zeros is None or "zero" not in codec.fields:
+        return True
+    if "zero" not in views:
+        return False
+    zeros = codec.zeros.decode(codec.scales({"zero": views["zero"]}, whole(codec.spec.shape))["zero"])
+    return bool((zeros == middle(codec)).all())
+
+
+def middle(codec: Codec) -> int:
+    """The zero point of a symmetric scheme."""
+    return math.ceil((codec.codes.low + codec.codes.high) / 2)
+
+
+def scales_for(
+    codec: Codec, bounds: Bounds, box: Box, views: Parts, tops: Mapping[str, Array], *, keep: bool, even: bool
+) -> Grids:
     """Scales and zero points for the blocks of a box, as they are stored, one for each place of their grid.
 
     Args:
         codec: the codec.
         bounds: the bounds at these places.
         box: the box.
-        views: the leaves that are known.
-        tops: scales of scales.
+        views: the leaves that there are; those of blocks without changes are kept.
+        tops: scales of scales where they are new, too.
+        keep: whether scales are kept where they can be: those that are finite.
+        even: whether there are no zero points, or none that depend on values.
     """
     field, there = codec.fields["scale"], codec.scales(views, box) | dict(tops)
-    # Zero points that are known are those of a symmetric scheme.
-    uneven = codec.zeros is not None and "zero" in codec.fields and "zero" not in views
-    found = {}
-    greatest = (bounds.high - bounds.low) / 2 if uneven else bounds.greatest
-    found["scale"] = codec.scaling.fitted(greatest, codec.codes.limit, field.spec, there)
-    if uneven and codec.zeros is not None:
-        zero = codec.codes.low - bounds.low / factor_of(codec, there | found)
-        found["zero"] = codec.zeros.nearest(np.minimum(zero, codec.codes.high))
-    return found
+    if keep and np.isfinite(factor_of(codec, there)).all():
+        return {}
+    found: dict[str, Array] = {}
+    limit = codec.codes.limit
+    greatest = bounds.greatest if even else (bounds.high - bounds.low) / 2
+    if even and "payload" in views:  # of an edit no value is beyond the last codes, which are -8 and 7
+        zero = middle(codec) if "zero" in codec.fields else 0
+        limit = codec.codes.high - zero
+        greatest = np.maximum(bounds.high, bounds.low * np.float32(limit / (codec.codes.low - zero)))
+    found["scale"] = codec.scaling.fitted(greatest, limit, field.spec, there)
+    if not even and codec.zeros is not None:
+        lowest = codec.codes.low - bounds.low / factor_of(codec, there | found)
+        found["zero"] = codec.zeros.nearest(np.minimum(lowest, codec.codes.high))
+    if "scale" not in views:
+        return found
+    new = bounds.changed & ~np.isfinite(factor_of(codec, there)) if keep else bounds.changed
+    return {role: _where(new, each, there[role]) for role, each in found.items()}
 
 
 def codes_for(codec: Codec, values: Array, scales: Grids, box: Box, groups: Groups) -> Array:
@@ -84,18 +170,25 @@ def codes_for(codec: Codec, values: Array, scales: Grids, box: Box, groups: Grou
         groups: what `g_idx` says.
 
     Raises:
-        Unsupported: there is no code for a value: it is not finite.
+        Unsupported: there is no code for a value: it is not finite, or it is 0.
     """
     field, factor = codec.fields["scale"], factor_of(codec, scales)
     if np.isinf(values).any() or (np.isnan(values).any() and not np.isnan(codec.codes.values).any()):
         raise Unsupported(
             f"a value is not finite, and {codec.scheme} has no code for it",
-            hint="set it to a finite one before, or leave the weight out",
+            hint="dequantise the weight, and edit it then",
         )
     with np.errstate(all="ignore"):
         field.apply(np.divide, values, np.where(factor == 0, np.float32(np.inf), factor), box, groups)
     if codec.zeros is not None and "zero" in scales:
-        field.apply(np.add, values, codec.zeros.decode(scales["zero"]), box, groups)
+        zero = codec.zeros.decode(scales["zero"])
+        beyond = zero > codec.codes.high
+        if beyond.any() and (field.spread(beyond, box, groups) & (values == 0)).any():
+            raise Unsupported(
+                f"a zero point is {zero.max():g}, and codes of {codec.scheme} end at {codec.codes.high:g}: none is 0",
+                hint="dequantise the weight, edit it, and quantise it again",
+            )
+        field.apply(np.add, values, zero, box, groups)
     return codec.codes.nearest(values)
 
 
@@ -103,6 +196,13 @@ def factor_of(codec: Codec, grids: Grids) -> Array:
     """What the values of codes are multiplied by."""
     with np.errstate(all="ignore"):
         return reduce(np.multiply, codec.scaling.factors(grids))
+
+
+def _where(new: Array, one: Array, other: Array) -> Array:
+    """`np.where` for dtypes that it does not know."""
+    bits = f"u{one.itemsize}"
+    found: Array = np.where(new, one.view(bits), other.view(bits)).view(one.dtype)
+    return found
 
 
 def _codes(field: Field, axis: int) -> int:

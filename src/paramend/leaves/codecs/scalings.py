@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from paramend.errors import Unsupported
 from paramend.leaves.codecs.codec import Grids, Scaling
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 
@@ -80,7 +81,20 @@ class Twice(Scaling):
     def fitted(self, greatest: Array, limit: float, spec: Spec, grids: Grids) -> Array:
         factor, top = greatest / _F32(limit), grids["global"].astype(_F32)
         wanted = factor * top if self.divides else factor / top
+        if (wanted > _FP8_LIMIT * 1.04).any():
+            raise Unsupported(
+                f"a block needs a scale of {float(wanted.max()):.4g}, and {spec.dtype} has none above {_FP8_LIMIT:g}: "
+                f"the scale of scales, {float(top.max()):.4g}, is for smaller values",
+                hint="edit all weights that share it at once, such as q, k and v, or dequantise it before",
+            )
         return _rounded(np.minimum(wanted, _F32(_FP8_LIMIT)), spec.dtype)
+
+    def through(self, factor: float) -> tuple[str, float]:
+        return "global", 1 / factor if self.divides else factor
+
+    def suffices(self, top: Array, wanted: Array) -> bool:
+        great, small = (top, wanted) if self.divides else (wanted, top)
+        return bool((great.astype(_F32).reshape(-1) <= small.astype(_F32).reshape(-1) * _F32(1.04)).all())
 
     def top(self, greatest: Array, limit: float) -> Array:
         greatest = np.where(greatest > 0, greatest, _F32(limit * _FP8_LIMIT))
@@ -102,6 +116,9 @@ class Nested(Scaling):
 
     def factors(self, grids: Grids) -> tuple[Array, ...]:
         return (self.map[grids["scale"]] * grids["nested scale"] + _F32(self.offset),)
+
+    def through(self, factor: float) -> None:
+        return None  # the offset is in a leaf of JSON
 
     def fitted(self, greatest: Array, limit: float, spec: Spec, grids: Grids) -> Array:
         above = (greatest / _F32(limit) - _F32(self.offset)) / grids["nested scale"]

@@ -84,10 +84,10 @@ class Decoded(Origin):
 
 
 def decoded(codec: Codec, parts: Mapping[str, Origin], dtype: str = "") -> Origin:
-    """The values of a quantised weight, with the axes that it has in its model.
+    """A quantised weight as its model has it: the name of its axes, and values.
 
     Args:
-        codec: from the row of its scheme.
+        codec: from `codec_of`.
         parts: role → leaf of the group.
         dtype: that of the values; the library's by default.
     """

@@ -1,5 +1,6 @@
 """`Encoded`: a leaf of a group for new values of its weight, computed block by block as it is read."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -8,7 +9,7 @@ from itertools import product
 import numpy as np
 
 from paramend.leaves.codecs.codec import Codec, Parts
-from paramend.leaves.codecs.encoding import Bounds, bounds_of, codes_for, scales_for, unit
+from paramend.leaves.codecs.encoding import Bounds, Misfit, bounds_of, codes_for, even, finite, scales_for, unit
 from paramend.leaves.origins.boxes import Box, ends, select, shape_of, whole
 from paramend.leaves.origins.moved import permute_axes, reshape
 from paramend.leaves.origins.origin import CHUNK, Namer, Origin
@@ -23,18 +24,27 @@ class Encoded(Origin):
         codec: how values are encoded.
         values: the weight, with the axes of storage.
         role: the leaf: "payload", "scale", "zero" or "global".
-        known: the leaves that do not depend on the values.
+        kept: the leaves as they are, of an edited weight: blocks without a change keep their bytes.
+        keep: whether scales are kept, and only codes change.
+        even: whether no zero points depend on the values.
+        free: whether a scale of scales may grow, if a block needs that: then all blocks are encoded anew.
+        misfit: what is measured while codes are read.
     """
 
     codec: Codec
     values: Origin
     role: str
-    known: Parts = field(default_factory=dict)
+    kept: Parts = field(default_factory=dict)
+    keep: bool = False
+    even: bool = True
+    free: bool = False
+    misfit: Misfit | None = None
+    _last: tuple[Box, Array] | None = field(default=None, init=False)
     moves = False
 
     @property
     def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
-        return (self.values, *self.known.values())
+        return (self.values, *self.kept.values())
 
     @property
     def spec(self) -> Spec:
@@ -49,7 +59,8 @@ class Encoded(Origin):
         """None: the bytes are computed."""
 
     def text(self, name: Namer) -> str:
-        return f"encode({self.codec.scheme}, {self.values.text(name)}).{self.role}"
+        how = ", scales kept" if self.keep else ""
+        return f"encode({self.codec.scheme}, {self.values.text(name)}{how}).{self.role}"
 
     def read_box(self, box: Box) -> Array:
         if self.role in ("scale", "zero") and self._bounds is not None:
@@ -64,7 +75,9 @@ class Encoded(Origin):
                 low, high = max(stored[0], wanted.start), min(stored[-1] + 1, wanted.stop)
                 new.append(slice(low - stored[0], high - stored[0]))
                 old.append(slice(low - wanted.start, high - wanted.start))
-            found[tuple(old)] = self._encoded(places)[tuple(new)]
+            if self._last is None or self._last[0] != places:
+                object.__setattr__(self, "_last", (places, self._encoded(places)))
+            found[tuple(old)] = self._last[1][tuple(new)]  # type: ignore[index]
         near = (_moved(places, low.start) for places, low in zip(box, cover, strict=True))
         return np.array(select(found, tuple(near)))
 
@@ -72,18 +85,36 @@ class Encoded(Origin):
         """The words of a box of the weight."""
         codec, own = self.codec, self.codec.fields[self.role]
         if self.role == "global":
-            return own.pack(self._tops_at(box)["global"])
-        values = self._read(box)
-        bounds = self._bounds_at(box) or bounds_of(codec, values, box, self.known)
-        scales = scales_for(codec, bounds, box, self.known, self._tops_at(box))
+            tops = self._tops_at(box)
+            return own.pack(tops["global"]) if tops else self.kept["global"].read_box(own.places(box))
+        values, changed, old = self._read(box)
+        if changed is not None and self._tops:
+            changed = np.ones_like(changed)
+        bounds = self._bounds_at(box) or bounds_of(codec, values, changed, box, self.kept)
+        scales = scales_for(codec, bounds, box, self.kept, self._tops_at(box), keep=self.keep, even=self.even)
         if self.role != "payload":
             return own.pack(scales[self.role])
-        there = codec.scales(self.known, box) | dict(self._tops_at(box)) | dict(scales)
-        return own.pack(codes_for(codec, values, there, box, codec.groups(self.known)))
+        groups, scale = codec.groups(self.kept), codec.fields["scale"]
+        there = codec.scales(self.kept, box) | dict(self._tops_at(box)) | dict(scales)
+        codes = codes_for(codec, values.copy(), there, box, groups)
+        if old is not None and changed is not None:
+            touched = changed if self.keep else np.broadcast_to(scale.spread(bounds.changed, box, groups), codes.shape)
+            codes = np.where(touched, codes, old)
+        if self.misfit is not None:
+            new = 0 if self._bounds is not None else int(bounds.changed.sum()) if old is not None else scale.spec.size
+            start = tuple(int(places[0]) for places in box)
+            self.misfit.measure(start, values, codec.values(codes, there, box, groups), new)
+        return own.pack(codes)
 
-    def _read(self, box: Box) -> Array:
-        """The values of a box, float32, in memory of their own."""
-        return self.values.read_box(box).astype(np.float32)
+    def _read(self, box: Box) -> tuple[Array, Array | None, Array | None]:
+        """The values of a box, float32; where they are new; and the codes that are there, if there are any."""
+        codec, values = self.codec, self.values.read_box(box)
+        if "payload" not in self.kept:
+            return values.astype(np.float32), None, None
+        codes, groups = codec.stored_codes(self.kept, box), codec.groups(self.kept)
+        before = codec.values(codes, codec.scales(self.kept, box), box, groups).astype(values.dtype)
+        bits = f"u{values.itemsize}"
+        return values.astype(np.float32), values.view(bits) != before.view(bits), codes
 
     # ---- which part of the weight ------------------------------------------------------------------------------------
 
@@ -104,31 +135,33 @@ class Encoded(Origin):
         return tuple(found)
 
     def _boxes(self, of: Box) -> Iterator[Box]:
-        """Boxes of some places that are encoded one by one: a few rows of units, of all the columns that are there."""
-        axis = max(len(of) - 2, 0)
-        size = max(len(of[-1]), 1) if axis < len(of) - 1 else 1
-        rows = unit(self.codec)[axis] * max(CHUNK // (unit(self.codec)[axis] * size), 1)
-        last = whole(self.codec.spec.shape[axis + 1 :])
+        """Boxes that hold some places and are encoded one by one, always the same: a few rows of units, all columns."""
+        axis, shape = max(len(of) - 2, 0), self.codec.spec.shape
+        step = unit(self.codec)[axis]
+        rows = step * max(CHUNK // (step * max(math.prod(shape[axis + 1 :]), 1)), 1)
         for above in product(*of[:axis]):
-            for at in range(0, len(of[axis]), rows):
-                band = of[axis][at : at + rows]
-                yield (*(range(place, place + 1) for place in above), band, *last)
+            for at in range(of[axis][0] // rows * rows, of[axis][-1] + 1, rows):
+                band = range(at, min(at + rows, shape[axis]))
+                yield (*(range(place, place + 1) for place in above), band, *whole(shape[axis + 1 :]))
 
     @cached_property
     def _bounds(self) -> Bounds | None:
         """The bounds of all blocks, where boxes do not hold whole blocks; None where they do."""
         scale, codec = self.codec.fields["scale"], self.codec
-        axis, groups = max(len(scale.every) - 2, 0), codec.groups(self.known)
+        axis, groups = max(len(scale.every) - 2, 0), codec.groups(self.kept)
         lengths = zip(scale.every[: axis + 1], codec.spec.shape, strict=False)
         if not groups and not any(not every and length > 1 for every, length in lengths):
             return None
         shape = scale.spec.shape
-        bounds = Bounds(np.zeros(shape, np.float32), np.zeros(shape, np.float32))
+        bounds = Bounds(np.zeros(shape, np.float32), np.zeros(shape, np.float32), np.zeros(shape, np.bool_))
         for box in self._boxes(whole(codec.spec.shape)):
+            values, changed, _ = self._read(box)
             here = np.ix_(*map(np.asarray, scale.places(box, groups)))
-            some = bounds_of(codec, self._read(box), box, self.known)
-            for ufunc, all_, part in zip((np.fmin, np.fmax), bounds, some, strict=True):
+            some = bounds_of(codec, values, changed, box, self.kept)
+            for ufunc, all_, part in zip((np.fmin, np.fmax, np.logical_or), bounds, some, strict=True):
                 all_[here] = ufunc(all_[here], part)
+        if self.misfit is not None:
+            self.misfit.new = int(bounds.changed.sum())
         return bounds
 
     @cached_property
@@ -137,26 +170,35 @@ class Encoded(Origin):
         codec, own, box = self.codec, self.codec.fields[self.role], whole(self.codec.spec.shape)
         bounds = self._bounds_at(box)
         assert bounds is not None
-        return own.pack(scales_for(codec, bounds, box, self.known, self._tops)[self.role])
+        found = scales_for(codec, bounds, box, self.kept, self._tops, keep=self.keep, even=self.even)[self.role]
+        if self.role not in self.kept:
+            return own.pack(found)
+        grid = whole(codec.fields["scale"].spec.shape)
+        codes = np.array(own.codes(self.kept[self.role].read(), grid))
+        codes[np.ix_(*map(np.asarray, own.places(box, codec.groups(self.kept))))] = found
+        return own.pack(codes)
 
     def _bounds_at(self, box: Box) -> Bounds | None:
         if self._bounds is None:
             return None
         scale = self.codec.fields["scale"]
-        here = np.ix_(*map(np.asarray, scale.places(box, self.codec.groups(self.known))))
+        here = np.ix_(*map(np.asarray, scale.places(box, self.codec.groups(self.kept))))
         return Bounds(*(each[here] for each in self._bounds))
 
     @cached_property
     def _tops(self) -> Mapping[str, Array]:
         """New scales of scales, one for each place of their grid."""
         top = self.codec.fields.get("global")
-        if top is None:
+        if top is None or ("global" in self.kept and not self.free):
             return {}
         greatest = np.zeros(top.spec.shape, np.float32)
         for box in self._boxes(whole(self.codec.spec.shape)):
             here = np.ix_(*map(np.asarray, top.places(box)))
-            greatest[here] = np.fmax(greatest[here], top.reduced(np.fmax, np.abs(self._read(box)), box))
-        return {"global": self.codec.scaling.top(greatest, self.codec.codes.limit)}
+            greatest[here] = np.fmax(greatest[here], top.reduced(np.fmax, np.abs(self._read(box)[0]), box))
+        new = self.codec.scaling.top(greatest, self.codec.codes.limit)
+        if "global" in self.kept and self.codec.scaling.suffices(self.kept["global"].read(), new):
+            return {}
+        return {"global": new}
 
     def _tops_at(self, box: Box) -> Mapping[str, Array]:
         return {
@@ -165,20 +207,39 @@ class Encoded(Origin):
         }
 
 
-def encoded(codec: Codec, weight: Origin, specs: Mapping[str, Spec], known: Parts | None = None) -> dict[str, Origin]:
-    """The leaves of a group for the values of its weight, by role: those that are not known without them.
+def encoded(
+    codec: Codec,
+    weight: Origin,
+    specs: Mapping[str, Spec],
+    kept: Parts | None = None,
+    *,
+    keep: bool = False,
+    free: bool = False,
+    misfit: Misfit | None = None,
+) -> dict[str, Origin]:
+    """The leaves of a group for new values of its weight, by role: those that change.
 
     Args:
         codec: how they are encoded.
         weight: the values, with the axes that the model has.
         specs: role → spec of the leaf as it is stored.
-        known: the others.
+        kept: the leaves as they are, of an edited weight: blocks whose values are what these decode to keep their
+            bytes. Of a new weight, the leaves that are known without its values.
+        keep: whether scales and zero points stay, but for scales that are inf or NaN, so that only codes change.
+        free: whether a scale of scales may grow.
+        misfit: what measures how far the values of the codes are from the weight, as they are read.
     """
-    views = codec.views(known or {})
+    views = codec.views(kept or {})
     axes = [codec.axes.index(axis) for axis in range(len(codec.axes))]
     values = reshape(weight, codec.spec.shape) if codec.shape else permute_axes(weight, axes) if axes else weight
-    roles = [role for role in (*codec.encodes, "global") if role in codec.fields and role not in views]
-    return {role: reshape(Encoded(codec, values, role, views), specs[role].shape) for role in roles}
+    roles = codec.encodes if not keep or not finite(codec, views) else codec.encodes[:1]
+    if "payload" not in views:
+        roles = tuple(role for role in roles if role not in views)
+    symmetric = even(codec, views)
+    roles = tuple(role for role in roles if role != "zero" or not symmetric)
+    roles = (*roles, *(("global",) if "global" in codec.fields and (free or "global" not in views) else ()))
+    how = keep, symmetric, free, misfit
+    return {role: reshape(Encoded(codec, values, role, views, *how), specs[role].shape) for role in roles}
 
 
 def _moved(places: range | Array, low: int) -> range | Array:

@@ -1,0 +1,366 @@
+"""A tree or a checkpoint as the weights of its model: each quantised one is a leaf, under its own name."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, cast
+
+from paramend.anatomy.quantization import stated
+from paramend.arrays.registry import backend
+from paramend.edits import coding, moves
+from paramend.edits.call import Call, Coding, explained
+from paramend.edits.memory import Memory, editable
+from paramend.edits.ops import OPS
+from paramend.edits.quantized import check_values, refusal
+from paramend.errors import NoMatch, RenameClash, SpecMismatch, Unsupported
+from paramend.leaves.groups import Group, groups_of, may_hold_groups
+from paramend.leaves.leaves import Editable, Index, keys_of
+from paramend.leaves.leaves import Group as Regroup
+from paramend.leaves.origins.origin import Origin
+from paramend.leaves.origins.stored import Held
+from paramend.leaves.paths import write_path
+from paramend.leaves.specs import Spec, dtype_name
+from paramend.leaves.weights import Weight, labels_of, weight_of
+from paramend.selectors.selector import SelectorLike, resolve
+
+# Projections of one layer that engines join into one matrix, which then has one scale of scales.
+_FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"w1", "w3"})
+
+
+class Weights(Editable):
+    """Leaves in which each quantised weight is one, with its own path and spec; numbers are those of the payloads.
+
+    Values are decoded as they are read, and edits are made in what is stored.
+
+    Attributes:
+        stored: the leaves as they are stored.
+        groups: number of a payload → the leaves of its weight.
+
+    Raises:
+        RenameClash: another leaf has the name of a weight.
+    """
+
+    def __init__(self, stored: Editable, groups: Iterable[Group], *, inputs: bool = False) -> None:
+        self.stored = stored
+        self.groups = {cast(int, group.payload): group for group in groups}
+        self._weights: dict[int, Weight] = {}
+        paths = dict(stored.index.paths)
+        for payload, group in self.groups.items():
+            paths[payload] = labels_of(stored, group)
+            for number, companion in group.companions.items():
+                if not (inputs and companion.role == "input"):
+                    paths.pop(number, None)
+        self._index = Index(stored.index.separator)
+        for number, path in paths.items():
+            names: Any = self._index.names
+            for label in path[:-1]:
+                names = names.setdefault(label, {}) if isinstance(names, dict) else names
+            if not isinstance(names, dict) or names.setdefault(path[-1], number) != number:
+                taken = write_path(path, self._index.separator)
+                raise RenameClash(f"{taken} is there, and is no part of that weight", hint="raw=True")
+            self._index.numbers.append(number)
+        for where, layers in stored.index.layers.items():
+            self._index.mark(where, layers)
+
+    @property
+    def index(self) -> Index:
+        return self._index
+
+    @property
+    def path(self) -> Any:
+        """The path of a checkpoint, "" of a tree."""
+        return getattr(self.stored, "path", "")
+
+    @property
+    def ties(self) -> Mapping[int, int]:
+        found = self.stored.ties
+        return {number: one for number, one in found.items() if number in self._index.paths} if found else found
+
+    @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """What a configuration says of the weights that are quantised."""
+        return getattr(self.stored, "quantization", None)
+
+    @property
+    def patched_by(self) -> str:
+        return self.stored.patched_by
+
+    def as_stored(self, raw: bool = True) -> Any:
+        return self.stored.as_stored(raw)
+
+    def weight(self, payload: int) -> Weight:
+        """A quantised weight; `SpecMismatch` if its leaves and the configuration disagree."""
+        if payload not in self._weights:
+            says = partial(stated, self.quantization)
+            self._weights[payload] = weight_of(self.stored, self.groups[payload], self.stored.expression, says)
+        return self._weights[payload]
+
+    def spec(self, number: int) -> Spec:
+        return self.weight(number).spec if number in self.groups else self.stored.spec(number)
+
+    def nbytes(self, number: int) -> int:
+        """The bytes of all leaves that a weight is stored in."""
+        return sum(map(self.stored.nbytes, self.members(number)))
+
+    def refusal(self, number: int) -> str:
+        return next((why for each in self.members(number) if (why := self.stored.refusal(each))), "")
+
+    def members(self, number: int) -> tuple[int, ...]:
+        """The numbers of all leaves that a weight is stored in."""
+        return self.groups[number].numbers if number in self.groups else (number,)
+
+    def is_blank(self, number: int) -> bool:
+        return self.stored.is_blank(number)
+
+    def computing(self, origin: Any, call: Call, *, path: str, pieces: tuple[str, ...]) -> Any:
+        return self.stored.computing(origin, call, path=path, pieces=pieces)
+
+    def relocated(self, moves: Mapping[int, Sequence[tuple[str, int | None]]]) -> Any:
+        return self.stored.relocated(moves)
+
+    def expression(self, number: int) -> Origin:
+        return self.weight(number).origin() if number in self.groups else self.stored.expression(number)
+
+    def read(self, number: int) -> Any:
+        if number not in self.groups:
+            return self.stored.read(number)
+        return self.stored.beside(self.weight(number).origin().read(), number)
+
+    def fetch(self, number: int, index: Any = None) -> Any:
+        if number not in self.groups:
+            return self.stored.fetch(number, index)
+        leaf = self.read(number)
+        return leaf if index is None else backend(leaf).get(leaf, index)
+
+    def origin(self, number: int) -> Any:
+        """What holds the values of a leaf: these, if they are decoded or in memory."""
+        given = getattr(self.stored, "origin", None)
+        return self if number in self.groups else self.stored if given is None else given(number)
+
+    def extent(self, number: int) -> None:
+        """None: values are decoded."""
+
+    def read_range(self, number: int, start: int, stop: int) -> Any:
+        """A range of the elements of a weight."""
+        return self.weight(number).origin().read_range(start, stop)
+
+    def twins(self, number: int) -> Sequence[int]:
+        return [twin for twin in self.stored.twins(number) if twin in self._index.paths]
+
+    def children(self, node: Any) -> Any:
+        return self.stored.children(node)
+
+    def absence(self, text: str) -> tuple[str, str] | None:
+        """Why a selector finds nothing."""
+        found = getattr(self.stored, "absence", None)
+        return None if found is None else cast("tuple[str, str] | None", found(text))
+
+    # ---- edits -------------------------------------------------------------------------------------------------------
+
+    def edited(self, calls: Mapping[int, Call]) -> Any:
+        cast_: dict[int, Call] = {}
+        moved: dict[int, Call] = {}
+        there: dict[int, Call] = {}
+        for number, call in calls.items():
+            if number not in self.groups:
+                there[number] = call
+            elif call.op.name == "cast":
+                explained(self._index.path(number), call.spec, self.spec(number))
+                cast_[number] = call
+            elif call.op.moves is not None and call.index is None:
+                moved |= self._moved(number, call)
+            else:
+                there |= self._coded(number, call, calls)
+        made = self.stored.edited(there | moved) if there or moved or not cast_ else self.stored
+        if not cast_:
+            return made
+        from paramend.edits.decoding import floated  # most edits keep what they find
+
+        weights = weighed(made if isinstance(made, Editable) else editable(made))
+        assert isinstance(weights, Weights)
+        chosen = {number: weights.weight(number) for number in cast_}
+        kept = [group for number, group in weights.groups.items() if number not in cast_]
+        return floated(weights.stored, chosen, kept, {n: dtype_name(each.args["dtype"]) for n, each in cast_.items()})[
+            0
+        ]
+
+    def edited_(self, calls: Mapping[int, Call]) -> None:
+        there: dict[int, Call] = {}
+        for number, call in calls.items():
+            there |= self._coded(number, call, calls) if number in self.groups else {number: call}
+        self.stored.edited_(there)
+
+    def check_(self, calls: Mapping[int, Call]) -> Mapping[int, Call]:
+        """The calls, if they can be carried out in place."""
+        there: dict[int, Call] = {}
+        for number, call in calls.items():
+            there |= self._coded(number, call, calls) if number in self.groups else {number: call}
+        cast(Memory, self.stored).check_(there)
+        return calls
+
+    def _coded(self, number: int, call: Call, calls: Mapping[int, Call]) -> dict[int, Call]:
+        """The calls on stored leaves that an edit of a weight is."""
+        weight, group = self.weight(number), self.groups[number]
+        why = self.refusal(number)
+        if why:
+            check_values(self.stored, [number], f"cannot take {call}, since {why}")
+        compute = partial(self.stored.computing, path=weight.path, pieces=self._index.pieces(number))
+        found = coding.coded(weight, call, compute, OPS, shares=self._shares(number, call, calls))
+        roles = {group.role(each): each for each in group.numbers}
+        return {roles[role]: each for role, each in found.items()}
+
+    def _shares(self, number: int, call: Call, calls: Mapping[int, Call]) -> bool:
+        """Whether a weight has a scale of scales in common with others that do not take the same factor."""
+        codec, path = self.weight(number).codec, self._index.pieces(number)
+        fused = next((set_ for set_ in _FUSED if len(path) > 1 and path[-2] in set_), None)
+        if "global" not in codec.fields or fused is None:
+            return False
+        mine = self.weight(number).parts["global"].read().tobytes()
+        for other in self.groups:
+            there = self._index.pieces(other)
+            alike = there[:-2] == path[:-2] and there[-2:-1] != path[-2:-1] and there[-2] in fused
+            top = self.weight(other).parts.get("global") if alike and calls.get(other) is not call else None
+            if top is not None and top.read().tobytes() == mine:
+                return True
+        return False
+
+    def _moved(self, number: int, call: Call) -> dict[int, Call]:
+        """The calls on stored leaves that move whole blocks of a weight."""
+        weight, group = self.weight(number), self.groups[number]
+        after = explained(weight.path, call.spec, weight.spec)
+        if call.op.name in ("take", "permute"):
+            found = coding.taken(weight, *moves.places_of(weight.spec, call.op.name, call.args))
+            if found is not None:
+                said = Coding(
+                    weight.path, weight.spec, after, weight.codec.scheme, (call,), ("codes and scales alike",)
+                )
+                roles = {group.role(each): each for each in group.numbers}
+                made = {
+                    roles[role]: Call(OPS["take"], {"indices": at, "axis": along}, coding=said)
+                    for role, (at, along) in found.items()
+                }
+                if "shape" in roles:
+                    shape = self.stored.spec(roles["shape"])
+                    values = Held(coding.array(after.shape, shape))
+                    made[roles["shape"]] = Call(OPS["set"], {"value": values}, coding=said)
+                return made
+        raise refusal(
+            self.stored,
+            [group],
+            f"{weight.path} cannot take {call}: codes in {weight.codec.scheme} move in whole blocks, along an axis "
+            "that they are stored by",
+            hints=["tree, report = pm.dequantize(tree, selector) makes floats of it first"],
+        )
+
+    def deleted(self, numbers: Iterable[int]) -> Any:
+        return self.stored.deleted([each for number in numbers for each in self.members(number)])
+
+    def moved(self, selector: Any, numbers: Iterable[int], to: str) -> Any:
+        from paramend.edits import structure  # most programs rename nothing
+
+        chosen = {twin for number in numbers for twin in self.twins(number)}
+        try:
+            resolve(selector, self)
+        except NoMatch:
+            group = next(self.groups[number] for number in chosen if number in self.groups)
+            name = write_path(labels_of(self.stored, group), self.index.separator)
+            said = f"{selector!r} names a part of a quantised weight ({group.scheme.name}), which is renamed as one"
+            raise refusal(self.stored, [group], said, hints=[f'pm.at(tree, "{name}").rename(...)']) from None
+        there: dict[int, Sequence[tuple[str, int | None]]] = {}
+        for number, keys in structure.moves(self._index, selector, chosen, to).items():
+            there |= self._carried(number, keys) if number in self.groups else {number: keys}
+        return self.stored.relocated(there)
+
+    def _carried(
+        self, number: int, keys: Sequence[tuple[str, int | None]]
+    ) -> dict[int, Sequence[tuple[str, int | None]]]:
+        """The paths of the leaves of a weight that gets another one, in the form of `structure.moves`."""
+        group, paths = self.groups[number], self.stored.index.paths
+        (*above, (last, depth)) = keys
+        old, new = self._index.pieces(number)[-1], last.rpartition(".")[2].rpartition("/")[2]
+        prefix = last[: len(last) - len(new)]
+        length = len(paths[number]) - 1
+        found: dict[int, Sequence[tuple[str, int | None]]] = {}
+        for each in group.numbers:
+            name, *below = keys_of(paths[each][length:])
+            own = name if new == old else name.replace(old, new, 1)
+            if new != old and (old not in name and (group.role(each) in ("payload", "scale"))):
+                raise refusal(
+                    self.stored,
+                    [group],
+                    f"{self._index.path(number)} cannot be called {new}: leaves in {group.scheme.name} have names of "
+                    "their own",
+                    hints=[f'a path that ends in "{old}"'],
+                )
+            inner = [(piece, None) for piece in below]
+            found[each] = [*above, (prefix + own, depth), *inner]
+        return found
+
+    def regrouped(self, groups: Sequence[Regroup], *, close_up: bool = True) -> Any:
+        return self.stored.regrouped(groups, close_up=close_up)
+
+    def labelled(self, labels: Mapping[int, Any], rest: Any) -> Any:
+        inside = {each: labels[number] for number in labels for each in self.members(number)}
+        return self.stored.labelled(inside, rest)
+
+
+def weighed(leaves: Editable, *, inputs: bool = False) -> Editable:
+    """The leaves with each quantised weight as one, unless they are taken as they are stored.
+
+    Weights that cannot be decoded stay several leaves: those in schemes without a codec, those of which a part is
+    elsewhere, those without values.
+
+    Args:
+        leaves: a tree or a checkpoint.
+        inputs: whether scales of the inputs of a weight, which its values do not depend on, are leaves of their own.
+
+    >>> from paramend.edits.memory import Memory, editable
+    >>> import numpy as np
+    >>> stored = {"weight_packed": np.array([[0x76543210]], "int32"), "weight_scale": np.ones((1, 1), "float32")}
+    >>> leaves = weighed(editable({"fc": stored}))
+    >>> leaves.index.path(0), str(leaves.spec(0)), leaves.read(0).tolist()
+    ('fc/weight', 'float32[1,8]', [[-8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0]])
+    """
+    if leaves.raw or isinstance(leaves, Weights) or not may_hold_groups(leaves):
+        return leaves
+    known: dict[bool, Editable] = leaves.__dict__.setdefault("_weighed", {})
+    if inputs not in known:
+        found = [group for group in groups_of(leaves) if _is_readable(leaves, group)]
+        if inputs:  # what is looked at, and not edited, is shown as it is stored where leaves contradict each other
+            found = [group for group in found if _is_sound(leaves, group)]
+        known[inputs] = Weights(leaves, found, inputs=inputs) if found else leaves
+    return known[inputs]
+
+
+def chosen(selector: SelectorLike, leaves: Editable) -> list[int]:
+    """The leaves that a selector means. It may name what a quantised weight is stored in, codes or scales.
+
+    Raises:
+        NoMatch: there is no such leaf.
+    """
+    try:
+        return list(resolve(selector, leaves))
+    except NoMatch:
+        groups = leaves.groups if isinstance(leaves, Weights) else {}
+        owner = {number: payload for payload, group in groups.items() for number in group.numbers}
+        try:
+            numbers = list(resolve(selector, cast(Weights, leaves).stored)) if owner else []
+        except NoMatch:
+            numbers = []
+        if owner.keys().isdisjoint(numbers):
+            raise
+        return leaves.index.ordered({owner.get(number, number) for number in numbers})
+
+
+def _is_sound(leaves: Editable, group: Group) -> bool:
+    try:
+        weight_of(leaves, group, leaves.expression, partial(stated, getattr(leaves, "quantization", None)))
+    except (SpecMismatch, Unsupported):
+        return False
+    return True
+
+
+def _is_readable(leaves: Editable, group: Group) -> bool:
+    """Whether a weight can be decoded: it is whole, its scheme is known, and its leaves have values."""
+    if group.scheme.codec is None or group.payload is None or group.missing:
+        return False
+    return not any(map(leaves.is_blank, group.numbers))

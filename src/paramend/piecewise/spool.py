@@ -1,0 +1,96 @@
+"""Spooling: new values of leaves that are made of old ones, computed before the first of these is overwritten."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import IO, Any
+
+import numpy as np
+
+from paramend.edits.plan import Row
+from paramend.leaves.origins.boxes import Box, select
+from paramend.leaves.origins.origin import Given, Origin
+from paramend.leaves.specs import Array, Spec, numpy_dtype
+from paramend.piecewise.rows import expression, pieces
+
+# Bytes that stay in memory; more go to a file.
+_MEMORY = 32 << 20
+# What differs is recorded and written in units of so many bytes.
+_PAGE = 4096
+
+
+class Spooled(Given):
+    """A leaf whose new values are in a spool.
+
+    Attributes:
+        changed: the bytes of the leaf that are not what they were, as (start, stop), ascending.
+    """
+
+    moves = False
+
+    def __init__(self, file: IO[bytes], at: int, spec: Spec, changed: Array) -> None:
+        self._file, self._at, self._spec, self.changed = file, at, spec, changed
+
+    @property
+    def says(self) -> str:  # type: ignore[override]
+        return str(self.spec)
+
+    def read_range(self, start: int, stop: int) -> Array:
+        dtype = numpy_dtype(self.spec.dtype)
+        self._file.seek(self._at + start * dtype.itemsize)
+        return np.frombuffer(self._file.read((stop - start) * dtype.itemsize), dtype).copy()
+
+    def read_box(self, box: Box) -> Array:
+        return np.array(select(self.read_range(0, self.spec.size).reshape(self.spec.shape), box))
+
+    def data(self, start: int, stop: int) -> bytes:
+        """Some bytes of the leaf."""
+        self._file.seek(self._at + start)
+        return self._file.read(stop - start)
+
+
+class Spool:
+    """Room for new values, which is given back when it is closed."""
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] | None = None
+        self._end = 0
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def taken(self, source: Any, row: Row) -> Row:
+        """The row with its new values computed."""
+        origin, last = expression(source, row), row.calls[-1]
+        values = self._filled(origin, source, row.source)
+        return replace(row, calls=(replace(last, args={"value": values}),), places=row.places[-1:])
+
+    def _filled(self, origin: Origin, source: Any, number: int) -> Spooled:
+        if self._file is None:
+            self._file = tempfile.SpooledTemporaryFile(_MEMORY, prefix="paramend-")  # noqa: SIM115  closed by `close`
+        spec, at, start = origin.spec, self._end, 0
+        found: list[Array] = []
+        for piece in pieces(origin):
+            flat = np.ascontiguousarray(piece).reshape(-1)
+            old = np.ascontiguousarray(source.read_range(number, start, start + flat.size)).reshape(-1)
+            found.append(_differ(flat.view(np.uint8), old.view(np.uint8)) + start * flat.itemsize)
+            self._file.seek(self._end)
+            self._file.write(flat.view(np.uint8).data)
+            start, self._end = start + flat.size, self._end + flat.nbytes
+        return Spooled(self._file, at, spec, _joined(found))
+
+
+def _differ(new: Array, old: Array) -> Array:
+    """The pages that differ, as (start, stop)."""
+    if np.array_equal(new, old):
+        return np.empty((0, 2), np.int64)
+    pages = np.unique(np.flatnonzero(new != old) // _PAGE)
+    return np.stack([pages * _PAGE, np.minimum((pages + 1) * _PAGE, len(new))], 1)
+
+
+def _joined(found: Sequence[Array]) -> Array:
+    ranges = np.concatenate([np.empty((0, 2), np.int64), *found])
+    new = np.flatnonzero(np.concatenate([[True], ranges[1:, 0] > ranges[:-1, 1]])) if len(ranges) else np.empty(0, int)
+    last = np.concatenate([new[1:] - 1, [len(ranges) - 1]]) if len(ranges) else new
+    return np.stack([ranges[new, 0], ranges[last, 1]], 1)
