@@ -3,6 +3,7 @@
 import json
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.numpy import save_file
 
 import paramend as pm
 from paramend.cli.main import cli
-from paramend.errors import BadCheckpoint, BadRecipe, CannotRead, NoMatch, Quantized, SpecMismatch, Unsupported
+from paramend.errors import BadCheckpoint, BadRecipe, CannotRead, NoMatch, SpecMismatch, Unsupported
 from paramend.leaves.specs import numpy_dtype
 from support import adapters_reference
 
@@ -471,14 +472,36 @@ def test_weights_of_peft_need_their_configuration(folder):
             pm.fold(pm.open(base), given)
 
 
-def test_a_quantised_weight_is_refused_with_the_way_out(tmp_path):
-    base = {"fc.weight_packed": np.zeros((4, 1), "int32"), "fc.weight_scale": np.ones((4, 1), "float32")}
-    adapter = peft(tmp_path / "adapter", {"fc.lora_A.weight": linear(R, 8), "fc.lora_B.weight": linear(4, R)})
-    with pytest.raises(Quantized) as caught:
-        pm.fold(base, adapter)
-    assert "pm.dequantize" in caught.value.hint
-    floats, _ = pm.dequantize(base, dtype="float32")
-    assert pm.fold(floats, adapter)[1].rows
+@pytest.mark.parametrize("form", ["memory", "disk", "in place"])
+def test_of_a_quantised_weight_the_blocks_that_change_are_encoded(form, tmp_path):
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 120, (256, 128)).astype("uint8").view(ml_dtypes.float8_e4m3fn)
+    base = {"fc.weight": codes, "fc.weight_scale_inv": np.array([[0.5], [0.25]], "float32"), "norm.weight": linear(3)}
+    a, b = rng.normal(size=(R, 128)).astype("float32"), np.zeros((256, R), "float32")
+    b[:128] = rng.normal(size=(128, R))  # the second block stays
+    adapter = peft(tmp_path / "adapter", {"fc.lora_A.weight": a, "fc.lora_B.weight": b})
+    path = tmp_path / "model.safetensors"
+    pm.save(base, path)
+    if form == "memory":
+        made = pm.fold(base, adapter)[0]
+    elif form == "disk":
+        pm.fold(pm.open(path), adapter)[0].save(tmp_path / "out.safetensors")
+        made = pm.load(tmp_path / "out.safetensors")
+    else:
+        pm.patch(path, lambda tree: pm.fold(tree, adapter)[0])
+        made = pm.load(path)
+    floats = (pm.dequantize(tree, dtype="float32")[0] for tree in (base, made))
+    old, new = (next(iter(pm.at(tree, "fc.weight").get().values())) for tree in floats)
+    codes_now, scales_now = (
+        next(iter(pm.at(made, f"fc.{n}", raw=True).get().values())) for n in ("weight", "weight_scale_inv")
+    )
+    assert codes_now[128:].tobytes() == codes[128:].tobytes() and scales_now[1] == 0.25
+    want = old + 2 * b @ a
+    assert np.linalg.norm(new - want) < 0.05 * np.linalg.norm(want)
+    assert np.linalg.norm(new - want) < 0.5 * np.linalg.norm(old - want)
+    if form == "in place":
+        pm.undo(path)
+        assert pm.open(path, raw=True)["fc.weight"].tobytes() == codes.tobytes()
 
 
 def test_integers_are_not_folded_into(tmp_path):

@@ -11,6 +11,7 @@ from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.edits.memory import editable
 from paramend.edits.plan import call
 from paramend.edits.quantized import check_values
+from paramend.edits.weights import Weights, weighed
 from paramend.errors import BadArgument, NoMatch, SpecMismatch, Unsupported
 from paramend.growth.deepening import deepen
 from paramend.leaves.leaves import Editable
@@ -20,6 +21,7 @@ from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.stored import Made
 from paramend.leaves.origins.texts import quoted
 from paramend.leaves.specs import AnyTree
+from paramend.leaves.weights import Weight
 from paramend.mapping.report import LayoutReport, Moved
 from paramend.merging.adapters import Adapter, Pieces, Term, adapter
 from paramend.merging.destinations import Destinations
@@ -43,7 +45,7 @@ def fold(
 
     A weight becomes `round(W + scale · alpha / rank · B @ A)`, computed in float32, or float64 if that is its dtype,
     and rounded once; the terms of several adapters are added first. Biases and modules that an adapter holds whole take
-    the place of those of the base.
+    the place of those of the base. Of a quantised weight the blocks that change are encoded anew, to the nearest.
 
     Args:
         base: a model in memory; or a checkpoint from `pm.open`, of which nothing is computed before it is saved, in
@@ -65,7 +67,7 @@ def fold(
         NoMatch: the base lacks leaves that an adapter changes, or an adapter has leaves of no known kind; the message
             lists all of them.
         SpecMismatch: shapes do not fit, or fit in two ways that mean different things; the message lists all.
-        Quantized: a weight of the base is quantised.
+        Quantized: a weight of the base is quantised in a scheme that cannot be decoded.
         Unsupported: an adapter is not a LoRA, or changes one of two tied leaves.
         CannotRead, BadCheckpoint: a file is missing, or damaged.
 
@@ -138,7 +140,7 @@ class _Folding:
     def __init__(
         self, leaves: Editable, adapters: Sequence[Adapter], scale: float, *, untie: bool, into: str | None
     ) -> None:
-        self.bases, self.scale, self.into = Destinations(leaves), scale, into
+        self.bases, self.scale, self.into = Destinations(weighed(leaves)), scale, into
         self.names = [each.name for each in adapters]
         self.changes: dict[int, _Change] = {}
         self.missing: list[str] = []
@@ -149,7 +151,7 @@ class _Folding:
         if tied and untie:
             head = next((module for module in tied if self.bases.module(module) is None), ("lm_head",))
             leaves, said = untied(self.bases, ".".join((*head, "weight")))
-            self.bases = Destinations(leaves)
+            self.bases = Destinations(weighed(leaves))
             self.said.append(said)
         elif tied and into is None:
             assert self.bases.tie is not None
@@ -179,11 +181,10 @@ class _Folding:
             self.said += [] if Path(str(trained)).name in names else [f"{adapter.name} was trained on {trained}"]
 
     def _check_floats(self, adapter: Adapter) -> None:
-        """Raise if a weight that would change is quantised. To decode it, add, and encode the blocks in which a product
-        is not zero would belong here."""
+        """Raise if a weight that would change is quantised, and cannot be decoded."""
         modules = [self.bases.module(term.module) for term in adapter.terms]
         held = [number for module in modules for number in self.bases.modules.get(module or (), {}).values()]
-        check_values(self.leaves, held, "cannot take the terms of an adapter", "pm.dequantize(model) makes it floats")
+        check_values(self.leaves, held, "cannot take the terms of an adapter")
 
     def _tried(self, name: str, enter: Callable[[], None]) -> None:
         try:
@@ -278,15 +279,21 @@ class _Folding:
         return self.leaves.edited({number: call("set", {"value": origin}) for number, origin in origins.items()})
 
     def _origin(self, number: int) -> Origin:
-        change, spec = self.changes[number], self.leaves.spec(number)
-        base = change.whole or self._base(number)
-        if not change.passes and base.spec.dtype == spec.dtype:
+        change, coded = self.changes[number], self._coded(number)
+        base, dtype = change.whole or self._base(number), "float32" if coded else self.leaves.spec(number).dtype
+        if not change.passes and base.spec.dtype == dtype:
             return base
-        return Combined(base, change.passes, change.view, spec.dtype)
+        return Combined(base, change.passes, change.view, dtype)
+
+    def _coded(self, number: int) -> Weight | None:
+        """The quantised weight that a leaf is, of whose values the sum is made; its blocks that change are encoded."""
+        leaves = self.leaves
+        return leaves.weight(number) if isinstance(leaves, Weights) and number in leaves.groups else None
 
     def _base(self, number: int) -> Origin:
         """Where the values of a leaf of the base are."""
-        found = origin_of(self.leaves, number)
+        coded = self._coded(number)
+        found = origin_of(self.leaves, number) if coded is None else coded.origin("float32")
         if isinstance(found, Made):  # of a tree in memory
             found.says = quoted(self.leaves.index.path(number))
         return found
