@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from paramend.selectors.selector import sel as sel
     from paramend.stacking.stack import stack_layers as stack_layers
     from paramend.stacking.stack import unstack_layers as unstack_layers
+    from paramend.tokens.vocabulary import vocabulary as vocabulary
 
     __version__: str
 
@@ -127,6 +128,7 @@ _LATER = {
         "paramend.merging.folding": ("fold",),
         "paramend.porting.port": ("port", "port_"),
         "paramend.stacking.stack": ("stack_layers", "unstack_layers"),
+        "paramend.tokens.vocabulary": ("vocabulary",),
         "paramend.journal.undo": ("history", "undo"),
     }.items()
     for name in names

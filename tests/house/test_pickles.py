@@ -239,6 +239,7 @@ def example_reports():
         port_refused().report,
         pm.deepen(layers, layers="layers[*]", order=[0, 1, 1], identity=None)[1],
         pm.experts(mixture).keep([1])[1],
+        pm.vocabulary({"wte": {"weight": np.ones((2, 2))}}).keep([1])[1],
         pm.frozen(params, pm.freeze(optax.adam(1e-3), "a")),
         pm.check_live(params, lambda p: p["a"].sum()),
         pm.ablate(old, {"a": "a/**", "b": "b/**"}, lambda tree: float(tree["a"]["w"].sum()), pairs=True),

@@ -20,7 +20,7 @@ FLOORS = [
     {"piecewise", "freezing", "mapping"},
     {"rewriting"},
     {"checkpoints"},
-    {"grafting", "growth", "stacking", "evidence", "quantizing"},
+    {"grafting", "growth", "stacking", "evidence", "quantizing", "tokens"},
     {"merging"},
     {"recipes"},
     {"testing", "lessons", "demo", "ablation", "porting"},

@@ -65,6 +65,9 @@ ROWS = (
         "experts", "grow", "Write a model with some of its experts, or with each several times.", also=("prune",)
     ),
     CommandRow("upcycle", "grow", "Write a dense model as a mixture of experts.", also=("moe",)),
+    CommandRow(
+        "vocabulary", "tokens", "Write a model with some of its tokens, or more.", also=("tokenizer", "embedding")
+    ),
     CommandRow("undo", "undo", "Take back the last edit that was made in place.", opens=False),
     CommandRow("history", "undo", "List the edits in a checkpoint's record, and those made in place.", opens=False),
     CommandRow("verify", "undo", "Check a checkpoint against the record that it carries.", opens=False),

@@ -118,6 +118,16 @@ def fold(tree: Any, given: Given, donors: Donors) -> Any:
     return folding.fold(_whole(tree), sources, **options)[0]
 
 
+def vocabulary(tree: Any, given: Given, donors: Donors) -> Any:
+    """A model with some of its tokens, or more."""
+    from paramend.tokens import vocabulary as of  # as above
+
+    how = {"init": given["init"]} if "init" in given else {}
+    ((name, value),) = ((key, each) for key, each in given.items() if key != "init")
+    value = donors.open(value) if name == "transplant" else value
+    return getattr(of.vocabulary(_whole(tree)), name)(value, **how)[0]
+
+
 def _whole(tree: Any) -> Any:
     """The model itself: a checkpoint, or what a tree in memory was made of."""
     return tree.root if isinstance(tree, Memory) else tree

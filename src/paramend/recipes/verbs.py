@@ -163,6 +163,8 @@ EXPERTS = Value(
 )
 FLAG = Value("true or false", _flag, {"type": "boolean"})
 SOURCES = Value("a path, or a list of them", _texts, SELECTOR.schema, example="adapter/")
+IDS = SIZES.named("a list of numbers", "0,1,2")
+TOKENS = PATHS.named("a list of texts", "<a>")
 VALUES = Value("a map of keys and values", _values, {"type": "object", "minProperties": 1})
 
 RENAMES = Value("a map of paths", _renames, {"type": "object", "minProperties": 1, "additionalProperties": TEXT.schema})
@@ -333,6 +335,23 @@ VERBS: dict[str, Verb] = {
             ),
             changes=True,
             make=changes.fold,
+            selects=False,
+        ),
+        Verb(
+            "vocabulary",
+            "a model has some of its tokens, or more: tables, configuration and tokenizer",
+            (
+                Key("keep", IDS, "the numbers of the tokens that stay, with those that they need"),
+                Key("extend", TOKENS, "new tokens, at the next numbers"),
+                Key("pad", NATURAL, "rows up to a multiple of this"),
+                Key(
+                    "transplant", TEXT, "the checkpoint whose tokens come in the place, relative to the recipe's folder"
+                ),
+                Key("init", TEXT, "new rows: `mean`, `subwords` or `zero`"),
+            ),
+            one_of=("keep", "extend", "pad", "transplant"),
+            changes=True,
+            make=changes.vocabulary,
             selects=False,
         ),
         Verb("delete", "the leaves are left out", (_AT, _EXCEPT, _WHERE), changes=True),

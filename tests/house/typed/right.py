@@ -151,6 +151,7 @@ def growing(params: Params, module: nn.Sequential, checkpoint: pm.Checkpoint) ->
     assert_type(pm.split(params, "qk", into=["q", "k"], sizes=[4, 2]), Params)
     assert_type(pm.insert(params, checkpoint, "mtp.**", rename={"mtp.**": "model.mtp.**"})[0], Params)
     assert_type(pm.part(checkpoint, "text.**", rename={"text.**": "**"})[0], pm.Checkpoint)
+    assert_type(pm.vocabulary(checkpoint).extend(["<a>"], init="subwords")[0], pm.Checkpoint)
     assert_type(pm.dequantize(checkpoint, "**/mlp/**", dtype=None)[0], pm.Checkpoint)
     assert_type(pm.fold(params, ["adapter", "lora.safetensors"], scale=0.5, untie=True)[0], Params)
     pm.extract(params, checkpoint, energy=0.9)[0].save("adapter")
