@@ -10,11 +10,14 @@ if TYPE_CHECKING:
     from paramend import testing as testing
     from paramend.ablation.ablate import ablate as ablate
     from paramend.ablation.influence import block_influence as block_influence
+    from paramend.checkpoints.anatomy import anatomy as anatomy
     from paramend.checkpoints.checkpoint import Checkpoint as Checkpoint
     from paramend.checkpoints.checkpoint import open as open
     from paramend.checkpoints.config import Config as Config
     from paramend.checkpoints.config import config as config
     from paramend.checkpoints.patching import patch as patch
+    from paramend.checkpoints.tying import tie as tie
+    from paramend.checkpoints.tying import untie as untie
     from paramend.checkpoints.whole import load as load
     from paramend.checkpoints.whole import save as save
     from paramend.edits.selection import Selection as Selection
@@ -82,8 +85,10 @@ _LATER = {
     for module, names in {
         "paramend.ablation.ablate": ("ablate",),
         "paramend.ablation.influence": ("block_influence",),
+        "paramend.checkpoints.anatomy": ("anatomy",),
         "paramend.checkpoints.checkpoint": ("Checkpoint", "open"),
         "paramend.checkpoints.config": ("Config", "config"),
+        "paramend.checkpoints.tying": ("tie", "untie"),
         "paramend.checkpoints.whole": ("load", "save"),
         "paramend.evidence.diff": ("diff", "verify"),
         "paramend.edits.selection": ("Selection", "at", "labels", "param_count"),
@@ -144,6 +149,8 @@ _MODULES = {
 __all__ = sorted([*_LATER, *_MODULES, "__version__"])
 
 if not TYPE_CHECKING:  # or any name at all would do for type checkers
+    importlib.import_module("paramend.anatomy")  # a wing with the name of a function: imported once, it leaves the name
+    del globals()["anatomy"]
 
     def __getattr__(name: str) -> object:
         if name in _LATER:

@@ -69,7 +69,7 @@ def test_the_shell_took_a_pattern_for_names_of_files(folder):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["show", M, "--html", "x"], "diff, delete, rename, apply, config, convert, and "),
+        (["history", M, "--html", "x"], "show, diff, delete, rename, apply, config, and "),
         (["diff", M, M, "--stats"], "show has it."),
         (["convert", M, "o.npz", "--in-place"], "apply, config, insert, fold, zero, fill, and 7 more have it."),
         (["fill", M, "**", "--value", "3"], "It is an argument, without a name: paramend fill PATH SELECTOR... VALUE"),

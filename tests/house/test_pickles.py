@@ -230,6 +230,7 @@ def example_reports():
         undone,
         *history,
         pm.record("out.safetensors"),
+        pm.anatomy(layers, {"num_hidden_layers": 2}),
         pm.diff(old, new, histograms=True, only="a/**"),
         pm.stats(old, spectral=True, histograms=True),
         grafted[1],

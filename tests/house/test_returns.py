@@ -22,7 +22,11 @@ def stepped(model):
     return optimizer
 
 
-GIVEN = {"set": {"value": torch.ones(2, 2)}, "apply": {"fn": torch.abs}}  # what only code can say
+GIVEN = {
+    "set": {"value": torch.ones(2, 2)},
+    "apply": {"fn": torch.abs},
+    "project_out": {"direction": torch.ones(2), "axis": 0},
+}  # what only code can say
 
 
 def arguments(op):

@@ -118,7 +118,6 @@ DATA = {
     "from": TEXTS,
     "source": TEXTS | st.lists(TEXTS, min_size=1, max_size=2),
     "scale": NUMBERS,
-    "untie": st.booleans(),
     "leaf": st.just("a/b"),
     "except": SELECTORS | st.lists(SELECTORS, min_size=1, max_size=2),
     "where": st.fixed_dictionaries({}, optional={"ndim": st.integers(0, 4), "dtype": st.just("float")}).filter(bool),

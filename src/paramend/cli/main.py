@@ -57,6 +57,8 @@ ROWS = (
     CommandRow("part", "make", "Write leaves of a checkpoint as a model of their own."),
     CommandRow("fold", "adapters", "Write a checkpoint with adapters added to its weights.", also=("lora", "merge")),
     CommandRow("extract", "adapters", "Write what training changed as an adapter.", also=("lora",)),
+    CommandRow("tie", "stack", "Write a checkpoint whose head is its embedding."),
+    CommandRow("untie", "stack", "Write a checkpoint whose head has a weight of its own."),
     CommandRow("dequantize", "codes", "Write a checkpoint with quantised weights as floats."),
     CommandRow("quantize", "codes", "Write a checkpoint with weights in a quantised scheme."),
     CommandRow("ablate", "ablate", "Score a checkpoint without each of its parts; write nothing."),

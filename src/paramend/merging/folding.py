@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from paramend.checkpoints.assemble import origin_of
 from paramend.checkpoints.checkpoint import Checkpoint
+from paramend.checkpoints.tying import untie as untied
 from paramend.edits.memory import editable
 from paramend.edits.plan import call
 from paramend.edits.quantized import check_values
@@ -25,7 +26,6 @@ from paramend.leaves.weights import Weight
 from paramend.mapping.report import LayoutReport, Moved
 from paramend.merging.adapters import Adapter, Pieces, Term, adapter
 from paramend.merging.destinations import Destinations
-from paramend.merging.heads import untied
 from paramend.merging.readings import Placed, Reading, of_parameters
 from paramend.reports import wording
 
@@ -149,15 +149,21 @@ class _Folding:
         changed = [module for each in adapters for module in _modules(each)]
         tied = list(dict.fromkeys(module for module in changed if self.bases.is_tied(module)))
         if tied and untie:
-            head = next((module for module in tied if self.bases.module(module) is None), ("lm_head",))
-            leaves, said = untied(self.bases, ".".join((*head, "weight")))
-            self.bases = Destinations(weighed(leaves))
-            self.said.append(said)
+            self._untie(leaves, tied)
         elif tied and into is None:
             assert self.bases.tie is not None
             names, one = wording.listing([".".join(each) for each in tied]), leaves.index.path(self.bases.tie[0])
             hint = 'untie=True gives the head a leaf of its own; into="embedding" changes both'
             raise Unsupported(f"{names}: in this model the head and its embedding are one leaf, {one}", hint=hint)
+
+    def _untie(self, leaves: Editable, tied: Sequence[Pieces]) -> None:
+        """Give the head a leaf of its own before anything is added."""
+        assert self.bases.tie is not None
+        head = next((module for module in tied if self.bases.module(module) is None), ("lm_head",))
+        path = ".".join((*head, "weight")) if self.bases.tie[1] is None else leaves.index.path(self.bases.tie[1])
+        new: Any = untied(leaves if isinstance(leaves, Checkpoint) else cast(Any, leaves).root, head=path)[0]
+        self.bases = Destinations(weighed(editable(new)))
+        self.said.append(f"the head, {path}, gets a leaf of its own")
 
     @property
     def leaves(self) -> Editable:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+from paramend.checkpoints import tying
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.edits.memory import Memory
 from paramend.errors import BadArgument
@@ -51,11 +52,20 @@ def pad(tree: Any, given: Given, donors: Donors) -> Any:
 
 
 def tie(tree: Any, given: Given, donors: Donors) -> Any:
-    """A leaf under further names."""
+    """The embedding as the head; or a leaf under further names."""
+    if "at" not in given and "into" not in given:
+        return tying.tie(_whole(tree), **given)[0]
+    if given.keys() != {"at", "into"}:
+        raise BadArgument("a leaf gets further names by at and into alone", hint="{at: a/w, into: [b/w]}")
     texts = texts_of(given["at"])
     if len(texts) > 1:
         raise BadArgument(f"tie gives names to one leaf, and at names {len(texts)}", hint="a step for each")
     return joining.ruled(tree, texts, [*texts, *given["into"]], joining.Step("tie", {}))
+
+
+def untie(tree: Any, given: Given, donors: Donors) -> Any:
+    """A head with a weight of its own."""
+    return tying.untie(_whole(tree), **given)[0]
 
 
 def dequantize(tree: Any, given: Given, donors: Donors) -> Any:

@@ -117,7 +117,7 @@ class _Attempt:
             if self.step.verb.selects:
                 self._chosen()
             about = self.address
-            if self.step.verb.keys[0].name == "at":
+            if "at" in given:
                 about += f".{'into' if 'into' in given else 'at'}"
             return None if self.problems else self.problems.tried(about, make, self.stored, given, self.donors)
         numbers = [number for number, _ in self._chosen()]

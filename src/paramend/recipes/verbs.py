@@ -145,12 +145,6 @@ def _scheme(data: Any) -> str:
     return str(data)
 
 
-def _flag(data: Any) -> bool:
-    if type(data) is not bool:
-        raise BadArgument(f"{shown(data)} is not true or false", hint="true")
-    return data
-
-
 NEW_PATH = TEXT.named("a path", "layers/<n>/w")
 PATHS = Value("a list of paths", _texts, {"type": "array", "minItems": 1, "items": TEXT.schema}, example="layers/<n>/w")
 
@@ -161,12 +155,13 @@ EXPERTS = Value(
     {"anyOf": [SIZES.schema, {"type": "object", "additionalProperties": SIZES.schema}]},
     example="0,1",
 )
-FLAG = Value("true or false", _flag, {"type": "boolean"})
 SOURCES = Value("a path, or a list of them", _texts, SELECTOR.schema, example="adapter/")
 IDS = SIZES.named("a list of numbers", "0,1,2")
 TOKENS = PATHS.named("a list of texts", "<a>")
 VALUES = Value("a map of keys and values", _values, {"type": "object", "minProperties": 1})
 
+_HEAD = Key("head", TEXT.named("a path", "lm_head.weight"), "the path of the head's weight, if it is not a usual one")
+_KEEP = Key("keep", TEXT.named("a text", "embedding"), "whose values stay if they differ: `embedding` or `head`")
 RENAMES = Value("a map of paths", _renames, {"type": "object", "minProperties": 1, "additionalProperties": TEXT.schema})
 SCHEME = Value("a scheme of quantised weights", _scheme, {"enum": list(WRITABLE)}, example="fp8-block")
 _COUNT = Value("a whole number, not 0", _count, {"type": "integer", "minimum": 1}, example="64")
@@ -242,11 +237,12 @@ VERBS: dict[str, Verb] = {
         ),
         Verb(
             "tie",
-            "a leaf stands under further names, too",
-            (_AT, Key("into", PATHS, _INTO, required=True)),
+            "the head becomes the embedding; with `at` and `into`, a leaf stands under further names, too",
+            (_HEAD, _KEEP, Key("at", SELECTOR, "the leaf"), Key("into", PATHS, _INTO)),
             changes=True,
             make=changes.tie,
         ),
+        Verb("untie", "the head gets a weight of its own", (_HEAD,), changes=True, make=changes.untie, selects=False),
         Verb(
             "dequantize",
             "quantised weights become floats",
@@ -330,7 +326,6 @@ VERBS: dict[str, Verb] = {
             (
                 Key("source", SOURCES, "the adapters, relative to the recipe's folder", required=True),
                 Key("scale", NUMBER, "a further factor of all terms"),
-                Key("untie", FLAG, "whether a tied head gets a leaf of its own"),
                 Key("into", TEXT, _INTO),
             ),
             changes=True,
