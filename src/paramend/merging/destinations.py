@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 from paramend.anatomy.beside import EMBEDDINGS as _ROWS
 from paramend.anatomy.beside import HEADS, WITH_HEAD, absent_head
-from paramend.anatomy.documents import document_of
 from paramend.anatomy.families import CONV1D, EXPERTS, INPUTS_FIRST, INTERLEAVED, UNSAID
+from paramend.anatomy.ties import said
+from paramend.checkpoints.anatomy import configuration
 from paramend.leaves.leaves import Editable
 from paramend.leaves.paths import number_of
 from paramend.leaves.specs import Spec
 from paramend.merging.adapters import Pieces
 
-TIED = "tie_word_embeddings"
 # How the weight of a module is called.
 WEIGHTS = ("weight", "kernel", "w", "embedding")
 # Paths that mean the same in memory, on disk, and before and after transformers 4.52 and 5.
@@ -70,7 +70,7 @@ class Destinations:
         for number in leaves.index.numbers:
             *module, name = leaves.index.pieces(number)
             self.modules.setdefault(tuple(module), {})[name] = number
-        self.config = _configuration(leaves)
+        self.config = configuration(leaves)
         inner = self.config.get("text_config")
         types = [part.get("model_type") for part in (self.config, inner) if isinstance(part, Mapping)]
         self.families = tuple(str(each) for each in types if each)
@@ -223,10 +223,8 @@ class Destinations:
         if embedding is None:
             return None
         if head is not None:
-            one, inner = self.leaves.ties.get(embedding), self.config.get("text_config")
-            parts = (self.config, inner if isinstance(inner, Mapping) else {})
-            said = next((part[TIED] for part in parts if TIED in part), False)
-            return (embedding, head, True) if said or (one is not None and self.leaves.ties.get(head) == one) else None
+            same = head in self.leaves.twins(embedding) or bool(said(self.config))
+            return (embedding, head, True) if same else None
         path = getattr(self.leaves, "path", None) or Path("/dev/null/none")
         absent = absent_head("lm_head.weight", self.leaves.index, path)
         kinds = self.config.get("architectures")
@@ -241,13 +239,3 @@ class Destinations:
         if module is None:
             return named[-1] in HEADS and head is None
         return known and self.weight(module) in (embedding, head)
-
-
-def _configuration(leaves: Any) -> Mapping[str, Any]:
-    """What the configuration beside a checkpoint, or of a model in memory, says."""
-    document = document_of(leaves)
-    if document is not None:
-        return document.values
-    config: Any = getattr(getattr(leaves, "root", None), "config", None)
-    found = config.to_dict() if hasattr(config, "to_dict") else config
-    return found if isinstance(found, Mapping) else {}
