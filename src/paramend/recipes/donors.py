@@ -33,8 +33,12 @@ class Donors:
         self._folder = Path(folder)
         self._open: dict[Path, Array | Checkpoint] = {}
 
+    def place(self, name: str) -> Path:
+        """Where a file is."""
+        return self._folder / name
+
     def open(self, name: str) -> Array | Checkpoint:
-        path = self._folder / name
+        path = self.place(name)
         if path not in self._open:
             self._open[path] = read_npy(path) if path.suffix == ".npy" else open_checkpoint(path, raw=self._raw)
         return self._open[path]

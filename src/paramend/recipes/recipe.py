@@ -200,9 +200,12 @@ class Recipe:
     def _told(self, *, raw: bool) -> str:
         """The recipe as a record stores it: file names without the folders of this machine."""
         steps = self.to_dict()["steps"]
-        bodies = [body for step in steps for body in step.values() if isinstance(body, dict) and "from" in body]
+        named = {"from", "source"}
+        bodies = [body for step in steps for body in step.values() if isinstance(body, dict) and named & body.keys()]
         for body in bodies:
-            body["from"] = Path(body["from"]).name
+            for key in named & body.keys():
+                names = body[key]
+                body[key] = [Path(name).name for name in names] if isinstance(names, list) else Path(names).name
         return str(Recipe(steps, raw=raw)) if bodies or raw else str(self)
 
     def _refuse(self, problems: Sequence[Problem]) -> None:
