@@ -63,6 +63,8 @@ if TYPE_CHECKING:
     from paramend.mapping.report import LayoutReport as LayoutReport
     from paramend.mapping.shelf import layout as layout
     from paramend.mapping.shelf import layouts as layouts
+    from paramend.merging.extracting import extract as extract
+    from paramend.merging.folding import fold as fold
     from paramend.merging.merge import merge as merge
     from paramend.porting.port import port as port
     from paramend.porting.port import port_ as port_
@@ -133,6 +135,8 @@ _LATER = {
         "paramend.mapping.layout": ("Layout",),
         "paramend.mapping.report": ("LayoutReport",),
         "paramend.mapping.shelf": ("layout", "layouts"),
+        "paramend.merging.extracting": ("extract",),
+        "paramend.merging.folding": ("fold",),
         "paramend.merging.merge": ("merge",),
         "paramend.porting.port": ("port", "port_"),
         "paramend.stacking.stack": ("stack_layers", "unstack_layers"),

@@ -140,6 +140,15 @@ def narrow(tree: Any, given: Given, donors: Donors) -> Any:
     return narrowing.narrow(_whole(tree), keep, by=dict(scores.items()))[0]
 
 
+def fold(tree: Any, given: Given, donors: Donors) -> Any:
+    """A model with adapters added to its weights."""
+    from paramend.merging import folding  # as above
+
+    options = dict(given)
+    sources = [donors.place(name, tree) for name in options.pop("source")]
+    return folding.fold(_whole(tree), sources, **options)[0]
+
+
 def vocabulary(tree: Any, given: Given, donors: Donors) -> Any:
     """A model with some of its tokens, or more."""
     from paramend.tokens import vocabulary as of  # as above

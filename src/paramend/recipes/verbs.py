@@ -170,6 +170,7 @@ EXPERTS = Value(
     {"anyOf": [SIZES.schema, {"type": "object", "additionalProperties": SIZES.schema}]},
     example="0,1",
 )
+SOURCES = Value("a path, or a list of them", _texts, SELECTOR.schema, example="adapter/")
 IDS = SIZES.named("a list of numbers", "0,1,2")
 TOKENS = PATHS.named("a list of texts", "<a>")
 VALUES = Value("a map of keys and values", _values, {"type": "object", "minProperties": 1})
@@ -188,7 +189,10 @@ _AT = Key("at", SELECTOR, "which leaves: a selector, or a list of them", require
 _EXCEPT = Key("except", SELECTOR, "which of them are left out: a selector, or a list of them")
 _WHERE = Key("where", WHERE, "only leaves whose specs fit: ndim, dtype, shape, min_size, max_size")
 _INDEX = Key("index", INDEX, 'the slice of each leaf that changes, such as -1 or "0:4"')
-_INTO = "the path of the new leaf, or for `split` a list of them, with the wildcards of `at`"
+_INTO = (
+    "the path of the new leaf, or for `split` a list of them, with the wildcards of `at`; for `fold`: `embedding`, if "
+    "a tied head and its embedding shall both change"
+)
 _RENAME = Key("rename", RENAMES, "path → path in the result, with the wildcards of the first")
 _ALONG = Key("axis", AXIS, AXIS.says)
 _FROM = Key("from", TEXT, "the .npy file or checkpoint that the values come from, relative to the recipe's folder")
@@ -393,6 +397,18 @@ VERBS: dict[str, Verb] = {
             ),
             changes=True,
             make=changes.upcycle,
+            selects=False,
+        ),
+        Verb(
+            "fold",
+            "adapters are added to the weights that they change",
+            (
+                Key("source", SOURCES, "the adapters, relative to the recipe's folder", required=True),
+                Key("scale", NUMBER, "a further factor of all terms"),
+                Key("into", TEXT, _INTO),
+            ),
+            changes=True,
+            make=changes.fold,
             selects=False,
         ),
         Verb(

@@ -159,6 +159,8 @@ def growing(params: Params, module: nn.Sequential, checkpoint: pm.Checkpoint) ->
     assert_type(pm.anatomy(params, {"num_hidden_layers": 2}).hidden, int | None)
     assert_type(pm.vocabulary(checkpoint).extend(["<a>"], init="subwords")[0], pm.Checkpoint)
     assert_type(pm.dequantize(checkpoint, "**/mlp/**", dtype=None)[0], pm.Checkpoint)
+    assert_type(pm.fold(params, ["adapter", "lora.safetensors"], scale=0.5, untie=True)[0], Params)
+    pm.extract(params, checkpoint, energy=0.9)[0].save("adapter")
     assert_type(pm.quantize(params, "**", scheme="int4", simulate=True)[0], Params)
     config: pm.Config = pm.config(checkpoint)
     assert_type(config.set({"a.b": 1}), pm.Checkpoint)
