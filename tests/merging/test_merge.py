@@ -112,6 +112,34 @@ def test_the_order_of_models_changes_no_bit():
             assert bits(tree) == right
 
 
+@pytest.mark.parametrize("how", ["task_arithmetic", "ties", "breadcrumbs_ties", "model_stock", "karcher", "multislerp"])
+def test_the_order_of_models_changes_no_bit_of_other_methods(how):
+    models, base = [model(seed, np.float64) for seed in range(4)], {"base": model(9, np.float64)}
+    given = settings(how) | (base if METHODS[how].base == "needed" else {})
+    for weights in (None, [0.3, 1.1, -0.2, 0.7]) if "weights" in METHODS[how].takes else (None,):
+        right = bits(pm.merge(models, how, weights=weights, **given)[0])
+        for order in ([3, 1, 0, 2], [2, 3, 1, 0]):
+            some = weights and [weights[at] for at in order]
+            assert bits(pm.merge([models[at] for at in order], how, weights=some, **given)[0]) == right
+
+
+@pytest.mark.parametrize("dtype", [*SHORT, np.dtype("float64")], ids=str)
+@pytest.mark.parametrize("beside", [0.0, 2.0**-100])
+def test_a_mean_of_negative_zeros_is_negative(dtype, beside):
+    zero = np.array([-0.0, 1, beside]).astype(dtype)
+    for count in (2, 3, 4, 7):
+        assert np.signbit(pm.merge([{"w": zero}] * count)[0]["w"].astype(float))[0]
+    assert not np.signbit(pm.merge([{"w": zero}, {"w": zero}, {"w": -zero}])[0]["w"].astype(float))[0]
+
+
+def test_integers_are_the_same_in_any_size():
+    models = [{"w": np.ones(2), "step": np.array([1, 2], dtype)} for dtype in ("int32", "int64", "uint8")]
+    tree, _ = pm.merge(models)
+    assert tree["step"].dtype == "int32" and tree["step"].tolist() == [1, 2]
+    with pytest.raises(SpecMismatch, match="step"):
+        pm.merge([*models, {"w": np.ones(2), "step": np.array([1, 3], "int16")}])
+
+
 def test_weights_are_divided_by_their_sum():
     models = [{"w": np.array([1.0, 2.0, np.inf])}, {"w": np.array([3.0, -2.0, 0.0])}]
     assert pm.merge(models, weights=[1, 3])[0]["w"].tolist() == [2.5, -1.0, np.inf]

@@ -364,3 +364,10 @@ def _is_readable(leaves: Editable, group: Group) -> bool:
     if group.scheme.codec is None or group.payload is None or group.missing:
         return False
     return not any(map(leaves.is_blank, group.numbers))
+
+
+def exact(leaves: Editable, number: int) -> Origin:
+    """Where the values of a leaf are, those of a quantised weight in float32."""
+    coded = isinstance(leaves, Weights) and number in leaves.groups
+    found: Origin = leaves.weight(number).origin("float32") if coded else leaves.expression(number)  # type: ignore[attr-defined]
+    return found

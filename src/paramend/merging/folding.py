@@ -6,13 +6,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
-from paramend.checkpoints.assemble import origin_of
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.tying import untie as untied
 from paramend.edits.memory import editable
 from paramend.edits.plan import call
 from paramend.edits.quantized import check_values
-from paramend.edits.weights import Weights, weighed
+from paramend.edits.weights import Weights, exact, weighed
 from paramend.errors import BadArgument, NoMatch, SpecMismatch, Unsupported
 from paramend.growth.deepening import deepen
 from paramend.leaves.leaves import Editable
@@ -81,7 +80,7 @@ def fold(
     """
     if into not in (None, "embedding") or (into and untie):
         raise BadArgument(f"into={into!r} is not a choice here", hint='untie=True, or into="embedding"')
-    if not math.isfinite(scale):
+    if not isinstance(scale, int | float) or not math.isfinite(scale):
         raise BadArgument(f"scale={scale!r} is not a finite number", hint="scale=1.0")
     adapters = opened(adapter, rule)
     folding = _Folding(_replicated(editable(base), adapters), adapters, scale, untie=untie, into=into)
@@ -298,8 +297,7 @@ class _Folding:
 
     def _base(self, number: int) -> Origin:
         """Where the values of a leaf of the base are."""
-        coded = self._coded(number)
-        found = origin_of(self.leaves, number) if coded is None else coded.origin("float32")
+        found = exact(self.leaves, number)
         if isinstance(found, Made):  # of a tree in memory
             found.says = quoted(self.leaves.index.path(number))
         return found

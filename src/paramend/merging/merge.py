@@ -48,7 +48,7 @@ def merge(
 
     Averages are exact: each element of the mean of models in bfloat16, float16 or float32 is the correctly rounded one.
     All other results are computed in floats of 32 bits or more and rounded once. Models that are the same give back the
-    same bits, and the order of models changes none of `linear`.
+    same bits, and their order changes none, except of what is left to chance.
 
     Args:
         models: trees of any library, or opened checkpoints, of which nothing is read before `.save(out)`; the result is

@@ -92,7 +92,9 @@ class Configuration:
                 for at, part in enumerate(value if isinstance(value, list) else [value]):
                     self._check(key, part, f"{here}[{at}]")
             elif key in ("model", "base_model") and self._path(value) is None:
-                hint = f"huggingface-cli download {value} --local-dir {str(value).rpartition('/')[2]}"
+                model, adapted, adapter = str(value).partition("+")
+                hint = f"hf download {value} --local-dir {model.rpartition('/')[2]}"
+                hint = f"paramend fold {model} {adapter} -o OUT, and its path here" if adapted else hint
                 self._wrong(here, f"there is no file or folder {value!r}", hint)
         for key in ("model", "sources"):
             if key in _KEYS[kind] and not data.get(key):
