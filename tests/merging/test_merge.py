@@ -5,6 +5,7 @@ import pickle
 from fractions import Fraction
 
 import flax.nnx as nnx
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -14,7 +15,7 @@ from click.testing import CliRunner
 
 import paramend as pm
 from paramend.cli.main import cli
-from paramend.errors import BadArgument, NoMatch, Quantized, SpecMismatch
+from paramend.errors import BadArgument, NoMatch, Quantized, SpecMismatch, Unsupported
 from paramend.merging import rankings
 from paramend.merging.averages import average, rounded
 from paramend.merging.methods import METHODS
@@ -396,6 +397,21 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_read(given, say
         pm.merge([{"w": np.zeros(2)}, {"w": np.ones(2)}], **given)
 
 
+def test_models_need_values():
+    with pytest.raises(BadArgument, match="is a path") as error:
+        pm.merge([{"w": np.ones(2)}, "b.safetensors"])
+    assert error.value.hint == "pm.open('b.safetensors')"
+    for call in (
+        lambda tree: pm.merge([tree]),
+        lambda tree: pm.extract(tree, tree, rank=1),
+        lambda tree: pm.fold(tree, tree),
+    ):
+        with pytest.raises(Unsupported, match="w: there are no values"):
+            call({"w": jax.ShapeDtypeStruct((2, 2), "float32")})
+        with pytest.raises(Unsupported, match="w: there are no values"):
+            jax.make_jaxpr(lambda x, call=call: call({"w": x})[1])(np.ones((2, 2)))
+
+
 def test_a_list_of_models_is_needed():
     for models in ({"w": np.zeros(2)}, "model.safetensors"):
         with pytest.raises(BadArgument, match="a list of them"):
@@ -541,6 +557,10 @@ def test_the_command_writes_what_python_does(three, monkeypatch):
     wrong = CliRunner().invoke(cli, [*models, "--how", "ties", "-o", "no.safetensors"])
     assert wrong.exit_code == 2
     assert "needs the model" in wrong.output
+    assert "hint: --base MODEL" in wrong.output
+    once = CliRunner().invoke(cli, [*models, "--weight", "2", "-o", "same.safetensors"])
+    assert once.exit_code == 0, once.output
+    assert bits(pm.open("same.safetensors")) == bits(pm.merge([a, b])[0])
 
 
 def test_a_recipe_merges_and_its_record_replays_on_the_first_model(three, monkeypatch):

@@ -11,7 +11,7 @@ import numpy as np
 from paramend.anatomy.beside import EMBEDDINGS
 from paramend.anatomy.families import EXPERTS
 from paramend.checkpoints.checkpoint import Checkpoint
-from paramend.edits.memory import editable
+from paramend.edits.memory import editable, valued
 from paramend.edits.quantized import check_values
 from paramend.edits.weights import exact, weighed
 from paramend.errors import BadArgument, NoMatch, SpecMismatch
@@ -60,7 +60,7 @@ def extract(
     (<the adapter: 1 term>, [[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]])
     """
     _check(rank, energy)
-    after, before = weighed(editable(tuned)), weighed(editable(base))
+    after, before = weighed(valued(tuned)), weighed(valued(base))
     pairs = _paired(after, before)
     for leaves in (after, before):
         check_values(leaves, list(leaves.index.numbers), "cannot be subtracted", "pm.dequantize(model) makes it floats")

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.tying import untie as untied
-from paramend.edits.memory import editable
+from paramend.edits.memory import editable, valued
 from paramend.edits.plan import call
 from paramend.edits.quantized import check_values
 from paramend.edits.weights import Weights, exact, weighed
@@ -83,7 +83,7 @@ def fold(
     if not isinstance(scale, int | float) or not math.isfinite(scale):
         raise BadArgument(f"scale={scale!r} is not a finite number", hint="scale=1.0")
     adapters = opened(adapter, rule)
-    folding = _Folding(_replicated(editable(base), adapters), adapters, scale, untie=untie, into=into)
+    folding = _Folding(_replicated(valued(base), adapters), adapters, scale, untie=untie, into=into)
     for each in adapters:
         folding.read(each)
     return cast(T, folding.made()), folding.report()

@@ -6,7 +6,7 @@ from typing import Any, TypeVar, cast, get_args
 from paramend.checkpoints.assemble import Pick, assemble
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.gathering import ties_of
-from paramend.edits.memory import Memory, editable
+from paramend.edits.memory import Memory, editable, valued
 from paramend.edits.plan import call
 from paramend.edits.structure import enter
 from paramend.edits.weights import Weights, weighed
@@ -87,12 +87,12 @@ def merge(
     for name, word, known in (("missing", missing, get_args(Missing)), ("stats", stats, (None, *get_args(Stats)))):
         if word not in known:
             raise BadArgument(f"{name}={word!r} is not known", hint=f"{name}={known[-1]!r}")
-    trees = [weighed(editable(model)) for model in models]
+    trees = [weighed(valued(model)) for model in models]
     given: dict[str, Any] = {"how": how, "weights": weights, "t": t, "density": density, "gamma": gamma}
     given |= {"epsilon": epsilon, "seed": seed, "scale": scale, "convention": convention}
     check_models(how, len(trees), based=base is not None)
     whole = settings_of(given, len(trees))
-    under = None if base is None else weighed(editable(base))
+    under = None if base is None else weighed(valued(base))
     host = trees[0]
     some: dict[int, Settings] = {}
     for selector, others in (at or {}).items():
