@@ -20,6 +20,7 @@ from paramend.merging import rankings
 from paramend.merging.averages import average, rounded
 from paramend.merging.methods import METHODS
 from paramend.merging.rankings import Member, Ranking
+from tests.support.quantized import LAYOUTS, stored, write
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 SHORT = [BF16, np.dtype("float16"), np.dtype("float32")]
@@ -488,6 +489,31 @@ def test_statistics_of_batches_are_averaged_only_with_a_word():
     with pytest.raises(SpecMismatch, match="batch_stats/mean"):
         pm.merge(flax)
     assert pm.merge(flax, stats="first")[0]["batch_stats"]["mean"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("fp8-block", "Qwen3-FP8, BF16 scales"),
+        ("fp8-channel", "compressed-tensors"),
+        ("fp8-tensor", "Mistral"),
+        ("mxfp4", "compressed-tensors"),
+        ("int8", "compressed-tensors"),
+        ("awq", "AutoAWQ"),
+    ],
+    ids=" ".join,
+)
+def test_quantised_weights_whose_values_are_short_floats_are_merged(layout, tmp_path):
+    model = pm.open(write(tmp_path / "model.safetensors", stored(LAYOUTS[layout])) or tmp_path / "model.safetensors")
+    for models, how in (([model] * 3, "linear"), ([model, model], "ties")):
+        given = {} if how == "linear" else {"base": model}
+        assert raw_bits(pm.merge(models, how, **given)[0]) == raw_bits(model)
+    path = "model.layers.0.mlp.fc.weight"
+    floats = pm.dequantize(model, dtype="float32")[0]
+    twice = pm.at(floats, path).multiply(3)
+    merged = pm.merge([model, twice])[0]
+    right = 2 * np.asarray(floats[path])
+    assert np.abs(np.asarray(pm.dequantize(merged, dtype="float32")[0][path]) - right).max() < 0.1 * np.abs(right).max()
 
 
 @pytest.mark.parametrize("scheme", ["fp8-block", "int4"])

@@ -366,8 +366,14 @@ def _is_readable(leaves: Editable, group: Group) -> bool:
     return not any(map(leaves.is_blank, group.numbers))
 
 
+def is_coded(leaves: Editable, number: int) -> bool:
+    """Whether a leaf is a quantised weight, whose values are put and read exactly in float32."""
+    return isinstance(leaves, Weights) and number in leaves.groups
+
+
 def exact(leaves: Editable, number: int) -> Origin:
     """Where the values of a leaf are, those of a quantised weight in float32."""
-    coded = isinstance(leaves, Weights) and number in leaves.groups
-    found: Origin = leaves.weight(number).origin("float32") if coded else leaves.expression(number)  # type: ignore[attr-defined]
+    if isinstance(leaves, Weights) and number in leaves.groups:
+        return leaves.weight(number).origin("float32")
+    found: Origin = leaves.expression(number)
     return found

@@ -11,7 +11,7 @@ from paramend.checkpoints.tying import untie as untied
 from paramend.edits.memory import editable, valued
 from paramend.edits.plan import call
 from paramend.edits.quantized import check_values
-from paramend.edits.weights import Weights, exact, weighed
+from paramend.edits.weights import exact, is_coded, weighed
 from paramend.errors import BadArgument, NoMatch, SpecMismatch, Unsupported
 from paramend.growth.deepening import deepen
 from paramend.leaves.leaves import Editable
@@ -21,7 +21,6 @@ from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.stored import Made
 from paramend.leaves.origins.texts import quoted
 from paramend.leaves.specs import AnyTree
-from paramend.leaves.weights import Weight
 from paramend.mapping.report import LayoutReport, Moved
 from paramend.merging.adapters import Adapter, Pieces, Term, adapter
 from paramend.merging.destinations import Destinations
@@ -284,16 +283,11 @@ class _Folding:
         return self.leaves.edited({number: call("set", {"value": origin}) for number, origin in origins.items()})
 
     def _origin(self, number: int) -> Origin:
-        change, coded = self.changes[number], self._coded(number)
-        base, dtype = change.whole or self._base(number), "float32" if coded else self.leaves.spec(number).dtype
+        change, dtype = self.changes[number], self.leaves.spec(number).dtype
+        base, dtype = change.whole or self._base(number), "float32" if is_coded(self.leaves, number) else dtype
         if not change.passes and base.spec.dtype == dtype:
             return base
         return Combined(base, change.passes, change.view, dtype)
-
-    def _coded(self, number: int) -> Weight | None:
-        """The quantised weight that a leaf is, of whose values the sum is made; its blocks that change are encoded."""
-        leaves = self.leaves
-        return leaves.weight(number) if isinstance(leaves, Weights) and number in leaves.groups else None
 
     def _base(self, number: int) -> Origin:
         """Where the values of a leaf of the base are."""

@@ -9,7 +9,7 @@ from paramend.checkpoints.gathering import ties_of
 from paramend.edits.memory import Memory, editable, valued
 from paramend.edits.plan import call
 from paramend.edits.structure import enter
-from paramend.edits.weights import Weights, weighed
+from paramend.edits.weights import Weights, exact, is_coded, weighed
 from paramend.errors import BadArgument
 from paramend.leaves.leaves import Editable, keys_of
 from paramend.leaves.origins.origin import Origin
@@ -136,8 +136,9 @@ def reduced(
         count, path, pieces = len(settings.weights), index.path(number), index.pieces(number)
         if number in found.averaged:
             settings = settings_of({"how": "linear"}, count)
-        method, kind = method_of(settings.how), dtype or host.spec(number).dtype
-        parts = tuple(model.expression(each) for model, each in zip(models.all, numbers, strict=True))
+        method, kind = method_of(settings.how), "float32" if is_coded(host, number) else host.spec(number).dtype
+        kind = dtype or kind
+        parts = tuple(exact(model, each) for model, each in zip(models.all, numbers, strict=True))
         parts = parts[:count] if method.base == "refused" else parts
         merging = Merging(method, settings, parts, len(parts) > count, kind, tuple(models.short), path, pieces)
         if method.name == "ties" and settings.convention == "paper":
@@ -162,6 +163,7 @@ def finished(
     ones = {n: new for n, new in made.items() if host.ties.get(n, n) == n or host.ties[n] not in made}
     lazy = isinstance(host.stored if isinstance(host, Weights) else host, Checkpoint)
     dtypes = {n: new.spec.dtype for n, new in ones.items() if new.spec.dtype != host.spec(n).dtype}
+    dtypes = {n: dtype for n, dtype in dtypes.items() if dtype != "float32" or not is_coded(host, n)}
     tree = host.edited({n: call("cast", {"dtype": dtype}) for n, dtype in dtypes.items()}) if dtypes else host
     tree = tree.edited({n: call("set", {"value": new if lazy else new.read()}) for n, new in ones.items()})
     if extra and lazy:

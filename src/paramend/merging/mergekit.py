@@ -8,6 +8,7 @@ from typing import Any
 
 from paramend.anatomy.beside import EMBEDDINGS
 from paramend.checkpoints.checkpoint import Checkpoint
+from paramend.edits.weights import exact
 from paramend.errors import BadArgument, BadRecipe, Problem
 from paramend.growth import numbered
 from paramend.growth.deepening import deepen
@@ -256,7 +257,7 @@ def _copied(host: Checkpoint, tree: Checkpoint, numbers: Sequence[int]) -> dict[
     lacking = [host.index.path(number) for number in numbers if host.index.pieces(number) not in known]
     if lacking:
         raise BadArgument(f"{wording.listing(lacking, 4)} are not in {tree.path}")
-    return {n: tree.expression(known[host.index.pieces(n)]) for n in numbers} if tree is not host else {}
+    return {n: exact(tree, known[host.index.pieces(n)]) for n in numbers} if tree is not host else {}
 
 
 def _check_tokenizers(config: Configuration, opened: Mapping[str, Checkpoint], name: str) -> None:
