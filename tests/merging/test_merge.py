@@ -500,6 +500,8 @@ def test_statistics_of_batches_are_averaged_only_with_a_word():
         ("mxfp4", "compressed-tensors"),
         ("int8", "compressed-tensors"),
         ("awq", "AutoAWQ"),
+        ("nvfp4", "modelopt"),
+        ("nvfp4", "compressed-tensors"),
     ],
     ids=" ".join,
 )
@@ -508,6 +510,8 @@ def test_quantised_weights_whose_values_are_short_floats_are_merged(layout, tmp_
     for models, how in (([model] * 3, "linear"), ([model, model], "ties")):
         given = {} if how == "linear" else {"base": model}
         assert raw_bits(pm.merge(models, how, **given)[0]) == raw_bits(model)
+    tree = pm.load(tmp_path / "model.safetensors")
+    assert raw_bits(pm.merge([tree] * 3)[0]) == raw_bits(tree)
     path = "model.layers.0.mlp.fc.weight"
     floats = pm.dequantize(model, dtype="float32")[0]
     twice = pm.at(floats, path).multiply(3)

@@ -165,7 +165,7 @@ def finished(
     dtypes = {n: new.spec.dtype for n, new in ones.items() if new.spec.dtype != host.spec(n).dtype}
     dtypes = {n: dtype for n, dtype in dtypes.items() if dtype != "float32" or not is_coded(host, n)}
     tree = host.edited({n: call("cast", {"dtype": dtype}) for n, dtype in dtypes.items()}) if dtypes else host
-    tree = tree.edited({n: call("set", {"value": new if lazy else new.read()}) for n, new in ones.items()})
+    tree = tree.edited({n: call("set", {"value": new}) for n, new in ones.items()})
     if extra and lazy:
         picks: list[Pick] = [(tree.index.paths[n], (tree, n)) for n in tree.index.numbers]
         picks += [(other.index.paths[number], other.expression(number)) for other, number in extra]
