@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from tests.support.quantized import LAYOUTS, stored, write
 
 import paramend as pm
 from paramend.cli.main import cli
@@ -20,7 +21,6 @@ from paramend.merging import rankings
 from paramend.merging.averages import average, rounded
 from paramend.merging.methods import METHODS
 from paramend.merging.rankings import Member, Ranking
-from tests.support.quantized import LAYOUTS, stored, write
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 SHORT = [BF16, np.dtype("float16"), np.dtype("float32")]
