@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -307,7 +307,14 @@ class Checkpoint(Editable):
         return self.relocated(moved)
 
     def relocated(self, moves: Mapping[int, Sequence[tuple[str, int | None]]]) -> "Checkpoint":
-        return self.planned(self.plan.renamed(moves))
+        made = self.planned(self.plan.renamed(moves))
+        if not quantization_of(self.path, self.texts):
+            return made
+        from paramend.anatomy.recoding import renamed  # most checkpoints are not quantised
+        from paramend.edits.decoding import followed
+
+        both = ([".".join(each.index.pieces(n)[:-1]) for n in self.index.numbers] for each in (self, made))
+        return cast("Checkpoint", followed(made, partial(renamed, moved=dict(zip(*both, strict=True))))[0])
 
     def expression(self, number: int) -> Origin:
         from paramend.piecewise.rows import expression  # not needed to look at a checkpoint

@@ -280,16 +280,17 @@ def labels(tree: AnyTree, groups: Mapping[str, SelectorLike]) -> AnyTree:
 
 
 def param_count(tree: AnyTree, selector: SelectorLike = "**") -> int:
-    """The number of scalars in the selected leaves; a leaf with several paths counts once.
+    """The number of scalars in the selected leaves; a leaf with several paths counts once, and so does a quantised
+    weight, whose scales count nothing.
 
     >>> param_count({"kernel": np.ones((3, 4)), "bias": np.ones(4)}), param_count({"w": np.ones(2)}, "w")
     (16, 2)
     """
-    leaves = editable(tree)
-    chosen, index = slice_of(sel(selector))
+    leaves = weighed(editable(tree))
+    part, index = slice_of(sel(selector))
     if not leaves.index.numbers and selector == "**":
         return 0
-    specs = [leaves.spec(number) for number in resolve(chosen, leaves)]
+    specs = [leaves.spec(number) for number in chosen(part, leaves)]
     if index is None:
         return sum(spec.size for spec in specs)
     return sum(type(spec)(sliced_shape(spec.shape, index), spec.dtype).size for spec in specs)

@@ -1,7 +1,7 @@
 """Inserting: leaves of one model put into another that lacks them."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from paramend.arrays.registry import backend, to_numpy
@@ -11,14 +11,15 @@ from paramend.checkpoints.gathering import ties_of
 from paramend.edits.memory import Memory, editable
 from paramend.edits.quantized import check_whole
 from paramend.edits.structure import boxes, enter
+from paramend.edits.weights import carried, members
 from paramend.errors import NoMatch, RenameClash
 from paramend.leaves.leaves import Editable, keys_of, plain
 from paramend.leaves.paths import Label, labels, text_of, write_path
 from paramend.leaves.specs import AnyTree
 from paramend.mapping.report import LayoutReport, Moved
 from paramend.reports import wording
-from paramend.selectors.renames import keys, rename
-from paramend.selectors.selector import SelectorLike, resolve, resolve_paths
+from paramend.selectors.renames import Keys, rename
+from paramend.selectors.selector import SelectorLike, resolve
 from paramend.trees.lookup import find_kind
 
 T = TypeVar("T")
@@ -53,7 +54,7 @@ def insert(
     ({'a': array([1.]), 'b': array([0.])}, ['b'])
     """
     host, donor = editable(target), editable(source)
-    numbers = resolve_paths(selector, donor)
+    numbers = members(selector, donor)
     check_whole(donor, numbers, "be inserted")
     paths = new_paths(donor, numbers, moved_by(donor, numbers, rename or {}))
     hint = 'rename={"old.**": "new.**"}; or delete what is there first; to replace values: pm.graft'
@@ -84,24 +85,22 @@ def moved_report(
     return LayoutReport(name, tuple(rows), tuple(rest), did)
 
 
-def moved_by(donor: Editable, numbers: Sequence[int], rules: Mapping[str, str]) -> dict[int, list[tuple[str, Any]]]:
-    """The new paths of the leaves that rules move, in the form of `renames.keys`; the first that matches one counts."""
-    found: dict[int, list[tuple[str, Any]]] = {}
+def moved_by(donor: Editable, numbers: Sequence[int], rules: Mapping[str, str]) -> dict[int, Keys]:
+    """The new paths of the leaves that rules move; the first that matches one counts."""
+    found: dict[int, Keys] = {}
     chosen = set(numbers)
     for old, new in rules.items():
-        moved = rename(old, new).over(donor.index)
+        moved = carried(donor, rename(old, new))
         if not chosen & moved.keys():
             resolve(old, donor)  # for its error, which names near matches
             raise NoMatch(f"{old} -> {new} renames none of the selected leaves", hint="leave it out or correct it")
         for number, path in moved.items():
             if number in chosen:
-                found.setdefault(number, keys(path))
+                found.setdefault(number, path)
     return found
 
 
-def new_paths(
-    donor: Editable, numbers: Sequence[int], moved: Mapping[int, Sequence[tuple[str, Any]]]
-) -> dict[int, Path]:
+def new_paths(donor: Editable, numbers: Sequence[int], moved: Mapping[int, Keys]) -> dict[int, Path]:
     """The keys of each leaf in the result."""
     index = donor.index
     return {n: tuple(key for key, _ in moved[n]) if n in moved else keys_of(index.paths[n]) for n in numbers}
@@ -119,16 +118,25 @@ def check_free(
     new = {number: labels_of(path) for number, path in paths.items()}
     every = [*there, *new.values()]
     count = Counter(plain(path, separator) for path in every)
-    inside = {plain(path[:depth], separator) for path in every for depth in range(1, len(path))}
+    inside = {above for path in every for above in _above(path, separator)}
+    old = {number: plain(donor.index.paths[number], separator) for number in paths}
+    theirs = {above for number in paths for above in _above(donor.index.paths[number], separator)}
+    # Such as fc.weight and fc.weight.absmax of one checkpoint.
+    beside = {plain(path, separator) for number, path in new.items() if old[number] in theirs}
+    inside -= beside
     clashes = []
     for number, path in new.items():
-        above = any(count[plain(path[:depth], separator)] for depth in range(1, len(path)))
+        above = any(count[each] for each in _above(path, separator) if each not in beside)
         name = plain(path, separator)
         if above or name in inside or count[name] > 1:
             clashes.append(f"{donor.index.path(number)} as {write_path(path, separator)}")
     if clashes:
         leaves = wording.plural(len(clashes), "leaf", "leaves")
         raise RenameClash(f"{leaves} would stand where something else does:\n  " + "\n  ".join(clashes), hint=hint)
+
+
+def _above(path: Sequence[Label], separator: str) -> Iterator[str]:
+    return (plain(path[:depth], separator) for depth in range(1, len(path)))
 
 
 def _nested(host: Editable, path: Path) -> Path:

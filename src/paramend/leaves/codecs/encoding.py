@@ -81,7 +81,7 @@ class Misfit:
 
     def to_dict(self) -> dict[str, Any]:
         """What a report holds of it."""
-        found = {"relative_l2": self.relative_l2, "max_abs": self.max_abs}
+        found = {"relative_l2": self.relative_l2, "max_abs": self.max_abs} if self.bands else {}
         return {**found, "blocks": self.blocks, "blocks_encoded": self.changed}
 
 
@@ -149,6 +149,11 @@ def scales_for(
         zero = middle(codec) if "zero" in codec.fields else 0
         limit = codec.codes.high - zero
         greatest = np.maximum(bounds.high, bounds.low * np.float32(limit / (codec.codes.low - zero)))
+    if (
+        not even and codec.zeros is not None
+    ):  # GPTQ's first version has no zero point of 0, so that the last codes count
+        codes = codec.codes.high - max(codec.zeros.low, codec.codes.low)
+        greatest = np.maximum(greatest, bounds.high * np.float32(limit / codes))
     found["scale"] = codec.scaling.fitted(greatest, limit, field.spec, there)
     if not even and codec.zeros is not None:
         lowest = codec.codes.low - bounds.low / factor_of(codec, there | found)

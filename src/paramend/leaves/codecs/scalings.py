@@ -92,9 +92,9 @@ class Twice(Scaling):
     def through(self, factor: float) -> tuple[str, float]:
         return "global", 1 / factor if self.divides else factor
 
-    def suffices(self, top: Array, wanted: Array) -> bool:
-        great, small = (top, wanted) if self.divides else (wanted, top)
-        return bool((great.astype(_F32).reshape(-1) <= small.astype(_F32).reshape(-1) * _F32(1.04)).all())
+    def suffices(self, top: Array, factors: Array) -> bool:
+        top = top.astype(_F32)
+        return bool(((factors * top if self.divides else factors / top) <= _FP8_LIMIT * 1.04).all())
 
     def top(self, greatest: Array, limit: float) -> Array:
         greatest = np.where(greatest > 0, greatest, _F32(limit * _FP8_LIMIT))
@@ -119,6 +119,13 @@ class Nested(Scaling):
 
     def through(self, factor: float) -> None:
         return None  # the offset is in a leaf of JSON
+
+    def suffices(self, top: Array, factors: Array) -> bool:
+        return bool((factors - _F32(self.offset) <= top * (self.map.max() * _F32(1.04))).all())
+
+    def top(self, greatest: Array, limit: float) -> Array:
+        found: Array = np.maximum(np.abs(greatest / _F32(limit) - _F32(self.offset)), _F32(abs(self.offset)))
+        return found / _F32(self.map.max())
 
     def fitted(self, greatest: Array, limit: float, spec: Spec, grids: Grids) -> Array:
         above = (greatest / _F32(limit) - _F32(self.offset)) / grids["nested scale"]

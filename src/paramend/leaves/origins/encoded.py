@@ -23,7 +23,7 @@ class Encoded(Origin):
     Attributes:
         codec: how values are encoded.
         values: the weight, with the axes of storage.
-        role: the leaf: "payload", "scale", "zero" or "global".
+        role: the leaf: "payload", "scale", "zero", or that of scales of scales.
         kept: the leaves as they are, of an edited weight: blocks without a change keep their bytes.
         keep: whether scales are kept, and only codes change.
         even: whether no zero points depend on the values.
@@ -84,9 +84,9 @@ class Encoded(Origin):
     def _encoded(self, box: Box) -> Array:
         """The words of a box of the weight."""
         codec, own = self.codec, self.codec.fields[self.role]
-        if self.role == "global":
+        if self.role == codec.top:
             tops = self._tops_at(box)
-            return own.pack(tops["global"]) if tops else self.kept["global"].read_box(own.places(box))
+            return own.pack(tops[self.role]) if tops else self.kept[self.role].read_box(own.places(box))
         values, changed, old = self._read(box)
         if changed is not None and self._tops:
             changed = np.ones_like(changed)
@@ -188,17 +188,19 @@ class Encoded(Origin):
     @cached_property
     def _tops(self) -> Mapping[str, Array]:
         """New scales of scales, one for each place of their grid."""
-        top = self.codec.fields.get("global")
-        if top is None or ("global" in self.kept and not self.free):
+        role, scaling = self.codec.top, self.codec.scaling
+        if not role or (role in self.kept and not self.free):
             return {}
-        greatest = np.zeros(top.spec.shape, np.float32)
+        top, limit = self.codec.fields[role], np.float32(self.codec.codes.limit)
+        greatest, new = np.zeros(top.spec.shape, np.float32), np.zeros(top.spec.shape, np.float32)
         for box in self._boxes(whole(self.codec.spec.shape)):
             here = np.ix_(*map(np.asarray, top.places(box)))
-            greatest[here] = np.fmax(greatest[here], top.reduced(np.fmax, np.abs(self._read(box)[0]), box))
-        new = self.codec.scaling.top(greatest, self.codec.codes.limit)
-        if "global" in self.kept and self.codec.scaling.suffices(self.kept["global"].read(), new):
+            values, changed, _ = self._read(box)
+            for found, some in ((greatest, np.abs(values)), (new, np.abs(values) * (changed is None or changed))):
+                found[here] = np.fmax(found[here], top.reduced(np.fmax, some, box))
+        if role in self.kept and scaling.suffices(self.kept[role].read(), new / limit):
             return {}
-        return {"global": new}
+        return {role: scaling.top(greatest, self.codec.codes.limit)}
 
     def _tops_at(self, box: Box) -> Mapping[str, Array]:
         return {
@@ -237,7 +239,7 @@ def encoded(
         roles = tuple(role for role in roles if role not in views)
     symmetric = even(codec, views)
     roles = tuple(role for role in roles if role != "zero" or not symmetric)
-    roles = (*roles, *(("global",) if "global" in codec.fields and (free or "global" not in views) else ()))
+    roles = (*roles, *((codec.top,) if codec.top and (free or codec.top not in views) else ()))
     how = keep, symmetric, free, misfit
     return {role: reshape(Encoded(codec, values, role, views, *how), specs[role].shape) for role in roles}
 
