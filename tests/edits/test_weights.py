@@ -286,3 +286,28 @@ def test_stacked_codes_of_a_scheme_of_matrices_are_refused_by_name():
     stacked = {"fc": {name: torch.stack([leaf, leaf]) for name, leaf in tree.items()}}
     with pytest.raises(pm.errors.SpecMismatch, match="one of matrices"):
         pm.at(stacked, "fc.weight").zero()
+
+
+def test_blocks_whose_scales_are_not_finite():
+    scales = np.full((2, 4, 1), 127, np.uint8)
+    scales[0, 0] = 255  # 2^128, as the library has it
+    experts = {"gate_up_proj_blocks": np.full((2, 4, 1, 16), 0x22, np.uint8), "gate_up_proj_scales": scales}
+    zero = pm.at({"experts": experts}, "experts/gate_up_proj").zero()
+    assert not pm.at(zero, "experts/gate_up_proj").one().any()
+    assert zero["experts"]["gate_up_proj_scales"][1].tolist() == [[127]] * 4
+    tree = {"weight": np.ones((4, 4), ml_dtypes.float8_e4m3fn), "weight_scale_inv": np.full((1, 1), np.nan, "f4")}
+    row = pm.at(pm.at({"fc": tree}, "fc/weight")[0].zero(), "fc/weight").one()
+    assert not row[0].any() and np.isnan(row[1:]).all()
+    four = {"weight_packed": np.full((1, 8), 0x22, np.uint8), "weight_scale": np.ones((1, 1), ml_dtypes.float8_e4m3fn)}
+    four["weight_global_scale"] = np.zeros(1, "float32")
+    with pytest.raises(pm.errors.Unsupported, match="scales of scales"):
+        pm.at({"fc": four}, "fc/weight").zero()
+
+
+def test_nan_that_stays_is_no_distance(tmp_path):
+    codes = np.ones((4, 4), ml_dtypes.float8_e4m3fn)
+    codes[0, 0] = np.nan
+    pm.save({"fc.weight": codes, "fc.weight_scale_inv": np.ones((1, 1), "float32")}, tmp_path / "m.safetensors")
+    with pm.open(tmp_path / "m.safetensors") as checkpoint:
+        (row,) = pm.at(checkpoint, "fc.weight").add(1.0).save(tmp_path / "out.safetensors").to_dict()["changed"]
+    assert row["relative_l2"] == row["max_abs"] == 0

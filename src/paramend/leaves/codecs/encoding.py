@@ -55,6 +55,9 @@ class Misfit:
         """Enter a band, once or again."""
         with np.errstate(all="ignore"):
             wide, gap = wanted.reshape(-1).astype(np.float64), (found - wanted).reshape(-1).astype(np.float64)
+            if not np.isfinite(gap @ gap):  # NaN as asked is right
+                right = np.isnan(wide) & np.isnan(found.reshape(-1))
+                wide[right] = gap[right] = 0
         self.bands[at] = float(wide @ wide), float(gap @ gap), float(np.abs(gap).max(initial=0)), new
 
     @property
@@ -160,6 +163,11 @@ def scales_for(
         found["zero"] = codec.zeros.nearest(np.minimum(lowest, codec.codes.high))
     if "scale" not in views:
         return found
+    if (bounds.changed & ~np.isfinite(factor_of(codec, there | found))).any():
+        raise Unsupported(
+            f"no scales of {codec.scheme} make finite values: those that are there, or the scales of scales, are not",
+            hint="dequantise the weight, edit it, and quantise it again",
+        )
     new = bounds.changed & ~np.isfinite(factor_of(codec, there)) if keep else bounds.changed
     return {role: _where(new, each, there[role]) for role, each in found.items()}
 

@@ -79,8 +79,8 @@ class Twice(Scaling):
         return (scale / top if self.divides else scale * top,)
 
     def fitted(self, greatest: Array, limit: float, spec: Spec, grids: Grids) -> Array:
-        factor, top = greatest / _F32(limit), grids["global"].astype(_F32)
-        wanted = factor * top if self.divides else factor / top
+        top = grids["global"].astype(_F32)
+        wanted = self._stored(greatest / _F32(limit), top)
         if (wanted > _FP8_LIMIT * 1.04).any():
             raise Unsupported(
                 f"a block needs a scale of {float(wanted.max()):.4g}, and {spec.dtype} has none above {_FP8_LIMIT:g}: "
@@ -93,8 +93,12 @@ class Twice(Scaling):
         return "global", 1 / factor if self.divides else factor
 
     def suffices(self, top: Array, factors: Array) -> bool:
-        top = top.astype(_F32)
-        return bool(((factors * top if self.divides else factors / top) <= _FP8_LIMIT * 1.04).all())
+        return bool((self._stored(factors, top.astype(_F32)) <= _FP8_LIMIT * 1.04).all())
+
+    def _stored(self, factors: Array, top: Array) -> Array:
+        with np.errstate(all="ignore"):
+            found: Array = factors * top if self.divides else factors / top
+        return found
 
     def top(self, greatest: Array, limit: float) -> Array:
         greatest = np.where(greatest > 0, greatest, _F32(limit * _FP8_LIMIT))

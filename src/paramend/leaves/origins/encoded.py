@@ -9,7 +9,17 @@ from itertools import product
 import numpy as np
 
 from paramend.leaves.codecs.codec import Codec, Parts
-from paramend.leaves.codecs.encoding import Bounds, Misfit, bounds_of, codes_for, even, finite, scales_for, unit
+from paramend.leaves.codecs.encoding import (
+    Bounds,
+    Misfit,
+    bounds_of,
+    codes_for,
+    even,
+    factor_of,
+    finite,
+    scales_for,
+    unit,
+)
 from paramend.leaves.origins.boxes import Box, ends, select, shape_of, whole
 from paramend.leaves.origins.moved import permute_axes, reshape
 from paramend.leaves.origins.origin import CHUNK, Namer, Origin
@@ -92,13 +102,15 @@ class Encoded(Origin):
             changed = np.ones_like(changed)
         bounds = self._bounds_at(box) or bounds_of(codec, values, changed, box, self.kept)
         scales = scales_for(codec, bounds, box, self.kept, self._tops_at(box), keep=self.keep, even=self.even)
+        before = codec.scales(self.kept, box) | dict(self._tops_at(box))
+        there = before | dict(scales)
         if self.role != "payload":
-            return own.pack(scales[self.role])
+            return own.pack(there[self.role])
         groups, scale = codec.groups(self.kept), codec.fields["scale"]
-        there = codec.scales(self.kept, box) | dict(self._tops_at(box)) | dict(scales)
         codes = codes_for(codec, values.copy(), there, box, groups)
         if old is not None and changed is not None:
-            touched = changed if self.keep else np.broadcast_to(scale.spread(bounds.changed, box, groups), codes.shape)
+            blocks = bounds.changed if not self.keep else bounds.changed & ~np.isfinite(factor_of(codec, before))
+            touched = changed | scale.spread(blocks, box, groups)
             codes = np.where(touched, codes, old)
         if self.misfit is not None:
             new = 0 if self._bounds is not None else int(bounds.changed.sum()) if old is not None else scale.spec.size
@@ -196,7 +208,8 @@ class Encoded(Origin):
         for box in self._boxes(whole(self.codec.spec.shape)):
             here = np.ix_(*map(np.asarray, top.places(box)))
             values, changed, _ = self._read(box)
-            for found, some in ((greatest, np.abs(values)), (new, np.abs(values) * (changed is None or changed))):
+            values = np.abs(values)
+            for found, some in ((greatest, values), (new, values if changed is None else np.where(changed, values, 0))):
                 found[here] = np.fmax(found[here], top.reduced(np.fmax, some, box))
         if role in self.kept and scaling.suffices(self.kept[role].read(), new / limit):
             return {}
