@@ -189,7 +189,8 @@ def _version(parts: Parts, field: Field, outputs: int, bits: int, stated: Stated
     if seen is not None and said is not None and seen != said and stated.symmetric is not False:
         label = stated.form or f"{stated.method}, without checkpoint_format, which is the first version"
         says = f"that is {'the first' if seen else 'the second'} version of GPTQ"
-        raise disagree(f"all stored zero points are {shown}, {says}", f"the configuration says {label}", hint=ways)
+        here, there = f"all stored zero points are {shown}, {says}", f"the configuration says {label}"
+        raise disagree(here, there, *parts.values(), hint=ways)
     found = said if said is not None else seen
     assert found is not None
     return found
