@@ -8,7 +8,7 @@ from itertools import product
 
 import numpy as np
 
-from paramend.leaves.codecs.codec import Codec, Parts
+from paramend.leaves.codecs.codec import Codec, Grids, Parts
 from paramend.leaves.codecs.encoding import (
     Bounds,
     Misfit,
@@ -25,6 +25,9 @@ from paramend.leaves.origins.moved import permute_axes, reshape
 from paramend.leaves.origins.origin import CHUNK, Namer, Origin
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 
+# Bytes of scales that are kept until their leaf is read; they are computed again where there are more.
+_FEW = 16 << 20
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Encoded(Origin):
@@ -39,6 +42,7 @@ class Encoded(Origin):
         even: whether no zero points depend on the values.
         free: whether a scale of scales may grow, if a block needs that: then all blocks are encoded anew.
         misfit: what is measured while codes are read.
+        made: box → scales and zero points there, which all leaves of the weight share, as far as they are few.
     """
 
     codec: Codec
@@ -49,6 +53,7 @@ class Encoded(Origin):
     even: bool = True
     free: bool = False
     misfit: Misfit | None = None
+    made: dict[Box, Grids] = field(default_factory=dict)
     _last: tuple[Box, Array] | None = field(default=None, init=False)
     moves = False
 
@@ -97,6 +102,8 @@ class Encoded(Origin):
         if self.role == codec.top:
             tops = self._tops_at(box)
             return own.pack(tops[self.role]) if tops else self.kept[self.role].read_box(own.places(box))
+        if self.role != "payload" and box in self.made:
+            return own.pack(self.made[box][self.role])
         values, changed, old = self._read(box)
         if changed is not None and self._tops:
             changed = np.ones_like(changed)
@@ -106,6 +113,8 @@ class Encoded(Origin):
         there = before | dict(scales)
         if self.role != "payload":
             return own.pack(there[self.role])
+        if codec.fields["scale"].spec.nbytes <= _FEW:
+            self.made[box] = there
         groups, scale = codec.groups(self.kept), codec.fields["scale"]
         codes = codes_for(codec, values.copy(), there, box, groups)
         if old is not None and changed is not None:
@@ -253,7 +262,7 @@ def encoded(
     symmetric = even(codec, views)
     roles = tuple(role for role in roles if role != "zero" or not symmetric)
     roles = (*roles, *((codec.top,) if codec.top and (free or codec.top not in views) else ()))
-    how = keep, symmetric, free, misfit
+    how = keep, symmetric, free, misfit, dict[Box, Grids]()
     return {role: reshape(Encoded(codec, values, role, views, *how), specs[role].shape) for role in roles}
 
 
