@@ -311,3 +311,22 @@ def test_nan_that_stays_is_no_distance(tmp_path):
     with pm.open(tmp_path / "m.safetensors") as checkpoint:
         (row,) = pm.at(checkpoint, "fc.weight").add(1.0).save(tmp_path / "out.safetensors").to_dict()["changed"]
     assert row["relative_l2"] == row["max_abs"] == 0
+
+
+def test_a_leaf_that_two_weights_share_does_not_change_for_one():
+    codes, scale = torch.ones(4, 4).to(torch.float8_e4m3fn), torch.full((1, 1), 2.0)
+    whole = {name: {"weight": codes, "weight_scale_inv": scale} for name in "ab"}
+    assert pm.at(pm.at(whole, "a.weight").add(1.0), "b.weight").one()[0, 0] == 3
+    scales = {name: {"weight": codes.clone(), "weight_scale_inv": scale} for name in "ab"}
+    payload = {name: {"weight": codes, "weight_scale_inv": scale.clone()} for name in "ab"}
+    for tree, edit in (
+        (scales, lambda at: at.multiply(3.0)),
+        (scales, lambda at: at.add(1.0)),
+        (payload, lambda at: at.zero()),
+        (payload, lambda at: at.fill(1.0)),
+    ):
+        with pytest.raises(Quantized, match=r"is a part of b\.weight, too"):
+            edit(pm.at(tree, "a.weight"))
+    assert not pm.at(pm.at(scales, "a.weight").zero(), "a.weight").one().any()
+    both = pm.at(scales, "{a,b}.weight").multiply(3.0)
+    assert [pm.at(both, f"{name}.weight").one()[0, 0] for name in "ab"] == [6, 6]

@@ -1,7 +1,7 @@
 """A tree or a checkpoint as the weights of its model: each quantised one is a leaf, under its own name."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 from paramend.anatomy.quantization import stated
@@ -207,7 +207,35 @@ class Weights(Editable):
         compute = partial(self.stored.computing, path=weight.path, pieces=self._index.pieces(number))
         found = coding.coded(weight, call, compute, OPS, shares=self._shares(number, call, calls))
         roles = {group.role(each): each for each in group.numbers}
-        return {roles[role]: each for role, each in found.items()}
+        there = {roles[role]: each for role, each in found.items()}
+        self._check_alone(number, there, call, calls)
+        return there
+
+    @cached_property
+    def _owners(self) -> Mapping[int, Sequence[int]]:
+        """Number of a stored leaf → the payloads of the weights that it is a part of, under any of its paths."""
+        found: dict[int, list[int]] = {}
+        for payload in self.groups:
+            for one in self._units(payload):
+                found.setdefault(one, []).append(payload)
+        return found
+
+    def _units(self, payload: int) -> tuple[int, ...]:
+        return tuple(self.stored.ties.get(each, each) for each in self.groups[payload].numbers)
+
+    def _check_alone(self, number: int, there: Iterable[int], call: Call, calls: Mapping[int, Call]) -> None:
+        """Raise if what an edit changes is a part of a weight, too, that is another one and does not change with it."""
+        for each in there if self.stored.ties else ():
+            for other in self._owners[self.stored.ties.get(each, each)]:
+                together = call.op.name == "multiply" and calls.get(other) is call
+                if self._units(other) != self._units(number) and not together:
+                    path, leaf = self._index.path(number), self.stored.index.path(each)
+                    raise refusal(
+                        self.stored,
+                        [self.groups[number]],
+                        f"{path} cannot take {call}: {leaf} is a part of {self._index.path(other)}, too",
+                        hints=["tree, report = pm.dequantize(tree, selector) makes floats of both first"],
+                    )
 
     def _shares(self, number: int, call: Call, calls: Mapping[int, Call]) -> bool:
         """Whether a weight has a scale of scales in common with others that do not take the same factor."""
