@@ -120,3 +120,17 @@ def test_a_rename_and_a_part_of_a_checkpoint_take_the_lists_along(tmp_path):
     assert [each["modules_to_not_convert"] for each in lists] == [["text.model.gate"], ["gate"]]
     with pm.open(tmp_path / "c", raw=True) as stored:
         assert sorted(stored.paths) == ["x.weight", "x.weight_scale_inv"]
+
+
+def test_floats_that_are_inserted_join_the_list(tmp_path):
+    leaves = {"up.weight": np.ones((4, 4), ml_dtypes.float8_e4m3fn), "up.weight_scale_inv": np.ones((1, 1), "f4")}
+    pm.save(leaves, tmp_path / "model.safetensors")
+    config = {"quant_method": "fp8", "modules_to_not_convert": ["lm_head"]}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    with pm.open(tmp_path) as model:
+        floats, codes = {"mtp.weight": np.ones((4, 4), "f4")}, {f"x.{name}": leaf for name, leaf in leaves.items()}
+        pm.insert(pm.insert(model, floats, "**")[0], codes, "x.up.weight")[0].save(tmp_path / "out")
+    with pm.open(tmp_path / "out") as made:
+        assert made.paths == ["up.weight", "mtp.weight", "x.up.weight"]
+    found = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert found["modules_to_not_convert"] == ["lm_head", "mtp"]

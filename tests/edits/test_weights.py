@@ -270,6 +270,8 @@ def test_scales_of_scales_of_bitsandbytes_grow_where_a_block_needs_it():
     assert np.allclose(pm.at(tree, "fc.weight").one()[:, 0], [0.03, 0.02, 0.01, 0.02])
     filled = pm.at(tree, "fc.weight").fill(0.5)
     assert np.allclose(pm.at(filled, "fc.weight").one(), 0.5, rtol=1e-6)
+    with pytest.raises(pm.errors.Unsupported, match="near enough"):  # 0.02 is added to all scales
+        pm.at(tree, "fc.weight").multiply(1e-4)
     smaller = pm.at(tree, "fc.weight")[1].add(-0.01)
     assert smaller["fc.weight.nested_absmax"] == tree["fc.weight.nested_absmax"]
     assert np.allclose(pm.at(smaller, "fc.weight").one()[:, 0], [0.03, 0.01, 0.01, 0.02])

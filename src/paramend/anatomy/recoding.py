@@ -56,6 +56,15 @@ def _leave_out(config: Any, modules: Sequence[str], floats: Sequence[str]) -> No
         config[key] = [*listed, *(each for each in modules if not any(names(e, each) for e in texts_of(listed)))]
 
 
+def listed(file: str, values: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
+    """What one of `FILES` holds after modules came that are not quantised."""
+    new = copy.deepcopy(dict(values))
+    part = part_of(new, dict(FILES)[file])
+    if part is not None and modules:
+        _leave_out(part, modules, [])
+    return new
+
+
 def renamed(file: str, values: Mapping[str, Any], moved: Mapping[str, str]) -> dict[str, Any]:
     """What one of `FILES` holds after modules got other names: its lists of modules have these.
 

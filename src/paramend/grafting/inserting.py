@@ -2,17 +2,21 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar, cast
 
+from paramend.anatomy.recoding import listed
 from paramend.arrays.registry import backend, to_numpy
 from paramend.checkpoints.assemble import assemble
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.gathering import ties_of
+from paramend.edits.decoding import floats, followed
 from paramend.edits.memory import Memory, editable
 from paramend.edits.quantized import check_whole
 from paramend.edits.structure import boxes, enter
 from paramend.edits.weights import carried, members
 from paramend.errors import NoMatch, RenameClash
+from paramend.leaves.groups import groups_of
 from paramend.leaves.leaves import Editable, keys_of, plain
 from paramend.leaves.paths import Label, labels, text_of, write_path
 from paramend.leaves.specs import AnyTree
@@ -65,13 +69,21 @@ def insert(
         new = [(labels_of(paths[n]), (donor, n)) for n in numbers]
         ties = ties_of(host.ties, {number: [place] for place, number in enumerate(host.index.numbers)})
         ties |= ties_of(donor.ties, {number: [len(own) + place] for place, number in enumerate(numbers)})
-        return cast(T, assemble(host, [*own, *new], ties=ties)), report
+        return cast(T, _listed(assemble(host, [*own, *new], ties=ties), range(len(own)))), report
     tree = cast(Memory, host)
     one = {number: donor.ties.get(number, number) for number in numbers}
     values = {number: _native(host, donor.fetch(number)) for number in dict.fromkeys(one.values())}
     boxed = _boxed(tree, donor, numbers)
     entries = [(_nested(host, paths[number]), boxed(number, values[one[number]])) for number in numbers]
     return cast(T, enter(tree, entries)), report
+
+
+def _listed(made: Checkpoint, old: Iterable[int]) -> Checkpoint:
+    """The checkpoint; if it is quantised, its configuration says of what came as floats that it is not."""
+    if not made.quantization:
+        return made
+    codes = (number for group in groups_of(made) for number in group.numbers)
+    return cast(Checkpoint, followed(made, partial(listed, modules=floats(made, [*old, *codes])))[0])
 
 
 def moved_report(

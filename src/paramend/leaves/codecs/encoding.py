@@ -172,11 +172,14 @@ def scales_for(
         found["zero"] = codec.zeros.nearest(np.minimum(lowest, codec.codes.high))
     if "scale" not in views:
         return found
-    if (bounds.changed & ~np.isfinite(factor_of(codec, there | found))).any():
-        raise Unsupported(
-            f"no scales of {codec.scheme} make finite values: those that are there, or the scales of scales, are not",
-            hint="dequantise the weight, edit it, and quantise it again",
-        )
+    factor = factor_of(codec, there | found)
+    wrong, why = ~np.isfinite(factor), "make finite values: those that are there, or the scales of scales, are not"
+    if codec.top == "nested scale":  # what is added to all of them stays
+        share = factor * np.float32(limit) / np.where(greatest > 0, greatest, np.float32(np.inf))
+        wrong, why = wrong | ((greatest > 0) & ~((share > 0.8) & (share < 4))), "are near enough to those of the values"
+    if (bounds.changed & wrong).any():
+        way = "dequantise the weight, edit it, and quantise it again"
+        raise Unsupported(f"no scales of {codec.scheme} {why}", hint=way)
     new = bounds.changed & ~np.isfinite(factor_of(codec, there)) if keep else bounds.changed
     return {role: _where(new, each, there[role]) for role, each in found.items()}
 
