@@ -124,7 +124,7 @@ class Weights(Editable):
     def read(self, number: int) -> Any:
         if number not in self.groups:
             return self.stored.read(number)
-        return self.stored.beside(self.weight(number).origin().read(), number)
+        return self.stored.as_given(self.weight(number).origin().read(), number)
 
     def fetch(self, number: int, index: Any = None) -> Any:
         if number not in self.groups:

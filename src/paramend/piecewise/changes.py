@@ -20,7 +20,7 @@ from paramend.piecewise.edited import are_alike, is_orderless
 from paramend.piecewise.regions import Region, region
 from paramend.piecewise.rows import values
 from paramend.piecewise.spool import Spooled
-from paramend.piecewise.steps import flat, step_of
+from paramend.piecewise.steps import Learner, flat, step_of
 from paramend.piecewise.windows import GAP, Window, joined
 from paramend.reports.progress import Meter
 
@@ -142,7 +142,10 @@ def change(descriptor: int, source: Source, work: Work, meter: Meter) -> None:
     """Write the new elements of a leaf into an open file, which holds the old ones."""
     row, extent = work.row, work.extent
     row.damage.clear()
-    for edit, place, where in zip(row.calls, row.places, work.regions, strict=bool(work.regions)):
+    calls = list(zip(row.calls, row.places, work.regions, strict=bool(work.regions)))
+    deaf = [n for n, (edit, _, _) in enumerate(calls) if not edit.op.reads and edit.index is None]
+    # What it replaces is not written before: its operand may be made of what is there.
+    for edit, place, where in calls[deaf[-1] if deaf else 0 :]:
         _change_slice(descriptor, extent, replace(edit, index=None), where, row, place, meter)
     if work.regions:
         return
@@ -180,6 +183,9 @@ def _change_slice(
     with np.errstate(all="ignore"):  # an overflow to inf is a valid result
         # Runs all over the leaf are read and written in the order of the leaf.
         if step is not None and not (where.shuffled and where.run < _FEW):
+            if isinstance(step, Learner):
+                for at, starts, run in _pieces(where, dtype.itemsize):
+                    step.learn(window(starts, run).read(), at)
             constant = edit.op.chunks and not edit.op.reads
             new = np.empty(0, dtype)
             for at, starts, run in _pieces(where, dtype.itemsize):

@@ -33,10 +33,22 @@ class Donors:
         self._folder = Path(folder)
         self._open: dict[Path, Array | Checkpoint] = {}
 
+    def place(self, name: str, tree: Any = None) -> Path:
+        """Where a file is: in the folder of the recipe, or else in that of the checkpoint, as records say it."""
+        here = self._folder / name
+        return here if here.exists() or not isinstance(tree, Checkpoint) else Path(tree.path).absolute().parent / name
+
+    def model(self, name: str, tree: Any) -> Checkpoint:
+        """A checkpoint."""
+        found = self.open(str(self.place(name, tree).absolute()))
+        if not isinstance(found, Checkpoint):
+            raise BadArgument(f"{name} holds one array, not a model", hint="source: [tuned.safetensors]")
+        return found
+
     def open(self, name: str) -> Array | Checkpoint:
-        path = self._folder / name
+        path = self.place(name)
         if path not in self._open:
-            self._open[path] = _read_npy(path) if path.suffix == ".npy" else open_checkpoint(path, raw=self._raw)
+            self._open[path] = read_npy(path) if path.suffix == ".npy" else open_checkpoint(path, raw=self._raw)
         return self._open[path]
 
     def values(
@@ -106,7 +118,8 @@ def _share(one: Checkpoint, other: Checkpoint) -> bool:
     return any((stat.st_dev, stat.st_ino) in files for stat in other.source.stats.values())
 
 
-def _read_npy(path: Path) -> Array:
+def read_npy(path: Path) -> Array:
+    """The array in an `.npy` file; `BadCheckpoint` if there is none."""
     os.close(open_regular(path))  # numpy would wait forever on a pipe
     try:
         try:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.errors import BadCheckpoint, BadRecipe, CannotRead, Problem, Unsupported
 from paramend.formats.files import open_regular
+from paramend.formats.gathered import Gathered
 from paramend.leaves.specs import AnyTree
 from paramend.recipes.donors import Donors
 from paramend.recipes.run import check_in_place, run
@@ -99,11 +100,7 @@ class Recipe:
         <fix.yaml: 1 step>
         """
         path = Path(path)
-        try:
-            text = _bytes_of(path).decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise BadRecipe(path.name, [Problem("$", f"byte {error.start}: the text is not UTF-8")]) from None
-        return cls._of(read(text, path.name), path.name, path.parent)
+        return cls._of(document_at(path), path.name, path.parent)
 
     @classmethod
     def parse(cls, text: str) -> "Recipe":
@@ -158,8 +155,9 @@ class Recipe:
         found, problems = self._run(tree)
         self._refuse(problems)
         if isinstance(found, Checkpoint) and isinstance(tree, Checkpoint):
-            alone = not (tree.plan.changed or tree.plan.deleted or tree.texts)
-            told = self._told(raw=self._raw or tree.raw) if alone else ""
+            made = isinstance(tree.source, Gathered)  # of other leaves, of which the recipe says nothing
+            alone = not (made or tree.plan.changed or tree.plan.deleted or tree.texts)
+            told = self._told(Path(tree.path), raw=self._raw or tree.raw) if alone else ""
             found = found.planned(found.plan, told).as_stored(tree.raw)
         return found  # type: ignore[no-any-return]
 
@@ -195,13 +193,21 @@ class Recipe:
         raw = self._raw or getattr(tree, "raw", False) is True
         return run(self._steps, tree, Donors(self._folder, raw=raw), raw=raw)
 
-    def _told(self, *, raw: bool) -> str:
-        """The recipe as a record stores it: file names without the folders of this machine."""
+    def _told(self, edited: Path, *, raw: bool) -> str:
+        """The recipe as a record stores it: files as seen from the checkpoint, without the folders of this machine."""
+        home = edited.absolute().parent
+
+        def said(name: Any) -> Any:
+            if isinstance(name, list):
+                return list(map(said, name))
+            path = self._folder / name if (self._folder / name).exists() else home / name
+            near = os.path.relpath(path, home)
+            return near if Path(near).parts.count("..") < 2 else path.name
+
         steps = self.to_dict()["steps"]
-        bodies = [body for step in steps for body in step.values() if isinstance(body, dict) and "from" in body]
-        for body in bodies:
-            body["from"] = Path(body["from"]).name
-        return str(Recipe(steps, raw=raw)) if bodies or raw else str(self)
+        for body in (body for step in steps for body in step.values() if isinstance(body, dict)):
+            body |= {key: said(body[key]) for key in ("from", "source", "base") if key in body}
+        return str(Recipe(steps, raw=raw))
 
     def _refuse(self, problems: Sequence[Problem]) -> None:
         if problems:
@@ -228,6 +234,14 @@ class Recipe:
 
     def __hash__(self) -> int:
         return hash(str(self))
+
+
+def document_at(path: Path) -> Document:
+    """What a YAML or JSON file holds; `BadRecipe` if it is neither, `CannotRead` if there is none."""
+    try:
+        return read(_bytes_of(path).decode("utf-8-sig"), path.name)
+    except UnicodeDecodeError as error:
+        raise BadRecipe(path.name, [Problem("$", f"byte {error.start}: the text is not UTF-8")]) from None
 
 
 def _bytes_of(path: Path) -> bytes:
