@@ -398,7 +398,8 @@ def members(selector: SelectorLike, leaves: Editable) -> Sequence[int]:
 
 def carried(leaves: Editable, rule: Rename) -> dict[int, Keys]:
     """The new paths of stored leaves by a rule for those that are seen, in the form of `structure.moves`."""
-    seen, found = weighed(leaves), {number: keys(path) for number, path in rule.over(leaves.index).items()}
+    seen = weighed(leaves)
+    found: dict[int, Keys] = {number: keys(path) for number, path in rule.over(leaves.index).items()}
     if isinstance(seen, Weights):
         for number, path in rule.over(seen.index).items():
             found |= seen.carried(number, keys(path))

@@ -64,8 +64,9 @@ class Misfit:
                 if not np.isfinite(gap).all():  # NaN as asked is right
                     right = np.isnan(wide) & np.isnan(found[part])
                     wide[right] = gap[right] = 0
-                norms = (float(np.einsum("i,i->", each, each)) for each in (wide, gap))  # `@` waits for busy threads
-                sums.append((*norms, float(np.abs(gap).max())))
+                # What BLAS does with `@` waits for other threads.
+                norm, off = (float(np.einsum("i,i->", each, each)) for each in (wide, gap))
+                sums.append((norm, off, float(np.abs(gap).max())))
         squares, gaps, most = zip(*sums, strict=True)
         self.bands[at] = math.fsum(squares), math.fsum(gaps), max(most), new
 
