@@ -115,9 +115,11 @@ def test_a_rename_and_a_part_of_a_checkpoint_take_the_lists_along(tmp_path):
     with pm.open(tmp_path) as checkpoint:
         pm.at(checkpoint, "model.**").rename("text.model.**").save(tmp_path / "a")
         pm.part(checkpoint, "**", rename={"model.**": "**"})[0].save(tmp_path / "b")
+        layout = pm.Layout([{"from": "model.**", "to": "net.**"}], name="net")
+        layout.to(checkpoint)[0].save(tmp_path / "d")
         pm.part(checkpoint, "model.up.weight", rename={"model.up.weight": "x.weight"})[0].save(tmp_path / "c")
-    lists = [json.loads((tmp_path / out / "config.json").read_text())["quantization_config"] for out in "ab"]
-    assert [each["modules_to_not_convert"] for each in lists] == [["text.model.gate"], ["gate"]]
+    lists = [json.loads((tmp_path / out / "config.json").read_text())["quantization_config"] for out in "abd"]
+    assert [each["modules_to_not_convert"] for each in lists] == [["text.model.gate"], ["gate"], ["net.gate"]]
     with pm.open(tmp_path / "c", raw=True) as stored:
         assert sorted(stored.paths) == ["x.weight", "x.weight_scale_inv"]
 

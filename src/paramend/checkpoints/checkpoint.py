@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -310,11 +310,10 @@ class Checkpoint(Editable):
         made = self.planned(self.plan.renamed(moves))
         if not quantization_of(self.path, self.texts):
             return made
-        from paramend.anatomy.recoding import renamed  # most checkpoints are not quantised
-        from paramend.edits.decoding import followed
+        from paramend.edits.decoding import modules, renamed  # most checkpoints are not quantised
 
-        both = ([".".join(each.index.pieces(n)[:-1]) for n in self.index.numbers] for each in (self, made))
-        return cast("Checkpoint", followed(made, partial(renamed, moved=dict(zip(*both, strict=True))))[0])
+        moved = {module: new for n in self.index.numbers for module, new in [modules(self, [n]) + modules(made, [n])]}
+        return cast("Checkpoint", renamed(made, moved))
 
     def expression(self, number: int) -> Origin:
         from paramend.piecewise.rows import expression  # not needed to look at a checkpoint
