@@ -5,10 +5,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from paramend.anatomy import recoding
 from paramend.anatomy.counts import retyped
 from paramend.anatomy.documents import document_of
 from paramend.anatomy.quantization import FILES
-from paramend.anatomy.recoding import dequantised
 from paramend.arrays.registry import backend
 from paramend.edits.memory import editable
 from paramend.edits.plan import call
@@ -108,7 +108,7 @@ def _configured(
     values: Mapping[str, Any],
 ) -> dict[str, Any] | None:
     """What a file beside the weights holds then; None if nothing."""
-    new = dequantised(file, values, gone, floats, left=left)
+    new = recoding.dequantised(file, values, gone, floats, left=left)
     return new if new is None or file != CONFIG or not dtypes[1] else retyped(new, *dtypes)[0]
 
 
@@ -127,6 +127,16 @@ def floats(leaves: Editable, without: Iterable[int]) -> list[str]:
 def keys(path: tuple[Label, ...]) -> list[tuple[str, int | None]]:
     """A path in the form of `renames.keys`, whose containers are those of a leaf that it comes in the place of."""
     return [(key, depth) for depth, key in enumerate(keys_of(path))]
+
+
+def renamed(tree: Any, moved: Mapping[str, str]) -> Any:
+    """A tree; of a checkpoint, the configuration of which names modules that got other names as they are called then.
+
+    Args:
+        tree: the tree.
+        moved: every module → its name then.
+    """
+    return followed(tree, partial(recoding.renamed, moved=moved))[0]
 
 
 def followed(tree: Any, change: Change) -> tuple[Any, tuple[str, ...]]:

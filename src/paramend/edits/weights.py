@@ -1,7 +1,7 @@
 """A tree or a checkpoint as the weights of its model: each quantised one is a leaf, under its own name."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 from paramend.anatomy.quantization import stated
@@ -20,7 +20,8 @@ from paramend.leaves.origins.stored import Held
 from paramend.leaves.paths import write_path
 from paramend.leaves.specs import Spec, dtype_name
 from paramend.leaves.weights import Weight, labels_of, weight_of
-from paramend.selectors.selector import SelectorLike, resolve
+from paramend.selectors.renames import Keys, Rename, keys
+from paramend.selectors.selector import SelectorLike, resolve, resolve_paths
 
 # Projections of one layer that engines join into one matrix, which then has one scale of scales.
 _FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"w1", "w3"})
@@ -114,7 +115,7 @@ class Weights(Editable):
     def computing(self, origin: Any, call: Call, *, path: str, pieces: tuple[str, ...]) -> Any:
         return self.stored.computing(origin, call, path=path, pieces=pieces)
 
-    def relocated(self, moves: Mapping[int, Sequence[tuple[str, int | None]]]) -> Any:
+    def relocated(self, moves: Mapping[int, Keys]) -> Any:
         return self.stored.relocated(moves)
 
     def expression(self, number: int) -> Origin:
@@ -206,7 +207,35 @@ class Weights(Editable):
         compute = partial(self.stored.computing, path=weight.path, pieces=self._index.pieces(number))
         found = coding.coded(weight, call, compute, OPS, shares=self._shares(number, call, calls))
         roles = {group.role(each): each for each in group.numbers}
-        return {roles[role]: each for role, each in found.items()}
+        there = {roles[role]: each for role, each in found.items()}
+        self._check_alone(number, there, call, calls)
+        return there
+
+    @cached_property
+    def _owners(self) -> Mapping[int, Sequence[int]]:
+        """Number of a stored leaf → the payloads of the weights that it is a part of, under any of its paths."""
+        found: dict[int, list[int]] = {}
+        for payload in self.groups:
+            for one in self._units(payload):
+                found.setdefault(one, []).append(payload)
+        return found
+
+    def _units(self, payload: int) -> tuple[int, ...]:
+        return tuple(self.stored.ties.get(each, each) for each in self.groups[payload].numbers)
+
+    def _check_alone(self, number: int, there: Iterable[int], call: Call, calls: Mapping[int, Call]) -> None:
+        """Raise if what an edit changes is a part of a weight, too, that is another one and does not change with it."""
+        for each in there if self.stored.ties else ():
+            for other in self._owners[self.stored.ties.get(each, each)]:
+                together = call.op.name == "multiply" and calls.get(other) is call
+                if self._units(other) != self._units(number) and not together:
+                    path, leaf = self._index.path(number), self.stored.index.path(each)
+                    raise refusal(
+                        self.stored,
+                        [self.groups[number]],
+                        f"{path} cannot take {call}: {leaf} is a part of {self._index.path(other)}, too",
+                        hints=["tree, report = pm.dequantize(tree, selector) makes floats of both first"],
+                    )
 
     def _shares(self, number: int, call: Call, calls: Mapping[int, Call]) -> bool:
         """Whether a weight has a scale of scales in common with others that do not take the same factor."""
@@ -265,21 +294,21 @@ class Weights(Editable):
             name = write_path(labels_of(self.stored, group), self.index.separator)
             said = f"{selector!r} names a part of a quantised weight ({group.scheme.name}), which is renamed as one"
             raise refusal(self.stored, [group], said, hints=[f'pm.at(tree, "{name}").rename(...)']) from None
-        there: dict[int, Sequence[tuple[str, int | None]]] = {}
-        for number, keys in structure.moves(self._index, selector, chosen, to).items():
-            there |= self._carried(number, keys) if number in self.groups else {number: keys}
+        there: dict[int, Keys] = {}
+        for number, path in structure.moves(self._index, selector, chosen, to).items():
+            there |= self.carried(number, path)
         return self.stored.relocated(there)
 
-    def _carried(
-        self, number: int, keys: Sequence[tuple[str, int | None]]
-    ) -> dict[int, Sequence[tuple[str, int | None]]]:
+    def carried(self, number: int, path: Keys) -> dict[int, Keys]:
         """The paths of the leaves of a weight that gets another one, in the form of `structure.moves`."""
+        if number not in self.groups:
+            return {number: path}
         group, paths = self.groups[number], self.stored.index.paths
-        (*above, (last, depth)) = keys
+        (*above, (last, depth)) = path
         old, new = self._index.pieces(number)[-1], last.rpartition(".")[2].rpartition("/")[2]
         prefix = last[: len(last) - len(new)]
         length = len(paths[number]) - 1
-        found: dict[int, Sequence[tuple[str, int | None]]] = {}
+        found: dict[int, Keys] = {}
         for each in group.numbers:
             name, *below = keys_of(paths[each][length:])
             own = name if new == old else name.replace(old, new, 1)
@@ -349,6 +378,32 @@ def chosen(selector: SelectorLike, leaves: Editable) -> list[int]:
         if owner.keys().isdisjoint(numbers):
             raise
         return leaves.index.ordered({owner.get(number, number) for number in numbers})
+
+
+def members(selector: SelectorLike, leaves: Editable) -> Sequence[int]:
+    """The stored leaves that a selector means, one for each path: all of a quantised weight that it names.
+
+    Raises:
+        NoMatch: there is no such leaf.
+    """
+    seen = weighed(leaves)
+    try:
+        numbers = resolve_paths(selector, seen)
+    except NoMatch:
+        return resolve_paths(selector, leaves)
+    if not isinstance(seen, Weights):
+        return numbers
+    return leaves.index.ordered({each for number in numbers for each in seen.members(number)})
+
+
+def carried(leaves: Editable, rule: Rename) -> dict[int, Keys]:
+    """The new paths of stored leaves by a rule for those that are seen, in the form of `structure.moves`."""
+    seen = weighed(leaves)
+    found: dict[int, Keys] = {number: keys(path) for number, path in rule.over(leaves.index).items()}
+    if isinstance(seen, Weights):
+        for number, path in rule.over(seen.index).items():
+            found |= seen.carried(number, keys(path))
+    return found
 
 
 def _is_sound(leaves: Editable, group: Group) -> bool:

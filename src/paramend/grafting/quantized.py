@@ -13,7 +13,7 @@ from paramend.edits.weights import Weights, weighed
 from paramend.errors import ParamendError
 from paramend.grafting.options import Options
 from paramend.grafting.plan import GraftPlan
-from paramend.leaves.codecs.encoding import Misfit
+from paramend.leaves.codecs.encoding import Misfit, even
 from paramend.leaves.groups import Group, group_of, may_hold_groups
 from paramend.leaves.leaves import Editable, Leaves
 from paramend.leaves.leaves import Group as Regroup
@@ -95,11 +95,12 @@ def _codes(parts: Mapping[str, Origin], given: Any) -> list[Any]:
 
 
 def _parts(weight: Weight, values: Origin, misfit: Misfit) -> dict[str, Origin]:
-    """The leaves of a weight of the target for values, by role: those that depend on them."""
-    new = (*weight.codec.encodes, "global")
+    """The leaves of a weight of the target for values, by role; those that do not depend on values stay."""
+    symmetric = even(weight.codec, weight.codec.views(weight.parts))
+    new = {*weight.codec.encodes, weight.codec.top} - ({"zero"} if symmetric else set())
     kept = {role: part for role, part in weight.parts.items() if role not in new}
     specs = {role: part.spec for role, part in weight.parts.items()}
-    return encoded(weight.codec, values, specs, kept, misfit=misfit)
+    return kept | encoded(weight.codec, values, specs, kept, misfit=misfit)
 
 
 def _beside(ours: Any, weight: Weight, role: str, path: tuple[Label, ...]) -> tuple[Label, ...]:
