@@ -108,7 +108,7 @@ class Row:
             "dtype_before": self.before.dtype,
             "shape_before": list(self.before.shape),
             "edits": [_said(call) for call in self.calls],
-        } | {name: value for name, value in more.items() if value}
+        } | {name: value for name, value in more.items() if value or isinstance(value, float)}
 
 
 def _said(edit: Call) -> str:
