@@ -10,11 +10,14 @@ if TYPE_CHECKING:
     from paramend import testing as testing
     from paramend.ablation.ablate import ablate as ablate
     from paramend.ablation.influence import block_influence as block_influence
+    from paramend.checkpoints.anatomy import anatomy as anatomy
     from paramend.checkpoints.checkpoint import Checkpoint as Checkpoint
     from paramend.checkpoints.checkpoint import open as open
     from paramend.checkpoints.config import Config as Config
     from paramend.checkpoints.config import config as config
     from paramend.checkpoints.patching import patch as patch
+    from paramend.checkpoints.tying import tie as tie
+    from paramend.checkpoints.tying import untie as untie
     from paramend.checkpoints.whole import load as load
     from paramend.checkpoints.whole import save as save
     from paramend.edits.selection import Selection as Selection
@@ -42,7 +45,12 @@ if TYPE_CHECKING:
     from paramend.growth import init as init
     from paramend.growth.deepening import deepen as deepen
     from paramend.growth.deepening import deepen_ as deepen_
+    from paramend.growth.experts import experts as experts
     from paramend.growth.liveness import check_live as check_live
+    from paramend.growth.narrowing import narrow as narrow
+    from paramend.growth.upcycling import upcycle as upcycle
+    from paramend.growth.widening import widen as widen
+    from paramend.growth.widening import widen_ as widen_
     from paramend.growth.writers import residual_writers as residual_writers
     from paramend.growth.zeroing import init_zero_ as init_zero_
     from paramend.journal.undo import history as history
@@ -69,6 +77,7 @@ if TYPE_CHECKING:
     from paramend.selectors.selector import sel as sel
     from paramend.stacking.stack import stack_layers as stack_layers
     from paramend.stacking.stack import unstack_layers as unstack_layers
+    from paramend.tokens.vocabulary import vocabulary as vocabulary
 
     __version__: str
 
@@ -78,8 +87,10 @@ _LATER = {
     for module, names in {
         "paramend.ablation.ablate": ("ablate",),
         "paramend.ablation.influence": ("block_influence",),
+        "paramend.checkpoints.anatomy": ("anatomy",),
         "paramend.checkpoints.checkpoint": ("Checkpoint", "open"),
         "paramend.checkpoints.config": ("Config", "config"),
+        "paramend.checkpoints.tying": ("tie", "untie"),
         "paramend.checkpoints.whole": ("load", "save"),
         "paramend.evidence.diff": ("diff", "verify"),
         "paramend.edits.selection": ("Selection", "at", "labels", "param_count"),
@@ -100,7 +111,11 @@ _LATER = {
         ),
         "paramend.evidence.stats": ("stats",),
         "paramend.growth.deepening": ("deepen", "deepen_"),
+        "paramend.growth.experts": ("experts",),
         "paramend.growth.liveness": ("check_live",),
+        "paramend.growth.narrowing": ("narrow",),
+        "paramend.growth.upcycling": ("upcycle",),
+        "paramend.growth.widening": ("widen", "widen_"),
         "paramend.growth.writers": ("residual_writers",),
         "paramend.growth.zeroing": ("init_zero_",),
         "paramend.checkpoints.patching": ("patch",),
@@ -121,6 +136,7 @@ _LATER = {
         "paramend.mapping.shelf": ("layout", "layouts"),
         "paramend.porting.port": ("port", "port_"),
         "paramend.stacking.stack": ("stack_layers", "unstack_layers"),
+        "paramend.tokens.vocabulary": ("vocabulary",),
         "paramend.journal.undo": ("history", "undo"),
     }.items()
     for name in names
@@ -136,6 +152,8 @@ _MODULES = {
 __all__ = sorted([*_LATER, *_MODULES, "__version__"])
 
 if not TYPE_CHECKING:  # or any name at all would do for type checkers
+    importlib.import_module("paramend.anatomy")  # a wing with the name of a function: imported once, it leaves the name
+    del globals()["anatomy"]
 
     def __getattr__(name: str) -> object:
         if name in _LATER:

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 import paramend as pm
 from paramend.cli.main import cli
-from paramend.errors import OutOfRange
+from paramend.errors import NoMatch, OutOfRange
 
 NAMES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj")
 NAMES += ("mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm")
@@ -100,3 +100,18 @@ def test_numbers_that_are_not_those_of_layers_and_blocks_are_all_counted(tmp_pat
     for says in ({"num_hidden_layers": 4}, {"num_hidden_layers": 2}, {}, [], "{"):
         (folder / "config.json").write_text(json.dumps(says) if says != "{" else '{"num_nextn_predict_layers":')
         assert up(pm.open(folder), "model.layers[-1]") == path(3)
+
+
+@pytest.mark.parametrize("config", [{"num_hidden_layers": 2}, {"text_config": {"num_hidden_layers": 2}}])
+def test_the_layers_need_no_name_where_a_configuration_counts_them(tmp_path, config):
+    names = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
+    beside = ["mtp.layers.0.mlp.up_proj", *(f"visual.blocks.{i}.up_proj" for i in range(3))]
+    (tmp_path / "m").mkdir()
+    tensors = {f"{name}.weight": np.ones(2, "float32") for name in (*names, *beside)}
+    safetensors.numpy.save_file(tensors, tmp_path / "m/model.safetensors")
+    with pytest.raises(NoMatch, match="ambiguous"):
+        pm.deepen(pm.open(tmp_path / "m"), order=[0, 1, 1], identity=None)
+    (tmp_path / "m/config.json").write_text(json.dumps(config))
+    deeper, _ = pm.deepen(pm.open(tmp_path / "m"), order=[0, 1, 1], identity=None)
+    assert set(deeper) == {*tensors, "model.layers.2.mlp.up_proj.weight"}
+    assert pm.anatomy(deeper).mtp == {"count": 1, "where": ["mtp.layers.0"]}

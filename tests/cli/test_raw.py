@@ -39,6 +39,7 @@ EDITS = {
     "fill": "0.5",
     "add": "1",
     "multiply": "2",
+    "project_out": "d.npy",
     "clip": "-1 1",
     "cast": "bfloat16",
     "noise": "0.1",
@@ -53,6 +54,7 @@ EDITS = {
 
 def test_every_edit_is_refused_with_the_way_out_and_done_with_raw(model):
     write(model.parent / "donor.safetensors", stored(ODD))
+    np.save(model.parent / "d.npy", np.ones(200))
     assert EDITS.keys() == {row.name for row in edits()}
     before = model.read_bytes()
     for verb, values in EDITS.items():

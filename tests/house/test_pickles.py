@@ -221,6 +221,7 @@ def example_reports():
     grafted = pm.graft(target, {"w": np.ones(2), "v": np.ones(2), "x": np.ones(1)}, mismatch="overlap", unused="ok")
     simulated = pm.quantize({"w": np.ones((8, 8), "float32")}, "w", scheme="int8", simulate=True)[1]
     layers = {"layers": [{"w": np.ones(2)}, {"w": np.ones(2)}]}
+    mixture = {"0": {"gate": {"weight": np.ones((2, 2))}, "experts": {"w": np.ones((2, 2, 2))}}}
     params = {"a": jnp.ones(2), "b": jnp.ones(2)}
     return [
         saved,
@@ -229,6 +230,7 @@ def example_reports():
         undone,
         *history,
         pm.record("out.safetensors"),
+        pm.anatomy(layers, {"num_hidden_layers": 2}),
         pm.diff(old, new, histograms=True, only="a/**"),
         pm.stats(old, spectral=True, histograms=True),
         grafted[1],
@@ -237,6 +239,9 @@ def example_reports():
         pm.port({"a": {"kernel": np.ones((2, 2))}}, {"b.weight": np.ones((2, 2))})[1],
         port_refused().report,
         pm.deepen(layers, layers="layers[*]", order=[0, 1, 1], identity=None)[1],
+        pm.widen({f"Dense_{n}": {"kernel": np.ones((2, 2))} for n in range(2)}, features={"Dense_0": 3})[1],
+        pm.experts(mixture).keep([1])[1],
+        pm.vocabulary({"wte": {"weight": np.ones((2, 2))}}).keep([1])[1],
         pm.frozen(params, pm.freeze(optax.adam(1e-3), "a")),
         pm.check_live(params, lambda p: p["a"].sum()),
         pm.ablate(old, {"a": "a/**", "b": "b/**"}, lambda tree: float(tree["a"]["w"].sum()), pairs=True),

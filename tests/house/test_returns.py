@@ -22,7 +22,11 @@ def stepped(model):
     return optimizer
 
 
-GIVEN = {"set": {"value": torch.ones(2, 2)}, "apply": {"fn": torch.abs}}  # what only code can say
+GIVEN = {
+    "set": {"value": torch.ones(2, 2)},
+    "apply": {"fn": torch.abs},
+    "project_out": {"direction": torch.ones(2), "axis": 0},
+}  # what only code can say
 
 
 def arguments(op):
@@ -44,6 +48,7 @@ def test_edits_return_none():
 
 SURGERIES = {
     "deepen_": lambda model: pm.deepen_(model, order=[0, 1, 1]),
+    "widen_": lambda model: pm.widen_(model, features={"0": 4}),
     "freeze_": lambda model: pm.freeze_(model, "0.*"),
     "graft_": lambda model: pm.graft_(model, net()),
     "graft_optimizer_": lambda model: pm.graft_optimizer_(stepped(model), stepped(model)),

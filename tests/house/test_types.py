@@ -103,6 +103,7 @@ NNX = "`nnx.Optimizer` is generic in the model, which does not matter here"
 ALLOWED = {
     r".*\.to_dict\.return": JSON,
     r"Recipe\.schema\.return": JSON,
+    r"Anatomy\.(experts|(layers|mtp|parts)\.return)": "a row of the table, whose keys have types of their own",
     r"Config\.(__getitem__|get|set|edited)\..*": JSON,
     r"Checkpoint\.metadata\.return": "what the file says of itself, as its format has it",
     r"StatsReport\.totals\.return": "counts, and figures that may be None: read by name",

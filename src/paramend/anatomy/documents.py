@@ -47,7 +47,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A JSON file beside the weights.
+    """A file beside the weights, of JSON unless it says what is shown of it.
 
     Attributes:
         file: where it is.
@@ -55,6 +55,7 @@ class Document:
         text: its text after the edits; nothing if it goes.
         asked: whether a user asked for edits of it; others follow from those of leaves.
         said: what is to be said of it.
+        shown: what is shown of its changes; None for all keys of a JSON file.
     """
 
     file: Path
@@ -62,6 +63,7 @@ class Document:
     text: bytes
     asked: bool = False
     said: tuple[str, ...] = ()
+    shown: tuple[Change, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -111,6 +113,8 @@ class Document:
         """What the edits change."""
         if self.before in (b"", self.text) or not self.text:
             return []
+        if self.shown is not None:
+            return list(self.shown)
         return list(_changes(self.name, parsed(self.before, self.file), self.values))
 
 

@@ -8,12 +8,13 @@ from typing import Any
 from paramend.anatomy.sections import COUNTS
 
 
-def _names(text: str) -> frozenset[str]:
+def words(text: str) -> frozenset[str]:
+    """The words of a text, as a set."""
     return frozenset(text.split())
 
 
 # Lists with one entry for each layer. Others are recognised by the words below and their length.
-LISTS = _names(
+LISTS = words(
     """
     layer_types mlp_layer_types layers_block_type indexer_types attn_type_list block_configs no_rope_layers
     sparse_layers moe_layer_freq hybrid_layer_pattern num_query_heads num_kv_heads ffn_multipliers attn_layers
@@ -22,7 +23,7 @@ LISTS = _names(
     """
 )
 # Lists whose length is another matter, although they may have that of the layers.
-OTHERS = _names(
+OTHERS = words(
     """
     mlp_multipliers ssm_multipliers mtp_layers_block_type mtp_layer_types mtp_mlp_layer_types
     moe_intermediate_size moe_num_experts moe_k mlp_ratios mlp_ratio depths time_step_limit vision_feature_layer
@@ -35,7 +36,7 @@ OTHERS = _names(
 # Lists that are repeated until every layer has an entry.
 CYCLES = frozenset({"block_types", "layer_pattern", "layer_types_pattern"})
 # Lists of the numbers of special layers. Others are recognised by their ascending numbers and the words below.
-NUMBERS = _names(
+NUMBERS = words(
     """
     mlp_only_layers moe_layers full_attention_layers attn_layer_indices attn_layer_idx full_attn_idxs
     cross_attention_layers hybrid_layer_ids global_attn_indexes fullatt_block_indexes window_block_indexes

@@ -33,7 +33,8 @@ def quantization_of(path: Path, texts: Iterable[Document] = ()) -> Mapping[str, 
     >>> quantization_of(folder), quantization_of(folder / "model.safetensors")
     ({'quant_method': 'fp8'}, {'quant_method': 'fp8'})
     """
-    new = {each.name: each.values if each.text else {} for each in texts}
+    names = {name for name, _ in FILES}
+    new = {each.name: each.values if each.text else {} for each in texts if each.name in names}
     found = (part_of(new[name] if name in new else config_beside(path, name), keys) for name, keys in FILES)
     return next((part for part in found if part), None)
 

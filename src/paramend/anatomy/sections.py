@@ -66,11 +66,11 @@ def sections_of(config: Mapping[str, Any], n: int, where: Sequence[str] = ()) ->
     >>> sections_of({"vision_config": {"num_hidden_layers": 2}, "text_config": {"num_hidden_layers": 4}}, 4)
     [('text_config',)]
     """
-    found = list(_counting(config, n, where))
-    if len(found) < 2:
-        return found
     path = "/".join(where)
     sense = any(word in path for word in SENSES)
+    found = [place for place in _counting(config, n, where) if not (sense and place[:1] == ("text_config",))]
+    if len(found) < 2:
+        return found
     named = [place for place in found if place and any(word in path for word in _words(place))]
     if not named and not sense and where:
         named = [place for place in found if not any(word in "/".join(place) for word in SENSES)]

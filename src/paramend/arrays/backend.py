@@ -9,11 +9,9 @@ from paramend.leaves.specs import Spec
 
 
 class Backend(Protocol):
-    """The verbs over the arrays of one library. Each file of this folder with the name of a library is one.
-
-    Only `assign` changes its argument, and no result shares memory with one. Results keep what the library attaches to
-    the first argument: device, sharding, weak type, memory format, `requires_grad`.
-    """
+    """The verbs over the arrays of one library. Each file of this folder with the name of a library is one. Only
+    `assign` changes its argument, and no result shares memory with one. Results keep what the library attaches to the
+    first argument: device, sharding, weak type, memory format, `requires_grad`."""
 
     def spec(self, x: Any) -> Spec:
         """Shape and dtype."""
@@ -47,6 +45,9 @@ class Backend(Protocol):
 
     def multiply(self, x: Any, value: Any) -> Any:
         """x * value, in the dtype of x."""
+
+    def matmul(self, x: Any, y: Any) -> Any:
+        """x @ y, in the precision of its dtype on every device."""
 
     def clip(self, x: Any, lo: Any, hi: Any) -> Any:
         """x clipped to two scalar bounds, in the dtype of x; None for no bound. NaN stays."""

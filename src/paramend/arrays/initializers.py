@@ -15,16 +15,12 @@ from paramend.reports import wording
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """The place of an edit: what random and layout-aware edits need besides the array.
+    """The place of an edit: what random and layout-aware edits need besides the array."""
 
-    Attributes:
-        pieces: the path piece by piece; a state dict's `fc.weight` and a module's fc → weight are the same.
-        out_first: whether kernels are (out, in, ...) as in torch, or (..., in, out) as in JAX.
-        stream: the random numbers of a leaf that is edited in consecutive chunks; None: it is edited whole.
-    """
-
+    # The path piece by piece; a state dict's `fc.weight` and a module's fc → weight are the same.
     pieces: tuple[str, ...]
-    out_first: bool = False
+    out_first: bool = False  # whether kernels are (out, in, ...) as in torch, or (..., in, out) as in JAX
+    # The random numbers of a leaf that is edited in consecutive chunks; None: it is edited whole.
     stream: np.random.Generator | None = None
 
     @property
@@ -69,10 +65,8 @@ def generator(seed: int, place: Site) -> np.random.Generator:
 
 
 def normal(rng: np.random.Generator, shape: Sequence[int], dtype: str) -> Array:
-    """Standard normal values, float64 for float64 leaves and float32 for all others.
-
-    Drawing a shape at once or in consecutive pieces yields the same numbers.
-    """
+    """Standard normal values, float64 for float64 leaves and float32 for all others. Drawing a shape at once or in
+    consecutive pieces yields the same numbers."""
     return rng.standard_normal(tuple(shape), dtype=np.float64 if dtype == "float64" else np.float32)
 
 
@@ -97,16 +91,8 @@ def initialize(name: str, rng: np.random.Generator, spec: Spec, *, out_first: bo
 
 
 class Draws:
-    """Fresh values for a kernel in C order, any number at a time.
-
-    They are drawn in blocks, so that only a block is in memory; the values do not depend on the numbers requested.
-
-    >>> spec = Spec((2, 3), "float32")
-    >>> draws = Draws("lecun_normal", generator(0, NOWHERE), spec, out_first=False)
-    >>> parts = [*draws.next(4).tolist(), *draws.next(2).tolist()]
-    >>> parts == initialize("lecun_normal", generator(0, NOWHERE), spec, out_first=False).reshape(-1).tolist()
-    True
-    """
+    """Fresh values for a kernel in C order, any number at a time. They are drawn in blocks, so that only a block is in
+    memory; the values do not depend on the numbers requested."""
 
     def __init__(self, name: str, rng: np.random.Generator, spec: Spec, *, out_first: bool) -> None:
         scale, fan, self._distribution = INITIALIZERS[name]

@@ -56,10 +56,8 @@ def _own(value: Any) -> Any:
 
 
 def like(value: Any, x: Any) -> Any:
-    """The values as an array with the sharding and weak type of `x`, in a buffer of its own.
-
-    A ShapeDtypeStruct may lack a sharding; the result may then share the memory of a numpy array.
-    """
+    """The values as an array with the sharding and weak type of `x`, in a buffer of its own. A ShapeDtypeStruct may
+    lack a sharding; the result may then share the memory of a numpy array."""
     given = isinstance(value, jax.Array | jax.core.Tracer)
     if isinstance(x, jax.ShapeDtypeStruct):
         if not given:
@@ -116,6 +114,10 @@ def add(x: Any, value: Any) -> Any:
 
 def multiply(x: Any, value: Any) -> Any:
     return _placed(x * _operand(value, x), x)
+
+
+def matmul(x: Any, y: Any) -> Any:
+    return jnp.matmul(x, y, precision="highest")
 
 
 def clip(x: Any, lo: Any, hi: Any) -> Any:

@@ -59,6 +59,10 @@ def multiply(x: Any, value: Any) -> Any:
     return _same((x * np.asarray(value).astype(x.dtype)).astype(x.dtype, copy=False), x)
 
 
+def matmul(x: Any, y: Any) -> Any:
+    return x @ y
+
+
 def clip(x: Any, lo: Any, hi: Any) -> Any:
     low, high = (None if bound is None else np.asarray(bound).astype(x.dtype) for bound in (lo, hi))
     return _same(np.clip(x, low, high).astype(x.dtype, copy=False), x)

@@ -14,13 +14,7 @@ _LIBRARIES = ("jax", "torch")
 
 
 def backend_of(kind: type) -> Backend | None:
-    """The verbs for arrays of this type, or None if a leaf of this type is not an array.
-
-    >>> backend_of(np.ndarray).__name__
-    'paramend.arrays.numpy'
-    >>> backend_of(float) is None
-    True
-    """
+    """The verbs for arrays of this type, or None if a leaf of this type is not an array."""
     try:
         return _known[kind]
     except KeyError:

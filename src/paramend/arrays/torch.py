@@ -60,10 +60,8 @@ def full(x: Any, value: Any) -> Any:
 
 
 def like(value: Any, x: Any) -> Any:
-    """The values as a tensor with the device, memory format and `requires_grad` of `x`.
-
-    For `x` on the meta device, the result is on the default device.
-    """
+    """The values as a tensor with the device, memory format and `requires_grad` of `x`. For `x` on the meta device, the
+    result is on the default device."""
     home = torch.get_default_device() if x.is_meta else x.device
     return _new(x, lambda: torch.empty_like(x, device=home).copy_(_tensor(value, x, home)))
 
@@ -112,6 +110,10 @@ def add(x: Any, value: Any) -> Any:
 
 def multiply(x: Any, value: Any) -> Any:
     return _new(x, lambda: _VERBS["multiply"](x, _tensor(value, x)))
+
+
+def matmul(x: Any, y: Any) -> Any:
+    return x @ y
 
 
 def clip(x: Any, lo: Any, hi: Any) -> Any:

@@ -94,11 +94,9 @@ def watch(fate: Callable[[], str]) -> None:
 
 
 def stop(number: int, frame: object) -> None:
-    """End the program on a signal, by an exception, so that half-done work is undone on the way out.
-
-    Ctrl-C is no KeyboardInterrupt: where one passes through an `exec` of text, as when a dataclass is being made,
-    CPython ends by the signal later, whatever status the program asked for.
-    """
+    """End the program on a signal, by an exception, so that half-done work is undone on the way out. Ctrl-C is no
+    KeyboardInterrupt: where one passes through an `exec` of text, as when a dataclass is being made, CPython ends by
+    the signal later, whatever status the program asked for."""
     stopped.append(number)
     _heed()
 

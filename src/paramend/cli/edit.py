@@ -15,7 +15,7 @@ from paramend.cli.choosing import EXCEPT, Chosen, chosen
 from paramend.cli.opening import raw
 from paramend.cli.options import edits
 from paramend.cli.writing import edit_checkpoint
-from paramend.edits.arguments import NUMBER, TEXT, Value
+from paramend.edits.arguments import ARRAY, NUMBER, TEXT, Value
 from paramend.edits.call import Op
 from paramend.edits.ops import OPS
 from paramend.edits.plan import call
@@ -49,7 +49,7 @@ def _typed(value: Value) -> Callable[[Any], Any]:
             return value.typed(text)
         except BadArgument as error:
             if value.array and (not value.example or Path(_split(text)[0]).exists()):
-                if re.fullmatch(r"-?[\d.]+(e-?\d+)?", text) and not Path(text).exists():
+                if value is ARRAY and re.fullmatch(r"-?[\d.]+(e-?\d+)?", text) and not Path(text).exists():
                     raise click.BadParameter(f"{text} is no file; `paramend fill` takes a number") from None
                 return _File(text)
             message = f"{str(error).partition(chr(10))[0]}{', nor an existing file' if value.array else ''}"
@@ -94,7 +94,7 @@ def _donated(checkpoint: Any, op: Op, choice: Chosen, numbers: Sequence[int], na
     by = choice.named
     found = Donors(raw=raw()).values(file, leaf, checkpoint, [(number, by) for number in numbers])
     calls = {number: call(op.name, {**args, name: array}) for number, array in found.items()}
-    wrong = list(_refused(checkpoint, calls))
+    wrong = list(_refused(checkpoint, calls)) if name == "value" else []
     if wrong:
         spec, given = checkpoint.spec(wrong[0]), _spec(found[wrong[0]])
         of, leaves, to = str(checkpoint.path), choice.typed, given.dtype
@@ -140,7 +140,7 @@ def _recipe(name: str, choice: Chosen, args: Args) -> str:
         if isinstance(value, _File):
             file, leaf = _split(value)
             body |= {"from": Path(file).name} | ({} if leaf is None else {"leaf": leaf})
-        elif (key, value) != ("requantize", "amax"):
+        elif value is not None and (key, value) != ("requantize", "amax"):
             body[key] = value
     with suppress(BadRecipe):
         return str(Recipe([{name: body}], raw=raw()))

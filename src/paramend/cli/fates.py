@@ -9,17 +9,7 @@ from paramend.reports import wording
 
 
 class Outputs:
-    """Files and folders that a command writes, each in one step.
-
-    >>> import tempfile
-    >>> folder = Path(tempfile.mkdtemp())
-    >>> outputs = Outputs([folder / "a", folder / "b"])
-    >>> outputs()
-    'nothing was written'
-    >>> _ = (folder / "a").write_text("new")
-    >>> outputs().replace(str(folder), "...")
-    '1 of 2 outputs had been written: .../a; not .../b'
-    """
+    """Files and folders that a command writes, each in one step."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.before = {path: _state(path) for path in paths}
@@ -89,11 +79,7 @@ class Dropped(_Journal):
 
 
 class Filled:
-    """A folder that a command puts files into.
-
-    >>> Filled(Path("no/such/folder"))()
-    'nothing was written'
-    """
+    """A folder that a command puts files into."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.before = folder, _files(folder)

@@ -1,5 +1,6 @@
-"""The command that makes a model of another depth: `deepen`."""
+"""The commands that make a model of another depth, or with experts: `deepen`, `experts`, `upcycle`."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from paramend.cli.writing import write_made
 from paramend.growth import depth, numbered
 from paramend.growth.deepening import deepen as deepen_model
 from paramend.growth.depth import Order, order_of
+from paramend.growth.experts import experts as experts_of
+from paramend.growth.upcycling import upcycle as upcycled
+from paramend.recipes.donors import read_npy
 
 
 def _numbers(ctx: click.Context, option: click.Parameter, text: str | None) -> list[int] | None:
@@ -96,4 +100,65 @@ def deepen(path: Path, layers: str | None, identity: Any, config: dict[str, Any]
         count = len(numbered.find(checkpoint, layers)[0].numbers)
         order = _ORDERS[name](count, value)
         made, report = deepen_model(checkpoint, layers=layers, order=order, identity=identity, config=config)
+        write_made(made, path, report, **options)
+
+
+def _ids(ctx: click.Context, option: click.Parameter, text: str | None) -> Any:
+    """Experts, or a map from layers to those of each."""
+    if text is None or not text.lstrip().startswith("{"):
+        return _numbers(ctx, option, text)
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not JSON: {error}") from None
+
+
+_IDS = '0,3,5, or as JSON for each layer: \'{"0": [3, 5], "1": [0, 5]}\''
+
+
+@click.command()
+@click.argument("path", metavar="MODEL", type=click.Path(path_type=Path))
+@click.option("--keep", callback=_ids, metavar="IDS", help=f"The experts that stay, in this order: {_IDS}.")
+@click.option("--drop", callback=_ids, metavar="IDS", help="The experts that are left out, in the same form.")
+@click.option("--duplicate", type=int, metavar="TIMES", help="Put each expert there TIMES times.")
+@makes("which experts each layer would have")
+def experts(path: Path, **options: Any) -> None:
+    """Write the model in MODEL with some of its experts, or with each several times.
+
+    The router, its biases, scales of quantised experts and config.json follow. With --keep and --drop the model
+    computes what it does where the router never chooses the others; with --duplicate, where a token goes to TIMES times
+    as many, what it did.
+
+    Exit status: 0 done; 2 there is no such expert, fewer would be left than a token goes to, groups of experts would
+    differ, it is not known what counts experts, a file is unreadable or damaged, or OUT cannot be written.
+    """
+    given = {name: value for name in ("keep", "drop", "duplicate") if (value := options.pop(name)) is not None}
+    if len(given) != 1:
+        raise click.UsageError("One of --keep, --drop, --duplicate is needed.")
+    ((name, value),) = given.items()
+    with open_checkpoint(path) as checkpoint:
+        made, report = getattr(experts_of(checkpoint), name)(value)
+        write_made(made, path, report, **options)
+
+
+@click.command()
+@click.argument("path", metavar="MODEL", type=click.Path(path_type=Path))
+@click.option("--experts", type=int, required=True, help="How many experts each layer gets.")
+@click.option("--top-k", type=int, required=True, help="How many of them a token goes to.")
+@click.option("--router", default="random", metavar="random|FILE", help="An .npy file: the weight of all routers.")
+@click.option("--drop", type=float, default=0.0, help="The share of hidden units that are drawn anew in each expert.")
+@click.option("--seed", type=int, default=0, help="Of all that is drawn.")
+@makes("what would be made")
+def upcycle(path: Path, experts: int, top_k: int, router: Any, drop: float, seed: int, **options: Any) -> None:
+    """Write the dense model in MODEL as a mixture of experts, each a copy of its MLP.
+
+    Llama and Mistral become Mixtral, Qwen2 and Qwen3 their MoE; config.json follows. The mixture computes what the
+    model did, unless --drop draws units anew, without which the router gets no gradient.
+
+    Exit status: 0 done; 2 no mixture is known for the family, a number does not fit, weights are quantised, a file is
+    unreadable or damaged, or OUT cannot be written.
+    """
+    with open_checkpoint(path) as checkpoint:
+        router = read_npy(Path(router)) if str(router).endswith(".npy") else router
+        made, report = upcycled(checkpoint, experts=experts, top_k=top_k, router=router, drop=drop, seed=seed)
         write_made(made, path, report, **options)

@@ -21,6 +21,7 @@ from paramend.reports.report import Line, fold
 from paramend.reports.tables import aligned
 
 if TYPE_CHECKING:
+    from paramend.checkpoints.checkpoint import Checkpoint
     from paramend.evidence.measures import Measures
 
 # A table shows at most this many entries of metadata, and this many characters of each.
@@ -35,9 +36,19 @@ _ENTRIES, _WIDTH = 20, 200
     "--stats", is_flag=True, help="Read the values and show their min, max, mean, std, L2 norm, zeros, NaNs and infs."
 )
 @click.option("--all", "every", is_flag=True, help="Print a line for each leaf, even if layers agree.")
-@takes("json")
+@click.option(
+    "--anatomy", is_flag=True, help="Show layers, experts, heads, widths, vocabulary, ties and parts instead."
+)
+@takes("html", "json", html="Write the anatomy as an HTML page too.")
 def show(
-    path: Path, selectors: tuple[str, ...], excepts: tuple[str, ...], stats: bool, every: bool, as_json: bool
+    path: Path,
+    selectors: tuple[str, ...],
+    excepts: tuple[str, ...],
+    stats: bool,
+    every: bool,
+    anatomy: bool,
+    html: Path | None,
+    as_json: bool,
 ) -> None:
     """List the leaves of a checkpoint, or those that a SELECTOR matches; layers that agree share a line.
 
@@ -49,7 +60,12 @@ def show(
 
     Exit status: 0 done; 2 an unreadable or damaged file, or a selector that matches nothing.
     """
+    if (html is not None and not anatomy) or (anatomy and (selectors or excepts or stats or every)):
+        raise click.UsageError("--anatomy is of the whole model, and --html is for --anatomy.")
     with open_checkpoint(path) as checkpoint:
+        if anatomy:
+            _show_anatomy(checkpoint, html, as_json=as_json)
+            return
         seen = weighed(checkpoint)
         file: Any = seen if isinstance(seen, Weights) else checkpoint.source
         numbers = chosen(selectors, excepts).numbers(file) if selectors or excepts else file.index.numbers
@@ -65,6 +81,19 @@ def show(
             _ui.emit(_data(checkpoint.source, file, numbers, found))
         else:
             _ui.show_lines(_table(checkpoint.source, file, numbers, found, every=every or stats), header=True)
+
+
+def _show_anatomy(checkpoint: "Checkpoint", html: Path | None, *, as_json: bool) -> None:
+    from paramend.checkpoints.anatomy import anatomy  # only for --anatomy
+
+    _ui.check_page(html)
+    found = anatomy(checkpoint)
+    found.tells_of(checkpoint.path)
+    if as_json:
+        _ui.emit(found.to_dict())
+    else:
+        _ui.show_lines(str(found).split("\n"))
+    _ui.write_page(found, html)
 
 
 def _data(source: Source, file: Any, numbers: list[int], found: "dict[int, Measures | str]") -> dict[str, Any]:

@@ -55,10 +55,21 @@ ROWS = (
     CommandRow("layout", "stack", "Write a checkpoint stored another way, by the rules of a layout."),
     CommandRow("insert", "make", "Write a checkpoint with leaves of another that it lacks."),
     CommandRow("part", "make", "Write leaves of a checkpoint as a model of their own.", also=("extract",)),
+    CommandRow("tie", "stack", "Write a checkpoint whose head is its embedding."),
+    CommandRow("untie", "stack", "Write a checkpoint whose head has a weight of its own."),
     CommandRow("dequantize", "codes", "Write a checkpoint with quantised weights as floats."),
     CommandRow("quantize", "codes", "Write a checkpoint with weights in a quantised scheme."),
     CommandRow("ablate", "ablate", "Score a checkpoint without each of its parts; write nothing."),
     CommandRow("deepen", "grow", "Write a model with more layers, or fewer, made from those it has."),
+    CommandRow("widen", "widths", "Write a model with longer axes, which computes what it did.", also=("grow",)),
+    CommandRow("narrow", "widths", "Write a model with some places of its axes.", also=("shrink",)),
+    CommandRow(
+        "experts", "grow", "Write a model with some of its experts, or with each several times.", also=("prune",)
+    ),
+    CommandRow("upcycle", "grow", "Write a dense model as a mixture of experts.", also=("moe",)),
+    CommandRow(
+        "vocabulary", "tokens", "Write a model with some of its tokens, or more.", also=("tokenizer", "embedding")
+    ),
     CommandRow("undo", "undo", "Take back the last edit that was made in place.", opens=False),
     CommandRow("history", "undo", "List the edits in a checkpoint's record, and those made in place.", opens=False),
     CommandRow("verify", "undo", "Check a checkpoint against the record that it carries.", opens=False),
@@ -70,10 +81,8 @@ ROWS = (
 
 @cache
 def edits() -> tuple[CommandRow, ...]:
-    """The rows of the table of edits that are commands.
-
-    The table is parsed, not imported: importing it imports numpy, and `--help` would take twice as long.
-    """
+    """The rows of the table of edits that are commands. The table is parsed, not imported: importing it imports numpy,
+    and `--help` would take twice as long."""
     table = util.find_spec("paramend.edits.ops")
     assert table is not None and table.origin is not None
     found = []

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from paramend.checkpoints import tying
 from paramend.checkpoints.assemble import origin_of
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.cli.opening import open_checkpoint
@@ -212,3 +213,29 @@ def _number(text: str) -> tuple[str, int]:
     if not name or not equals or not number.isdecimal():
         raise click.BadParameter(f"{text!r} is not NAME=NUMBER; write --set num_attention_heads=8")
     return name, int(number)
+
+
+@click.command()
+@click.argument("path", metavar="MODEL", type=click.Path(path_type=Path))
+@click.option("--head", metavar="LEAF", help="The path of the head's weight, where it has none of the usual names.")
+@click.option("--keep", type=click.Choice(["embedding", "head"]), help="Whose values stay if they differ.")
+@makes("what would be made")
+def tie(path: Path, head: str | None, keep: Any, **options: Any) -> None:
+    """Write a checkpoint whose head is its embedding; config.json follows.
+
+    Exit status: 0 done; 2 there is no head with a weight of its own, the two differ, a file is unreadable or damaged,
+    or OUT cannot be written.
+    """
+    rewrite(path, lambda old: tying.tie(old, head=head, keep=keep)[0], options)
+
+
+@click.command()
+@click.argument("path", metavar="MODEL", type=click.Path(path_type=Path))
+@click.option("--head", metavar="LEAF", help="The path that the head's weight gets, where the family is not known.")
+@makes("what would be made")
+def untie(path: Path, head: str | None, **options: Any) -> None:
+    """Write a checkpoint whose head has a weight of its own, a copy of its embedding; config.json follows.
+
+    Exit status: 0 done; 2 nothing is tied, a file is unreadable or damaged, or OUT cannot be written.
+    """
+    rewrite(path, lambda old: tying.untie(old, head=head)[0], options)

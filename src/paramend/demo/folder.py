@@ -13,15 +13,8 @@ from paramend.reports import wording
 
 @contextlib.contextmanager
 def workplace(folder: Path, *, force: bool = False) -> Iterator[Path]:
-    """An empty folder inside `folder`. At the end its files move up; on an exception they are deleted.
-
-    Args:
-        folder: created if it does not exist.
-        force: whether it may already hold files; those with the names of new ones are replaced.
-
-    Raises:
-        CannotWrite: it holds files, or is not a folder that can be written to.
-    """
+    """An empty folder inside `folder`. At the end its files move up; on an exception they are deleted. `CannotWrite` if
+    it holds files. With `force` it may, and those with the names of new ones are replaced."""
     made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     place = None
     try:

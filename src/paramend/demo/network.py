@@ -5,10 +5,8 @@ import jax
 
 
 class Classifier(nn.Module):
-    """Ten logits from 64 pixels: a first layer, residual blocks of two layers each, and a last layer.
-
-    Flax numbers the layers in the order of their creation: `Dense_0` is the first, `Dense_[-1]` the last.
-    """
+    """Ten logits from 64 pixels: a first layer, residual blocks of two layers each, and a last layer. Flax numbers the
+    layers in the order of their creation: `Dense_0` is the first, `Dense_[-1]` the last."""
 
     blocks: int = 1
     width: int = 64

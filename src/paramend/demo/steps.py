@@ -9,10 +9,9 @@ import optax
 import safetensors.numpy
 
 from paramend.checkpoints.checkpoint import open as open_checkpoint
-from paramend.demo.evidence import data_digest, digest, moved, touched
 from paramend.demo.network import Classifier
 from paramend.demo.patient import Patient, save
-from paramend.demo.step import DemoStep, Outcome, outcome
+from paramend.demo.step import DemoStep, Outcome, data_digest, digest, moved, outcome, touched
 from paramend.demo.twin import twin_logits, twin_of
 from paramend.edits.selection import at, param_count
 from paramend.formats.safetensors import SafetensorsFile

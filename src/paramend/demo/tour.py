@@ -94,19 +94,9 @@ def tour(
     steps: Sequence[DemoStep] = STEPS,
     progress: Callable[[TourRow], object] | None = None,
 ) -> Report:
-    """Train a classifier, run the steps on it, write the files to the folder, and return the report.
-
-    Args:
-        folder: where the files go, all of them at the end.
-        seed: the seed of the split, the initial parameters and the order of the minibatches.
-        force: whether the folder may already hold files.
-        epochs: how many epochs to train.
-        steps: the steps to run.
-        progress: called with each row when its step is done.
-
-    Raises:
-        CannotWrite: the folder holds files, or cannot be written to. Nothing was done.
-    """
+    """Train a classifier, run the steps on it, write all files to the folder at the end, and return the report.
+    `progress` is called with each row when its step is done. `CannotWrite` if the folder holds files and not `force`,
+    or cannot be written to: then nothing was done."""
     began = time.monotonic()
     rows: list[TourRow] = []
     with workplace(folder, force=force) as place:
@@ -114,7 +104,7 @@ def tour(
         for number, step in enumerate(steps, start=1):
             started = time.monotonic()
             outcome = step.run(patient)
-            rows.append(TourRow(number, step, step.code_in(folder), outcome, time.monotonic() - started))
+            rows.append(TourRow(number, step, command_in(step.code, folder), outcome, time.monotonic() - started))
             if progress is not None:
                 progress(rows[-1])
         files = sorted(file.name for file in place.iterdir())

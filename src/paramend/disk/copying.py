@@ -16,24 +16,14 @@ from paramend.disk.sharing import share, shareable
 WINDOW = 1 << 25
 _BUFFER = 1 << 20
 
-_Way = Callable[[int, int, int, int], int]
-
 
 class Copier:
-    """Appends ranges of files to other files in the fastest way that works here; a failed way is not tried again.
-
-    Attributes:
-        shared: of the bytes copied so far, those that a source and its copy share.
-    """
+    """Appends ranges of files to other files in the fastest way that works here; a failed way is not tried again."""
 
     def __init__(self) -> None:
-        self.shared = 0
+        self.shared = 0  # of the bytes copied so far, those that a source and its copy share
         self._apart: set[Path] = set()  # sources whose bytes cannot be shared
-        self._ways: list[_Way] = [_copy_by_hand]
-        if hasattr(os, "sendfile"):
-            self._ways.insert(0, _send)
-        if hasattr(os, "copy_file_range"):
-            self._ways.insert(0, _copy_in_kernel)
+        self._ways = [way for call, way in _WAYS.items() if hasattr(os, call)]
 
     def copy(self, source: int, target: int, start: int, stop: int, *, path: Path) -> Iterator[int]:
         """Append bytes, shared where they can be, and yield the number of each step; `BadCheckpoint` for too few."""
@@ -76,26 +66,19 @@ class Copier:
 _NOT_THIS_WAY = UNSUPPORTED | {errno.EXDEV, errno.EINVAL, errno.EPERM, errno.EBADF, errno.ENOTSOCK, errno.EOVERFLOW}
 
 
-def _copy_in_kernel(source: int, target: int, start: int, count: int) -> int:
-    return os.copy_file_range(source, target, count, offset_src=start)
-
-
-def _send(source: int, target: int, start: int, count: int) -> int:
-    return os.sendfile(target, source, start, count)
-
-
-def _copy_by_hand(source: int, target: int, start: int, count: int) -> int:
-    return put(target, os.pread(source, min(count, _BUFFER), start))
-
+# The call of the system that each needs → the way, the fastest first.
+_WAYS: dict[str, Callable[[int, int, int, int], int]] = {
+    "copy_file_range": lambda source, target, start, n: os.copy_file_range(source, target, n, offset_src=start),
+    "sendfile": lambda source, target, start, count: os.sendfile(target, source, start, count),
+    "pread": lambda source, target, start, count: put(target, os.pread(source, min(count, _BUFFER), start)),
+}
 
 _WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4
 
 
 class WriteBack:
-    """Write-back of a growing file to the disk, window by window, so that the final sync has little left to do.
-
-    Without it, a large copy fills the memory with dirty pages. Where the system lacks the call, it does nothing.
-    """
+    """Write-back of a growing file to the disk, window by window, so that the final sync has little left to do. Without
+    it, a large copy fills the memory with dirty pages. Where the system lacks the call, it does nothing."""
 
     def __init__(self, target: int) -> None:
         self._target = target

@@ -33,11 +33,7 @@ def explained(base: Path) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """Why something failed, in a few words.
-
-    >>> reason(OSError(errno.ENOSPC, "No space left on device"))
-    'the disk is full'
-    """
+    """Why something failed, in a few words."""
     words = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
     if isinstance(error, OSError) and not isinstance(error, ParamendError):
         return words.get(error.errno or 0) or error.strerror or str(error)

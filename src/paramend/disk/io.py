@@ -17,13 +17,7 @@ _STEP = 1 << 26  # some systems refuse or truncate more than 2 GB
 
 
 def put(descriptor: int, data: Bytes, at: int | None = None) -> int:
-    """The number of bytes written: all, at an offset or at the position of the file; `OSError` if the system refused.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryFile() as file:
-    ...     put(file.fileno(), b"abcd"), put(file.fileno(), b"XY", 1), bytes(get(file.fileno(), 0, 4, Path("file")))
-    (4, 2, b'aXYd')
-    """
+    """The number of bytes written: all, at an offset or the position of the file; `OSError` if the system refused."""
     view, done = memoryview(data).cast("B"), 0
     while done < len(view):
         piece = view[done : done + _STEP]
@@ -68,6 +62,17 @@ def reading(path: Path, flags: int = 0) -> Iterator[int]:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
     try:
         yield descriptor
+    finally:
+        release(descriptor)
+
+
+@contextlib.contextmanager
+def durable(path: Path, flags: int = 0) -> Iterator[int]:
+    """The descriptor of a file, open for writing, whose content is durable in the end; a new one is private."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o600)
+    try:
+        yield descriptor
+        os.fsync(descriptor)
     finally:
         release(descriptor)
 

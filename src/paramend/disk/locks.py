@@ -51,17 +51,7 @@ def take(descriptor: int, path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, *, name: Path) -> Iterator[None]:
-    """Hold a lock file, created if it does not exist; `Busy` says that `name` is locked if another program holds it.
-
-    >>> import tempfile
-    >>> lock = Path(tempfile.mkdtemp(), "lock")
-    >>> with locked(lock, name=Path("model.st")), locked(lock, name=Path("model.st")):
-    ...     pass
-    Traceback (most recent call last):
-    paramend.errors.Busy: model.st: another program is writing to it; nothing was changed
-    <BLANKLINE>
-    hint: try again when it is done, or write a new file: -o OUT
-    """
+    """Hold a lock file, created if it does not exist; `Busy` says that `name` is locked if another program holds it."""
     while True:
         mode = path.parent.stat().st_mode & 0o666 | 0o600
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode)

@@ -12,21 +12,14 @@ _ALL, _GROUP = 0o777, 0o070
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Who may do what with a file or directory that is written.
+    """Who may do what with a file or directory that is written."""
 
-    Attributes:
-        mode: the permission bits.
-        asked: whether the bits that the umask of the program takes away are taken away: those of a new file that is
-            made from no other.
-        uid: the owner to give it, if the system allows; -1 for the user of the program.
-        gid: the group to give it, if the system allows; -1 for that of a new file here.
-        gids: the groups whose bits `mode` is made from: another group gets no more than everybody.
-    """
-
-    mode: int
+    mode: int  # the permission bits
+    # Whether the umask of the program takes bits away: from a new file that is made from no other.
     asked: bool = False
-    uid: int = -1
-    gid: int = -1
+    uid: int = -1  # the owner to give it, if the system allows; -1 for the user of the program
+    gid: int = -1  # the group to give it, if the system allows; -1 for that of a new file here
+    # The groups whose bits `mode` is made from: another group gets no more than everybody.
     gids: frozenset[int] = frozenset()
 
     def within(self, mode: int) -> "Access":
@@ -46,15 +39,7 @@ PRIVATE = 0o700
 def access_of(
     made_from: Iterable[os.stat_result], replaced: os.stat_result | None = None, *, new: Access = NEW_FILE
 ) -> Access:
-    """The access of what is made from files: what all of them allow; of what it replaces, it keeps owner and group.
-
-    >>> import tempfile
-    >>> one, other = (Path(tempfile.mkdtemp(), "x") for _ in range(2))
-    >>> one.touch(0o644), one.chmod(0o664), other.touch(0o600), other.chmod(0o640)
-    (None, None, None, None)
-    >>> oct(access_of([one.stat(), other.stat()]).mode), oct(access_of([]).mode)
-    ('0o640', '0o666')
-    """
+    """The access of what is made from files: what all of them allow; of what it replaces, it keeps owner and group."""
     found = list(made_from)
     gids = {status.st_gid for status in found}
     mode, asked = (_ALL, False) if found else (new.mode, new.asked)
@@ -110,10 +95,8 @@ def create_file(path: Path, access: Access) -> int:
 
 
 def settle(path: int | Path, access: Access) -> None:
-    """Give a file or folder its owner, group and permissions, as far as the system allows.
-
-    It was made with those of the program, or narrower ones: what the system refuses leaves it more private.
-    """
+    """Give a file or folder its owner, group and permissions, as far as the system allows. It was made with those of
+    the program, or narrower ones: what the system refuses leaves it more private."""
     now = os.stat(path)  # noqa: PTH116 - of descriptors too
     mode = access.here(now).mode & _ALL
     for uid in dict.fromkeys((access.uid, -1)):

@@ -27,16 +27,9 @@ _NO_LINKS = UNSUPPORTED | {errno.EPERM, errno.EMLINK}
 
 @contextlib.contextmanager
 def published(out: Path, *, force: bool, access: Access, folder: bool = False) -> Iterator[Path]:
-    """A temporary beside `out`, which becomes `out` if the block ends without an exception; otherwise it is removed.
-
-    Args:
-        force: whether something of that name is replaced, in one step.
-        access: who may do what with it. Until it is complete, a directory is private.
-
-    Raises:
-        CannotWrite: the name is taken, or the system refused; if nothing was written, the message says so.
-        Busy: another program is writing it.
-    """
+    """A temporary beside `out`, which becomes `out` if the block ends without an exception; otherwise it is removed. If
+    `force`, something of that name is replaced, in one step. Until it is complete, a directory is private, whatever its
+    `access`. `CannotWrite` says so if nothing was written; `Busy`: another program is writing it."""
     temporary, made, tries = spare(out), None, 1
     try:
         _sweep(out)
@@ -124,11 +117,9 @@ def _prefix(out: Path) -> str:
 
 
 def _create(temporary: Path, access: Access, *, folder: bool) -> tuple[int, Access] | None:
-    """The lock on a new temporary, a descriptor, and its final access; None if it is gone.
-
-    Until it is locked, another writer may take it for a leftover of a killed one, lock it and remove it. Once it is
-    locked and still has its name, it is safe: no other writer can lock it.
-    """
+    """The lock on a new temporary, a descriptor, and its final access; None if it is gone. Until it is locked, another
+    writer may take it for a leftover of a killed one, lock it and remove it. Once it is locked and still has its name,
+    it is safe: no other writer can lock it."""
     if folder:
         temporary.mkdir(access.mode if access.asked else PRIVATE)
         try:

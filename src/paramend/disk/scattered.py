@@ -21,14 +21,7 @@ _MANY = 1 << 10
 
 
 def gather(descriptor: int, ranges: Array, name: Path) -> bytearray:
-    """The bytes of ranges (start, stop) of a file, one after the other; `BadCheckpoint` if it is shorter.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryFile() as file:
-    ...     _ = file.write(b"abcdefghij"), file.flush()
-    ...     bytes(gather(file.fileno(), np.array([[1, 3], [5, 6], [0, 2]]), Path("file")))
-    b'bcfab'
-    """
+    """The bytes of ranges (start, stop) of a file, one after the other; `BadCheckpoint` if it is shorter."""
     data = bytearray(int((ranges[:, 1] - ranges[:, 0]).sum()))
     view = memoryview(data)
     for at, end, group in _groups(ranges, None):
@@ -41,12 +34,9 @@ def gather(descriptor: int, ranges: Array, name: Path) -> bytearray:
 
 
 def scatter(descriptor: int, ranges: Array, data: Bytes, name: Path, leaves: Array | None = None) -> None:
-    """Write bytes into ranges (start, stop) of a file: the first into the first, and so on.
-
-    Args:
-        leaves: the leaf of each range. If there are thousands of them, those of one leaf that are less than a page
-            apart are written together with the bytes between them, which stay.
-    """
+    """Write bytes into ranges (start, stop) of a file: the first into the first, and so on. `leaves` has the leaf of
+    each range. If there are thousands, those of one leaf that are less than a page apart are written together with the
+    bytes between them, which stay."""
     view = memoryview(data).cast("B")
     apart = np.flatnonzero(ranges[1:, 0] != ranges[:-1, 1]) + 1
     if len(apart) + 1 < len(ranges):  # some touch

@@ -19,12 +19,8 @@ _CLONE = getattr(fcntl, "FICLONERANGE", 0x4020940D)
 
 
 def shareable(start: int, stop: int, at: int) -> tuple[int, int]:
-    """The bytes of a range, as (start, stop), that its copy can share: whole blocks, or none, as (stop, stop).
-
-    Args:
-        start: the first byte of the range.
-        stop: the byte after the last.
-        at: where the copy begins in its own file.
+    """The bytes of a range, as (start, stop), that its copy, which begins `at` a byte of its own file, can share: whole
+    blocks, or none, as (stop, stop).
 
     >>> shareable(100, 50_000, 100 + 5 * BLOCK), shareable(100, 50_000, 101)
     ((4096, 49152), (50000, 50000))
@@ -34,18 +30,8 @@ def shareable(start: int, stop: int, at: int) -> tuple[int, int]:
 
 
 def best_start(ranges: Iterable[tuple[int, int, int]], least: int, step: int) -> int:
-    """Where a section of a file should begin so that most of its bytes can be shared: the first such place.
-
-    Args:
-        ranges: what is copied into the section, as (start, stop, where the copy begins within the section).
-        least: the first place where it can begin.
-        step: it can only begin a multiple of so many bytes after that; a divisor of the block.
-
-    >>> best_start([(4104, 50_000, 0), (50_016, 90_000, 60_000)], 128, step=8)
-    4104
-    >>> best_start([(4104, 5000, 0)], 128, step=8)  # less than a few blocks
-    128
-    """
+    """Where a section of a file should begin so that most of its bytes can be shared: the first such place from `least`
+    on, in steps of a divisor of the block. Ranges are (start, stop, where the copy begins within the section)."""
     gains = Counter({least % BLOCK: 0})
     for start, stop, at in ranges:
         low, high = shareable(start, stop, start)

@@ -250,6 +250,7 @@ DEFINITIONS: Mapping[str, Any] = {
 NUMBER = Value("a number", read_number, {"$ref": "#/$defs/number"}, scalar=True, example="0.5")
 BOUND = replace(NUMBER, says="a bound", scalar=False)  # in Python also None
 ARRAY = Value("a list of numbers", _array, _ARRAY_SCHEMA, array=True)
+DIRECTION = replace(ARRAY, says="a direction, a list of numbers as long as one of the last two axes")
 OPERAND = Value(
     "a number or a list of numbers", _numbers, {"anyOf": [NUMBER.schema, _ARRAY_SCHEMA]}, array=True, example="0.5"
 )
@@ -290,6 +291,7 @@ REQUANTIZE = Value(
 _INTEGERS = {"anyOf": [{"type": "array", "items": {"type": "integer"}}, {"type": ["integer", "string"]}]}
 SIZES = Value("the length of each part along the axis", _integers, _INTEGERS, example="2,4")
 AXIS = Value("an axis, counted from 0 or, with a minus, from the end", _integer, {"type": "integer"}, example="0")
+ALONG = AXIS.named("the axis that it is along; by default, the one of its length among the last two", "0")
 AXES = Value("for each new axis, the old one", _integers, _INTEGERS, example="1,0")
 NEW_SHAPE = Value("a shape of as many elements, in which one length may be -1", _new_shape, _INTEGERS, example="4,-1")
 PLACES = Value(

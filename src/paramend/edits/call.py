@@ -9,6 +9,7 @@ import numpy as np
 
 from paramend.arrays.backend import Backend
 from paramend.arrays.initializers import Site
+from paramend.arrays.lowrank import LowRank, Product
 from paramend.arrays.registry import backend, backend_of
 from paramend.edits.arguments import Args, Value, shown
 from paramend.edits.checks import check_scalar
@@ -35,7 +36,7 @@ class Op:
         parameters: the names of its arguments.
         run: (backend, array, args, place) → a new array.
         check: (spec, args) → the spec after it; raises if the edit makes no sense. None if it always does.
-        slot: for edits that jax.numpy's `.at[index]` has too: args → (its method, its argument).
+        slot: for edits that jax.numpy's `.at[index]` has too: args → (its method, its argument), or None.
         losses: for edits that a dtype may be too narrow for: how many values it could not hold.
         reads: whether the result depends on the old values; if not, an engine need not read them.
         keeps_spec: whether shape and dtype stay, so that the edit can be done in place.
@@ -49,6 +50,7 @@ class Op:
         moves: for edits that only move elements: (origin, args) → the origin after it, whose bytes are copied.
         bytewise: whether it moves stored bytes and takes them for no values, so that it is right for the codes and
             scales of quantised weights, too.
+        product: for edits that add a product of low rank: (spec, args) → the product, or None.
     """
 
     name: str
@@ -56,7 +58,7 @@ class Op:
     parameters: tuple[str, ...]
     run: Run
     check: Check | None = None
-    slot: Callable[[Args], tuple[str, Any]] | None = None
+    slot: Callable[[Args], tuple[str, Any] | None] | None = None
     losses: Losses | None = None
     reads: bool = True
     keeps_spec: bool = True
@@ -69,6 +71,7 @@ class Op:
     also: tuple[str, ...] = ()
     moves: Moves | None = None
     bytewise: bool = False
+    product: Callable[[Spec, Args], Product | None] | None = None
 
     def __repr__(self) -> str:
         return f"<op {self.name}>"
@@ -86,6 +89,11 @@ class Op:
     def arguments(self) -> dict[str, Value]:
         """The kind of each argument by its name; empty if arguments can only be code."""
         return {} if self.code else dict(zip(self.parameters, self.takes, strict=True))
+
+    @property
+    def array(self) -> str:
+        """The name of the argument that may be an array, also from a file; "" if there is none."""
+        return next((name for name, value in self.arguments.items() if value.array), "")
 
     @property
     def checks(self) -> bool:
@@ -158,11 +166,17 @@ class Call:
     index: Any = None
     coding: Coding | None = None
 
+    def __post_init__(self) -> None:
+        value = self.args.get("value")
+        if type(value) is tuple and len(value) == 2 and all(getattr(each, "ndim", 0) > 1 for each in value):
+            object.__setattr__(self, "args", {**self.args, "value": LowRank(*value)})
+
     def __str__(self) -> str:
-        said = {name: _short(self.args[name]) for name in self.op.parameters if name in self.args}
-        rule = said.pop("requantize", "'amax'")
-        more = [] if rule == "'amax'" else [f"requantize={rule}"]
-        return f"{self.op.name}({', '.join([*said.values(), *more])})"
+        given = {name: self.args[name] for name in self.op.parameters if name in self.args}
+        default = {name for name, value in given.items() if value is None and name in self.op.optional}
+        rule = given.pop("requantize", "amax")
+        said = [_short(value) for name, value in given.items() if name not in default]
+        return f"{self.op.name}({', '.join([*said, *([] if rule == 'amax' else [f'requantize={rule!r}'])])})"
 
     def __repr__(self) -> str:
         return f"<call {self}>"
@@ -186,8 +200,9 @@ class Call:
         library = backend(x)
         if self.index is None:
             return self.op.run(library, x, self.args, place)
-        if self.op.slot is not None:
-            verb, value = self.op.slot(self.args)
+        slot = self.op.slot and self.op.slot(self.args)
+        if slot:
+            verb, value = slot
             return library.put(x, self.index, verb, native(library, value))
         part = self.op.run(library, library.get(x, self.index), self.args, place)
         return library.put(x, self.index, "set", part)
@@ -208,6 +223,8 @@ class _Said(str):
 def _short(value: Any) -> str:
     if isinstance(value, _PLAIN):
         return repr(value)
+    if isinstance(value, LowRank):
+        return " @ ".join(map(_short, value))
     if isinstance(value, Origin):  # a leaf of another file
         return str(value.spec)
     if backend_of(type(value)) is None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from paramend.arrays import initializers
+from paramend.arrays.lowrank import LowRank
 from paramend.arrays.registry import backend, backend_of
 from paramend.edits.arguments import Args, shown
 from paramend.errors import BadArgument, SpecMismatch
@@ -19,8 +20,8 @@ def _is_scalar(value: Any) -> bool:
     return isinstance(value, bool | int | float | complex | np.generic) or getattr(value, "shape", None) == ()
 
 
-def _concrete(value: Any) -> Any:
-    """A scalar as a numpy array, or None while it is traced."""
+def concrete(value: Any) -> Any:
+    """A number or an array as one of numpy; None while it is traced."""
     try:
         return np.asarray(value if backend_of(type(value)) is None else backend(value).numpy(value))
     except Exception:
@@ -31,7 +32,7 @@ _RANK = {"bool": 0, "int": 1, "float": 2, "complex": 3}
 
 
 def _fits(value: Any, spec: Spec, what: str) -> None:
-    number = _concrete(value)
+    number = concrete(value)
     if number is None or spec.kind == "other":
         return
     with np.errstate(all="ignore"), warnings.catch_warnings():
@@ -131,6 +132,8 @@ def _spec_of(value: Any, takes: str) -> Spec:
 def check_arithmetic(spec: Spec, args: Args) -> Spec:
     """The operand must broadcast to the leaf, and must not change its dtype."""
     value = args["value"]
+    if isinstance(value, LowRank):
+        return _check_product(spec, value)
     if spec.kind == "bool":
         raise SpecMismatch("a bool leaf cannot be added to or multiplied", hint=".fill(True) or .set(array)")
     if _is_scalar(value):
@@ -150,6 +153,23 @@ def check_arithmetic(spec: Spec, args: Args) -> Spec:
     return spec
 
 
+def _check_product(spec: Spec, factors: LowRank) -> Spec:
+    """The product must have the shape of the leaf, which must hold floats."""
+    b, a = (_spec_of(each, "a factor is an array") for each in factors)
+    try:
+        batch = np.broadcast_shapes(b.shape[:-2], a.shape[:-2])
+    except ValueError:
+        batch = (-1,)
+    if b.shape[-1] != a.shape[-2] or (*batch, b.shape[-2], a.shape[-1]) != spec.shape:
+        raise SpecMismatch(f"the leaf is {spec}, and {b} @ {a} has not its shape")
+    if spec.kind != "float" or {b.kind, a.kind} - {"float", "int"}:
+        raise SpecMismatch(
+            f"a product of low rank is added to floats, and {b} @ {a} would be added to {spec}",
+            hint='pm.sel(...).where(dtype="float")',
+        )
+    return spec
+
+
 def _check_float(spec: Spec, args: Args) -> Spec:
     if spec.kind != "float":
         raise SpecMismatch(f"random values are floats, and the leaf is {spec}", hint='pm.sel(...).where(dtype="float")')
@@ -158,7 +178,7 @@ def _check_float(spec: Spec, args: Args) -> Spec:
 
 def check_noise(spec: Spec, args: Args) -> Spec:
     """The leaf must hold floats, `std` must not be negative, and the seed must be one."""
-    if _concrete(args["std"]) is not None and float(args["std"]) < 0:
+    if concrete(args["std"]) is not None and float(args["std"]) < 0:
         raise BadArgument(f"std={args['std']!r} is negative")
     _check_seed(args.get("seed", 0))
     return _check_float(spec, args)
@@ -212,7 +232,7 @@ def _number(value: Any, name: str) -> int | float | None:
     if value is None:
         return None
     check_scalar("clip", name, value)
-    array = _concrete(value)
+    array = concrete(value)
     if array is None:
         return None
     if np.iscomplexobj(array):

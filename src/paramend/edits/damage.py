@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from paramend.arrays import losses
+from paramend.arrays.lowrank import LowRank
 from paramend.arrays.registry import backend, backend_of, to_numpy
 from paramend.edits.arguments import Args
 from paramend.leaves.origins.origin import Origin
@@ -49,6 +50,8 @@ def of_cast(before: Array, after: Array, args: Args) -> tuple[int, int]:
 
 def of_sum(before: Array, after: Array, args: Args) -> tuple[int, int]:
     """What an addition did."""
+    if isinstance(args["value"], LowRank):
+        return of_shift(before, after, args)
     return losses.overflow("add", before, _operand(args, before), after), 0
 
 
@@ -57,8 +60,8 @@ def of_product(before: Array, after: Array, args: Args) -> tuple[int, int]:
     return losses.overflow("multiply", before, _operand(args, before), after), 0
 
 
-def of_noise(before: Array, after: Array, args: Args) -> tuple[int, int]:
-    """What added noise did."""
+def of_shift(before: Array, after: Array, args: Args) -> tuple[int, int]:
+    """What was done by adding finite numbers."""
     return losses.overflow("add", before, np.zeros((), before.dtype), after), 0
 
 

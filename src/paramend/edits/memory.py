@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from paramend.arrays.initializers import NOWHERE, Site
+from paramend.arrays.lowrank import LowRank
 from paramend.arrays.registry import backend, backend_of, to_numpy
 from paramend.edits.call import Call, explained
 from paramend.edits.damage import Damage, of_call, said
@@ -73,7 +74,9 @@ class Memory(Tree, Editable):
         """Whether an operand shares memory with one of several leaves that change."""
         if len(calls) < 2:
             return False
-        operands = {id(value): value for call in calls.values() for value in call.args.values()}
+        given = [value for call in calls.values() for value in call.args.values()]
+        given += [factor for value in given if isinstance(value, LowRank) for factor in value]
+        operands = {id(value): value for value in given}
         arrays = [value for value in operands.values() if backend_of(type(value)) is not None]
         written = [self.values[number] for number in calls] if arrays else []
         memories = {at: backend(each).memory(each) for at, each in enumerate((*arrays, *written))}
@@ -112,7 +115,7 @@ class Memory(Tree, Editable):
         library = backend_of(type(self.values[number]))
         return library is None or library.abstract(self.values[number]) or library.traced(self.values[number])
 
-    def beside(self, values: Any, number: int) -> Any:
+    def as_given(self, values: Any, number: int) -> Any:
         return backend(self.values[number]).beside(values, self.values[number])
 
     def regrouped(self, groups: Sequence[Group], *, close_up: bool = True) -> Any:

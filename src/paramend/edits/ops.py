@@ -6,13 +6,16 @@ from functools import wraps
 from inspect import signature
 from typing import Any, Concatenate, Generic, Literal, ParamSpec, SupportsIndex, TypeAlias, TypeVar
 
+from paramend.arrays.lowrank import LowRank, product_of
 from paramend.edits import checks, damage, hands, moves, runs
 from paramend.edits.arguments import (
+    ALONG,
     ARRAY,
     AXES,
     AXIS,
     BOUND,
     DEVIATION,
+    DIRECTION,
     DTYPE,
     INITIALIZER,
     NEW_SHAPE,
@@ -26,6 +29,7 @@ from paramend.edits.arguments import (
     Value,
 )
 from paramend.edits.call import Check, Op, Run
+from paramend.edits.directions import check_projection, projection
 from paramend.leaves.origins.stored import Zeros
 from paramend.leaves.specs import AnyArray, DtypeLike, Scalar, Seed
 
@@ -200,20 +204,62 @@ class Edits(Generic[T]):
     @edit(
         "the operand is added, in the dtype of the leaf",
         check=checks.check_arithmetic,
-        run=lambda library, x, args, place: library.add(x, runs.native(library, args["value"])),
-        slot=lambda args: ("add", args["value"]),
+        run=runs.add,
+        slot=lambda args: None if isinstance(args["value"], LowRank) else ("add", args["value"]),
+        product=lambda spec, args: product_of(args["value"], spec) if isinstance(args["value"], LowRank) else None,
         losses=damage.of_sum,
         takes=(OPERAND,),
         also=("plus", "sum"),
     )
-    def add(self, value: Scalar | AnyArray, *, requantize: Requantize = "amax") -> T:
+    def add(self, value: Scalar | AnyArray | tuple[AnyArray, AnyArray], *, requantize: Requantize = "amax") -> T:
         """The tree with a scalar or a broadcastable array added to the selected leaves, in their dtype.
+
+        A pair `(B, A)` of matrices, or stacks of them, adds `B @ A`, which must have the shape of the leaf: in float32,
+        in float64 for leaves of float64, rounded once. On disk the product is never whole.
 
         >>> pm.at({"w": np.zeros(2)}, "w").add(1.5)
         {'w': array([1.5, 1.5])}
         """
 
     add_ = in_place(add)
+
+    @edit(
+        "the share along a direction is taken out",
+        check=check_projection,
+        run=runs.project_out,
+        product=projection,
+        losses=damage.of_shift,
+        takes=(DIRECTION, NUMBER.named("how much of it: 1 is all", "1"), ALONG),
+        also=("project-out", "orthogonalize"),
+        chunks=False,
+    )
+    def project_out(
+        self,
+        direction: AnyArray,
+        strength: Scalar = 1.0,
+        axis: SupportsIndex | None = None,
+        *,
+        requantize: Requantize = "amax",
+    ) -> T:
+        """The tree with a direction taken out of the selected leaves (Arditi et al., 2024): W - strength * r (r^T W),
+        for the unit vector r, in each matrix of a stack. It is computed and rounded as the product that `add` takes.
+
+        Args:
+            direction: a vector, which is not zero.
+            strength: 1 takes all of it, 0.5 half.
+            axis: the axis that it is along; by default, the one of the last two that has its length.
+
+        Raises:
+            BadArgument: the direction is zero, or not finite.
+            SpecMismatch: neither axis has its length, or both; or a leaf does not hold floats.
+
+        >>> pm.at({"w": np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])}, "w").project_out([0, 1, 0])
+        {'w': array([[1., 2.],
+               [0., 0.],
+               [5., 6.]])}
+        """
+
+    project_out_ = in_place(project_out)
 
     @edit(
         "every element is multiplied, in the dtype of the leaf",
@@ -263,14 +309,7 @@ class Edits(Generic[T]):
 
     clip_ = in_place(clip)
 
-    @edit(
-        "the leaf becomes fn(leaf)",
-        check=checks.check_apply,
-        run=runs.apply,
-        chunks=False,
-        arithmetic=False,
-        placed=True,
-    )
+    @edit("the leaf becomes fn(leaf)", runs.apply, checks.check_apply, chunks=False, arithmetic=False, placed=True)
     def apply(
         self, fn: Callable[[AnyArray], AnyArray], *, keep_spec: bool = True, requantize: Requantize = "amax"
     ) -> T:
@@ -312,7 +351,7 @@ class Edits(Generic[T]):
         "normal noise of a standard deviation is added",
         check=checks.check_noise,
         run=runs.noise,
-        losses=damage.of_noise,
+        losses=damage.of_shift,
         placed=True,
         takes=(DEVIATION, SEED),
     )
@@ -357,12 +396,7 @@ class Edits(Generic[T]):
 
     reinit_ = in_place(reinit)
 
-    @edit(
-        "the axes get another order",
-        takes=(AXES,),
-        also=("swapaxes", "T"),
-        **moving(moves.transposed),
-    )
+    @edit("the axes get another order", takes=(AXES,), also=("swapaxes", "T"), **moving(moves.transposed))
     def transpose(self, axes: Sequence[SupportsIndex]) -> T:
         """The tree with the axes of the selected leaves in another order, as by `numpy.transpose`.
 

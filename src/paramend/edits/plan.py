@@ -11,6 +11,7 @@ import numpy as np
 
 from paramend.anatomy.documents import Change, Document
 from paramend.arrays.initializers import NOWHERE, Site
+from paramend.arrays.lowrank import LowRank
 from paramend.arrays.registry import backend_of, to_numpy
 from paramend.edits.call import Call, Coding, explained
 from paramend.edits.damage import Damage, said
@@ -21,6 +22,7 @@ from paramend.leaves.described import Described
 from paramend.leaves.leaves import Index, Leaves, keys_of, plain, uncollected
 from paramend.leaves.names import by_name
 from paramend.leaves.origins.origin import Origin
+from paramend.leaves.origins.stored import Stored
 from paramend.leaves.origins.texts import shortened
 from paramend.leaves.paths import Label, labels, natural, write_path
 from paramend.leaves.specs import Spec
@@ -445,7 +447,15 @@ def _settled(edit: Call) -> Call:
             "an initializer function (key, shape, dtype) needs a JAX leaf, and leaves on disk are numpy arrays",
             hint='.reinit("lecun_normal")',
         )
-    value = edit.args.get("value")
-    if type(value) is not np.ndarray and backend_of(type(value)) is not None:
-        edit = replace(edit, args={**edit.args, "value": to_numpy(value)})
-    return edit
+    arrays = {name: edit.args[name] for name in ("value", "direction") if name in edit.args}
+    held = {name: _held(value, lazy=name == "value") for name, value in arrays.items()}
+    return replace(edit, args={**edit.args, **held})
+
+
+def _held(value: Any, lazy: bool = False) -> Any:
+    """A value with numpy arrays in place of those of other libraries and, unless it is lazy, of leaves of files."""
+    if isinstance(value, LowRank):
+        return LowRank(*map(_held, value))
+    if isinstance(value, Stored):
+        return value if lazy else value.read()
+    return value if type(value) is np.ndarray or backend_of(type(value)) is None else to_numpy(value)

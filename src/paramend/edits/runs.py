@@ -3,11 +3,14 @@
 from typing import Any
 
 from paramend.arrays import initializers
+from paramend.arrays import numpy as numpy_backend
 from paramend.arrays.backend import Backend
 from paramend.arrays.initializers import Site
+from paramend.arrays.lowrank import LowRank, added_to, product_of, widened
 from paramend.arrays.registry import backend, backend_of
 from paramend.edits.arguments import Args
-from paramend.edits.checks import bounds, is_key
+from paramend.edits.checks import bounds, concrete, is_key
+from paramend.edits.directions import along, projection
 from paramend.errors import SpecMismatch, Unsupported
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.specs import dtype_name, numpy_dtype
@@ -25,6 +28,37 @@ def native(library: Backend, value: Any) -> Any:
 def set(library: Backend, x: Any, args: Args, place: Site) -> Any:
     """The array in place of the leaf."""
     return library.like(native(library, args["value"]), x)
+
+
+def add(library: Backend, x: Any, args: Args, place: Site) -> Any:
+    """The leaf with the operand added."""
+    value = args["value"]
+    if not isinstance(value, LowRank):
+        return library.add(x, native(library, value))
+    if library is numpy_backend:
+        factors = LowRank(*(native(library, each) for each in value))
+        return library.like(added_to(x, product_of(factors, library.spec(x))), x)
+    wide, b, a = _wide(library, x, *value)
+    return library.like(library.cast(wide + library.matmul(b, a), library.spec(x).dtype), x)
+
+
+def project_out(library: Backend, x: Any, args: Args, place: Site) -> Any:
+    """The leaf without its share along a direction."""
+    spec = library.spec(x)
+    if library is numpy_backend:
+        return library.like(added_to(x, projection(spec, args)), x)
+    unit, axis = along(spec, args)
+    wide, r = _wide(library, x, unit.reshape(-1, *[1] * (spec.ndim - 1 - axis)))
+    share = native(library, args.get("strength", 1.0)) * (wide * r).sum(axis, keepdims=True)
+    return library.like(library.cast(wide - r * share, spec.dtype), x)
+
+
+def _wide(library: Backend, x: Any, *operands: Any) -> list[Any]:
+    """The leaf and operands, beside it, in the dtype in which they are computed with."""
+    dtype = widened(library.spec(x).dtype)
+    known = [(each, concrete(each)) for each in operands]  # traced ones are not known
+    here = (each if held is None else library.beside(held.astype(dtype), x) for each, held in known)
+    return [library.cast(each, dtype) for each in (x, *here)]
 
 
 def clip(library: Backend, x: Any, args: Args, place: Site) -> Any:

@@ -14,7 +14,7 @@ from paramend.leaves.leaves import Editable
 from paramend.leaves.rules import Codec
 from paramend.leaves.specs import AnyArray, AnyTree, Slice
 from paramend.reports import wording
-from paramend.selectors.selector import SelectorLike, resolve, sel, slice_of
+from paramend.selectors.selector import SelectorLike, sel, slice_of
 from paramend.selectors.slices import read_slice, write_index
 from paramend.trees.lookup import is_torch_module
 
@@ -212,7 +212,7 @@ def _typed(args: Mapping[str, Any]) -> str:
     >>> _typed({"std": 0.1, "seed": 0}), _typed({"value": np.ones(2)})
     ('0.1, seed=0', 'value')
     """
-    plain = (bool, int, float, complex, str)
+    plain = (bool, int, float, complex, str, type(None))
     texts = {name: repr(value) if isinstance(value, plain) else name for name, value in args.items()}
     return ", ".join(f"{name}={text}" if at else text for at, (name, text) in enumerate(texts.items()))
 
@@ -273,7 +273,7 @@ def labels(tree: AnyTree, groups: Mapping[str, SelectorLike]) -> AnyTree:
     >>> labels({"a": np.ones(1), "b": np.ones(1)}, {"frozen": "a", "train": "**"})
     {'a': 'frozen', 'b': 'train'}
     """
-    leaves = editable(tree)
+    leaves = weighed(editable(tree))
     if not isinstance(groups, Mapping) or not all(isinstance(label, str) for label in groups):
         raise BadArgument(
             f"labels takes a dict from labels to selectors, and this is {shown(groups)}",
@@ -281,7 +281,7 @@ def labels(tree: AnyTree, groups: Mapping[str, SelectorLike]) -> AnyTree:
         )
     found: dict[int, str] = {}
     for label, selector in groups.items():
-        for number in resolve(selector, leaves):
+        for number in chosen(selector, leaves):
             for twin in leaves.twins(number):
                 found.setdefault(twin, label)
     left = [leaves.index.path(number) for number in leaves.index.numbers if number not in found]
@@ -302,11 +302,11 @@ def param_count(tree: AnyTree, selector: SelectorLike = "**") -> int:
     >>> param_count({"kernel": np.ones((3, 4)), "bias": np.ones(4)}), param_count({"w": np.ones(2)}, "w")
     (16, 2)
     """
-    leaves = editable(tree)
-    chosen, index = slice_of(sel(selector))
+    leaves = weighed(editable(tree))
+    whole, index = slice_of(sel(selector))
     if not leaves.index.numbers and selector == "**":
         return 0
-    specs = [leaves.spec(number) for number in resolve(chosen, leaves)]
+    specs = [leaves.spec(number) for number in chosen(whole, leaves)]
     if index is None:
         return sum(spec.size for spec in specs)
     return sum(type(spec)(sliced_shape(spec.shape, index), spec.dtype).size for spec in specs)

@@ -134,7 +134,7 @@ class Weights(Editable):
         if number not in self.groups:
             return self.stored.read(number)
         weight = self.weight(number)
-        return weight.read() if isinstance(weight, Own) else self.stored.beside(weight.origin().read(), number)
+        return weight.read() if isinstance(weight, Own) else self.stored.as_given(weight.origin().read(), number)
 
     def fetch(self, number: int, index: Any = None) -> Any:
         if number not in self.groups:

@@ -7,16 +7,7 @@ from paramend.selectors.selector import Both, Rest, Selector, SelectorLike, Unio
 
 
 def chosen(selector: SelectorLike, old: Leaves, new: Leaves) -> tuple[set[int], set[int]]:
-    """The leaves that a selector finds on either side, by their first numbers.
-
-    Raises:
-        NoMatch: it matches nothing on either side, or a part of it does not.
-
-    >>> from paramend.trees.tree import Tree
-    >>> old, new = Tree({"a": np.ones(1), "b": np.ones(1)}), Tree({"a": np.ones(1), "c": np.ones(1)})
-    >>> chosen(~sel("c"), old, new)
-    ({0, 1}, {0})
-    """
+    """The leaves that a selector finds on either side, by their first numbers."""
     missing: tuple[list[ParamendError | None], list[ParamendError | None]] = ([], [])
     first, second = (_found(sel(selector), leaves, errors) for leaves, errors in zip((old, new), missing, strict=True))
     for one, other in zip(*missing, strict=True):

@@ -50,11 +50,7 @@ class Pair:
         return hindrance(self.old, self.a) or hindrance(self.new, self.b)
 
     def streams(self) -> tuple[Stream, Stream]:
-        """The streams of both.
-
-        Raises:
-            Unsupported: the values of one are not available, or are packed on one side only.
-        """
+        """The streams of both."""
         a, b = stream_of(self.old, self.a), stream_of(self.new, self.b)
         if a.size != b.size or (a.dtype is None) != (b.dtype is None):
             raise Unsupported(
@@ -120,11 +116,7 @@ _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 
 def same_bytes(a: Array, b: Array) -> bool:
-    """Whether two arrays, contiguous and of one length in bytes, are equal bit by bit.
-
-    >>> same_bytes(np.array([np.nan]), np.array([np.nan])), same_bytes(np.array([0.0]), np.array([-0.0]))
-    (True, False)
-    """
+    """Whether two arrays, contiguous and of one length in bytes, are equal bit by bit."""
     if a.nbytes < _SMALL:
         return a.tobytes() == b.tobytes()
     # Unlike comparisons in numpy or of bytes, ctypes lets other threads run and allocates nothing.

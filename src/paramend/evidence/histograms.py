@@ -15,19 +15,8 @@ BINS = 48
 
 
 def histograms(streams: Mapping[str, tuple[Stream, ...]], bins: int = BINS) -> dict[str, Histogram]:
-    """The histograms of the finite values of some leaves; leaves without such values are left out.
-
-    Args:
-        streams: a stream for each leaf, or two of one size to compare.
-        bins: the number of bins of equal width, from the least value to the greatest.
-
-    >>> from paramend.evidence.streams import stream_of
-    >>> from paramend.trees.tree import Tree
-    >>> tree = Tree([np.array([0.0, 1.0, 1.0, 4.0]), np.array([2.0, 2.0, np.nan, 4.0])])
-    >>> found = histograms({"w": (stream_of(tree, 0), stream_of(tree, 1))}, bins=4)["w"]
-    >>> found.low, found.high, found.before, found.after
-    (0.0, 4.0, [1, 2, 0, 1], [0, 0, 2, 1])
-    """
+    """The histograms of the finite values of some leaves, with bins of equal width; leaves without such values are left
+    out. Each leaf has a stream, or two of one size to compare."""
     names = list(streams)
     bounds = [(math.inf, -math.inf)] * len(names)
     for span, (low, high) in looked(enumerate(streams.values()), _bounds):

@@ -35,14 +35,7 @@ MEASURES = tuple(field.name for field in fields(Measures))
 
 
 class Tally:
-    """The measures of values that come in parts; the order of the parts does not change the result.
-
-    >>> tally = Tally()
-    >>> tally.add(np.array([3.0, np.nan]))
-    >>> tally.add(np.array([4], "int8"))
-    >>> tally.measures().norm
-    5.0
-    """
+    """The measures of values that come in parts; the order of the parts does not change the result."""
 
     def __init__(self) -> None:
         self.low, self.high = math.inf, -math.inf

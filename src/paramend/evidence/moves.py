@@ -17,10 +17,8 @@ Side = tuple[Leaves, int]
 
 
 def moves(old: Leaves, gone: Sequence[int], new: Leaves, come: Sequence[int], comparer: Comparer) -> dict[int, int]:
-    """The removed leaves that were added again with the same spec and bytes, as old number → new number.
-
-    Where several hold the same bytes, as zero biases do, those whose names have most in common are paired.
-    """
+    """The removed leaves that were added again with the same spec and bytes, as old number → new number. Where several
+    hold the same bytes, as zero biases do, those whose names have most in common are paired."""
     groups: dict[tuple[Spec, bytes], list[Side]] = {}
     specs = {old.spec(number) for number in gone} & {new.spec(number) for number in come}
     for leaves, numbers in ((old, gone), (new, come)):

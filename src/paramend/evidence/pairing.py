@@ -11,33 +11,17 @@ Name = tuple[tuple[str, ...], int]
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """A leaf on either side, or on both.
+    """A leaf on either side, or on both."""
 
-    Attributes:
-        a: its first number in the old tree; None if it was added.
-        b: its first number in the new tree; None if it was removed.
-        path: its path in the new tree; for a removed leaf, in the old one.
-        also: its other paths.
-    """
-
-    a: int | None
-    b: int | None
-    path: str
-    also: tuple[str, ...] = ()
+    a: int | None  # its first number in the old tree; None if it was added
+    b: int | None  # its first number in the new tree; None if it was removed
+    path: str  # its path in the new tree; for a removed leaf, in the old one
+    also: tuple[str, ...] = ()  # its other paths
 
 
 def matches(old: Leaves, new: Leaves) -> list[Match]:
-    """The leaves of two trees paired by name, in the order of the old tree; added leaves come last.
-
-    `fc.weight` in a state dict is fc → weight in a module. A leaf with several paths is looked for under all of them.
-
-    >>> import numpy as np
-    >>> from paramend.trees.tree import Tree
-    >>> for match in matches(Tree({"fc.weight": np.ones(1), "x": np.ones(1)}), Tree({"fc": {"weight": np.ones(1)}})):
-    ...     print(match.path, match.a, match.b)
-    fc/weight 0 0
-    x 1 None
-    """
+    """The leaves of two trees paired by name, in the order of the old tree; added leaves come last. `fc.weight` in a
+    state dict is fc → weight in a module. A leaf with several paths is looked for under all of them."""
     before, after = _named(old), _named(new)
     kept = {_one(old, number) for name, number in before.items() if name in after}
     known = {_one(new, number) for name, number in after.items() if name in before}

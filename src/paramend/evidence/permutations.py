@@ -20,13 +20,7 @@ _LIMIT = 64 << 20  # bytes of a leaf that is read whole where its file cannot be
 
 
 def transposed(pair: Pair) -> tuple[int, ...] | None:
-    """The order of axes for which b is `a.transpose(order)`, bit by bit, other than that of a; None if there is none.
-
-    >>> from paramend.trees.tree import Tree
-    >>> a = np.arange(6.0).reshape(2, 3)
-    >>> transposed(Pair(Tree([a]), 0, Tree([a.T.copy()]), 0))
-    (1, 0)
-    """
+    """An order of axes, not that of a, for which b is `a.transpose(order)`, bit for bit; None if there is none."""
     one, two = pair.old.spec(pair.a), pair.new.spec(pair.b)
     ndim = len(one.shape)
     if one.dtype != two.dtype or sorted(one.shape) != sorted(two.shape) or not 2 <= ndim <= _AXES or not one.size:

@@ -26,12 +26,8 @@ _WAITING = 4  # batches in flight: their arrays are in memory
 
 
 def looked(tasks: Iterable[Task], look: Callable[["Span", Desk], R]) -> Iterator[tuple["Span", R]]:
-    """The result of `look` for each span of the streams of some tasks, in order.
-
-    Args:
-        tasks: the number of each task and its streams, of one size.
-        look: a function of a span, called on any thread.
-    """
+    """The result of `look`, called on any thread, for each span of the streams of some tasks, in order. The streams of
+    a task are of one size."""
     turn = threading.Lock()
 
     def run(batch: Sequence[Span]) -> list[tuple[Span, R]]:
@@ -92,11 +88,7 @@ def _batches(tasks: Iterable[Task]) -> Iterator[Sequence[Span]]:
 
 
 def _spread(pieces: Iterable[T], run: Callable[[T], R]) -> Iterator[R]:
-    """The result of `run` for each piece, in order. Pieces are made as they are needed.
-
-    >>> list(_spread(range(5), lambda n: n * n))
-    [0, 1, 4, 9, 16]
-    """
+    """The result of `run` for each piece, in order. Pieces are made as they are needed."""
     coming = iter(pieces)
     first = list(islice(coming, 2))
     if len(first) < 2:

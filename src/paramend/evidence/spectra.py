@@ -32,20 +32,8 @@ class Spectrum:
 
 
 def spectrum(stream: Stream, *, out_first: bool) -> Spectrum:
-    """The spectrum of a leaf with two or more axes, as a matrix of output units by inputs.
-
-    Args:
-        stream: the leaf.
-        out_first: whether the output units are the first axis, as in torch, or the last one. All other axes, such as
-            those of a convolution, are flattened into one.
-
-    >>> from paramend.evidence.streams import stream_of
-    >>> from paramend.trees.tree import Tree
-    >>> stream = stream_of(Tree([np.array([[3.0, 0, 0], [0, 0, 4]])]), 0)
-    >>> found = spectrum(stream, out_first=False)
-    >>> round(found.spectral_norm, 6), found.units, found.dead
-    (4.0, 3, 1)
-    """
+    """The spectrum of a leaf with two or more axes, as a matrix of output units by inputs. Output units are the first
+    axis or, if not `out_first`, the last; all others are flattened into one."""
     shape = stream.spec.shape
     matrix = _Matrix(stream, shape[0] if out_first else math.prod(shape[:-1]))
     alive, finite = matrix.survey(rows=out_first)

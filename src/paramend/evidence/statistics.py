@@ -131,12 +131,7 @@ class StatsReport(Paged):
 
 
 def together(rows: Sequence[StatsRow]) -> dict[str, Any]:
-    """The measures of several leaves as if they were one.
-
-    >>> rows = [StatsRow("a", (1,), "float32", 4, mean=1.0, std=0.0, norm=1.0, zeros=0), StatsRow("b", (0,), "int8", 0)]
-    >>> together(rows)["mean"], together(rows)["norm"], together(rows)["min"]
-    (1.0, 1.0, None)
-    """
+    """The measures of several leaves as if they were one."""
     full = [row for row in rows if row.mean is not None and row.std is not None and row.norm is not None]
     count = sum(row.finite for row in full)
     mean = math.fsum(row.finite * (row.mean or 0.0) / count for row in full) if full else None
@@ -158,9 +153,5 @@ def _spectral(rows: Sequence[StatsRow]) -> tuple[str, str, str]:
 
 
 def shown(value: float | int | None) -> str:
-    """A figure as a cell of a table.
-
-    >>> shown(None), shown(1234), shown(0.123456)
-    ('-', '1,234', '0.1235')
-    """
+    """A figure as a cell of a table."""
     return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

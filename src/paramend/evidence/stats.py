@@ -82,14 +82,7 @@ def stats(
 
 
 def measured(leaves: Any, numbers: Sequence[int], meter: Meter) -> dict[int, Measures | str]:
-    """The measures of each leaf, or the reason why its values are not available or not numbers.
-
-    >>> from paramend.trees.tree import Tree
-    >>> tree = Tree([np.array([3.0, 4.0]), np.array(["a"])])
-    >>> found = measured(tree, [0, 1], Meter(None, 0))
-    >>> found[0].norm, found[1]
-    (5.0, 'str32 is not a number')
-    """
+    """The measures of each leaf, or the reason why its values are not available or not numbers."""
     found: dict[int, Measures | str] = {number: _obstacle(leaves, number) for number in numbers}
     tallies = {number: Tally() for number, why in found.items() if not why}
     tasks = ((number, (stream_of(leaves, number),)) for number in tallies)

@@ -26,27 +26,17 @@ _OPEN = 16
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """The elements of a leaf, to be read piece by piece.
+    """The elements of a leaf, to be read piece by piece."""
 
-    Attributes:
-        spec: shape and dtype of the leaf.
-        dtype: the dtype of a piece; None if it holds bytes, because numpy has no such dtype or elements are packed.
-        size: the number of elements, or of bytes where `dtype` is None.
-        extent: where the bytes are, if they are contiguous in a file.
-        seen: the stat results of the files when they were opened.
-        array: the values with one axis, if they are in memory.
-        source: the reader of ranges of elements, if there is neither an extent nor an array.
-        number: the leaf in the source.
-    """
-
-    spec: Spec
+    spec: Spec  # shape and dtype of the leaf
+    # The dtype of a piece; None if it holds bytes, because numpy has no such dtype or elements are packed.
     dtype: "np.dtype[Any] | None"
-    size: int
-    extent: Extent | None = None
-    seen: Mapping[Path, os.stat_result] | None = None
-    array: Array | None = None
-    source: Any = None
-    number: int = 0
+    size: int  # the number of elements, or of bytes where `dtype` is None
+    extent: Extent | None = None  # where the bytes are, if they are contiguous in a file
+    seen: Mapping[Path, os.stat_result] | None = None  # the stat results of the files when they were opened
+    array: Array | None = None  # the values with one axis, if they are in memory
+    source: Any = None  # the reader of ranges of elements, if there is neither an extent nor an array
+    number: int = 0  # the leaf in the source
 
     @property
     def width(self) -> int:
@@ -81,10 +71,7 @@ class Stream:
 
 def stream_of(leaves: Leaves, number: int) -> Stream:
     """The stream of a leaf. A leaf with an unsaved edit is computed whole; one on a device is copied to the host.
-
-    Raises:
-        Unsupported: its values are not available.
-    """
+    `Unsupported` if its values are not available."""
     spec = leaves.spec(number)
     why = hindrance(leaves, number)
     if why:
@@ -124,11 +111,9 @@ def _home(leaves: Any, number: int) -> Any:
 
 
 class Desk:
-    """The buffers, one per slot, and the open files of one thread; files are closed when the desk is left.
-
-    Bytes are copied into the buffers, not mapped, though maps are faster: the process would end with SIGBUS if another
-    program truncated a file meanwhile.
-    """
+    """The buffers, one per slot, and the open files of one thread; files are closed when the desk is left. Bytes are
+    copied into the buffers, not mapped, though maps are faster: the process would end with SIGBUS if another program
+    truncated a file meanwhile."""
 
     _here = threading.local()
 
@@ -152,11 +137,7 @@ class Desk:
             os.close(self._files.popitem()[1][0])
 
     def read(self, slot: int, extent: Extent, seen: Mapping[Path, os.stat_result], start: int, stop: int) -> Array:
-        """Some bytes of an extent.
-
-        Raises:
-            BadCheckpoint: another program changed the file.
-        """
+        """Some bytes of an extent."""
         while len(self._buffers) <= slot:
             self._buffers.append(np.empty(CHUNK, np.uint8))
         if len(self._buffers[slot]) < stop - start:

@@ -17,14 +17,7 @@ def _values(dtype: np.dtype[Any]) -> Array:
 
 
 def widened(x: Array) -> Array | None:
-    """The same values as float64, or as complex128 if they are complex; None if they are not numbers.
-
-    >>> import ml_dtypes
-    >>> widened(np.array([1.5, -0.0], ml_dtypes.float8_e5m2))
-    array([ 1.5, -0. ])
-    >>> widened(np.array(["a"])) is None
-    True
-    """
+    """The same values as float64, or as complex128 if they are complex; None if they are not numbers."""
     kind = kind_of(x.dtype.name)
     if kind == "other":
         return None
@@ -40,11 +33,7 @@ def widened(x: Array) -> Array | None:
 
 
 def total(parts: list[float]) -> float:
-    """The sum of some numbers, rounded once, so independent of their order.
-
-    >>> total([1e16, 1.0, -1e16]), total([1e308, 1e308])
-    (1.0, inf)
-    """
+    """The sum of some numbers, rounded once, so independent of their order."""
     try:
         return math.fsum(parts)
     except (OverflowError, ValueError):  # beyond float64, or inf - inf

@@ -20,18 +20,19 @@ from paramend.reports import wording
 
 _SMALL = 1 << 20
 
+# How files begin that no format here is, what they are, and a hint.
+FOREIGN: tuple[tuple[bytes, str, str], ...] = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "git lfs pull"),
+    (b"\x89HDF", "an HDF5 file", ""),
+    (b"GGUF", "a GGUF file", ""),
+    (b"\x1f\x8b", "compressed with gzip", "gunzip it first"),
+    (b"<", "a web page (HTML or XML)", "download the file itself"),
+)
+
 
 class OpenFile:
-    """A regular file, open for reading, and its `stat` then. `close()` it; maps that were handed out stay valid.
-
-    A copy, pickled or not, opens the file again by its path when it is first read, and refuses any other file.
-
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp(), "x.bin")
-    >>> _ = path.write_bytes(b"abcdef")
-    >>> OpenFile(path).read(2, 3)
-    b'cde'
-    """
+    """A regular file, open for reading, and its `stat` then. `close()` it; maps that were handed out stay valid. A
+    copy, pickled or not, opens the file again by its path when it is first read, and refuses any other file."""
 
     def __init__(self, path: str | os.PathLike[str], *, holds: str = "") -> None:
         self.path = Path(path)
@@ -125,25 +126,15 @@ class Row(Protocol):
 
 
 class FileSource(Opened):
-    """What sources over a single file share. Use one as a context manager, or `close()` it; its arrays stay valid.
-
-    Attributes:
-        path: as the user gave it.
-        rows: of each leaf, its spec and where its bytes are.
-        ties: nothing, for formats in which each leaf has one name.
-
-    Raises:
-        CannotRead: there is no such file, or no permission to read it.
-        BadCheckpoint: it is damaged, or of another format.
-    """
+    """What sources over a single file share. Use one as a context manager, or `close()` it; its arrays stay valid."""
 
     index: Index
-    ties: Mapping[int, int] = {}
-    rows: Sequence[Row]
+    ties: Mapping[int, int] = {}  # nothing, for formats in which each leaf has one name
+    rows: Sequence[Row]  # of each leaf, its spec and where its bytes are
 
     def __init__(self, path: str | os.PathLike[str], *, holds: str = "") -> None:
         self._file = OpenFile(path, holds=holds)
-        self.path = self._file.path
+        self.path = self._file.path  # as the user gave it
         try:
             self._begin()
         except BaseException:
@@ -215,12 +206,7 @@ class FileSource(Opened):
 
 
 def open_regular(path: Path, *, holds: str = "") -> int:
-    """The descriptor of a regular file, opened for reading; the hint for a directory names the files that it `holds`.
-
-    Raises:
-        CannotRead: there is no such file, or no permission to read it.
-        BadCheckpoint: it is a directory, a pipe or a device.
-    """
+    """The descriptor of a regular file, opened for reading; the hint for a directory names files that it `holds`."""
     # O_NONBLOCK: without it, opening a named pipe waits forever.
     flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
     try:

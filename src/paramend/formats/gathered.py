@@ -4,9 +4,7 @@ A model that is assembled from others (deepened, warm-started, stacked) is a lis
 their bytes from file to file, as it does for an edited checkpoint.
 """
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +16,7 @@ from paramend.leaves.paths import Label
 
 
 class Gathered(Gathering):
-    """Leaves from anywhere as one source.
-
-    Attributes:
-        base: the checkpoint whose directory layout, metadata and format the result has.
-        index: the names; leaf `n` is the n-th one given.
-
-    >>> from paramend.leaves.paths import labels
-    >>> from paramend.leaves.origins.moved import join
-    >>> from paramend.leaves.origins.stored import Held
-    >>> import numpy as np
-    >>> ramp = Held(np.arange(4, dtype="int8").reshape(2, 2))
-    >>> both = Gathered(None, [(labels("w"), ramp), (labels("v"), join([ramp, ramp], 0, "stack"))])
-    >>> both.index.path(1), both.spec(1), both.read(1)[1].tolist()
-    ('v', Spec(shape=(2, 2, 2), dtype='int8'), [[0, 1], [2, 3]])
-    """
+    """Leaves from anywhere as one source."""
 
     def __init__(
         self,
@@ -41,12 +25,12 @@ class Gathered(Gathering):
         *,
         ties: Mapping[int, int] | None = None,
     ) -> None:
-        self.base = base
+        self.base = base  # the checkpoint whose directory layout, metadata and format the result has
         self.ties: Mapping[int, int] = ties or {}
         self.path: Path = Path() if base is None else base.path
         self.format: str = "" if base is None else base.format
         self.metadata: Mapping[str, Any] = {} if base is None else base.metadata
-        self.index = Index("/" if base is None else base.index.separator)
+        self.index = Index("/" if base is None else base.index.separator)  # the names; leaf `n` is the n-th one given
         self.origins: list[Origin] = []
         with uncollected():
             for path, origin in leaves:
@@ -83,13 +67,6 @@ class Gathered(Gathering):
         """The formats of the files that a leaf is read from; "" among them if some of it is in memory or computed."""
         return {each.source.format if isinstance(each, Stored) else "" for each in self.origins[number].stored()}
 
-    @property
-    def stats(self) -> Mapping[Path, os.stat_result]:
-        found: dict[Path, os.stat_result] = {}
-        for source in self.sources:
-            found |= source.stats
-        return found
-
     def extents(self, number: int) -> list[Extent] | None:
         """Where the bytes of a leaf are, one extent after the other; None if some are computed."""
         return self.origins[number].extents
@@ -97,11 +74,6 @@ class Gathered(Gathering):
     def ranges(self, number: int) -> Iterator[tuple[int, int]]:
         """Ranges of the elements of a leaf, first to last, that are best read one by one."""
         return self.origins[number].ranges()
-
-    def close(self) -> None:
-        with ExitStack() as stack:
-            for source in self.sources:
-                stack.callback(source.close)
 
 
 def leaf_of(source: Any, number: int) -> Origin:

@@ -21,16 +21,11 @@ _MAX = 100_000_000
 
 @dataclass(frozen=True, slots=True)
 class ShardIndex:
-    """The index of a model.
-
-    Attributes:
-        weight_map: tensor → the name of a file beside the index.
-        table: the whole content of the file.
-    """
+    """The index of a model."""
 
     path: Path
-    weight_map: Mapping[str, str]
-    table: Mapping[str, Any]
+    weight_map: Mapping[str, str]  # tensor → the name of a file beside the index
+    table: Mapping[str, Any]  # the whole content of the file
 
     @property
     def files(self) -> list[str]:
@@ -49,11 +44,7 @@ class ShardIndex:
 
 
 def is_index(name: str) -> bool:
-    """Whether a file of this name is the index of a model.
-
-    >>> is_index("model.safetensors.index.fp16.json"), is_index("faiss.index")
-    (True, False)
-    """
+    """Whether a file of this name is the index of a model."""
     return name.endswith(SUFFIX) or _VARIANT.fullmatch(name) is not None
 
 
@@ -73,15 +64,7 @@ def index_text(table: Mapping[str, Any]) -> bytes:
 
 
 def read_index(path: Path) -> ShardIndex:
-    """The index of a model, validated: all shards are in its folder; `BadCheckpoint` says where a rule is broken.
-
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp(), "model.safetensors.index.json")
-    >>> _ = path.write_text('{"weight_map": {"w": "../secret"}}')
-    >>> read_index(path)
-    Traceback (most recent call last):
-    paramend.errors.BadCheckpoint: ...: weight_map, 'w': '../secret' is not the name of a file beside the index
-    """
+    """The index of a model, validated: all shards are in its folder; `BadCheckpoint` says where a rule is broken."""
     file = str(path)
     try:
         status = path.stat()

@@ -121,13 +121,8 @@ class _Draft:
         return self.text[line : min(_SPACE.match(self.text, line).end(), at)]  # type: ignore[union-attr]
 
     def _written(self, value: Any, at: int, old: str = "", *, inner: bool = False) -> str:
-        """A value as text, in lines where the old one, or else the text, is.
-
-        Args:
-            at: a character on the line whose indentation counts.
-            old: the text in its place.
-            inner: whether it stands one level further in.
-        """
+        """A value as text, in lines where `old`, or else the text, is, indented as the line of the character `at` or,
+        if `inner`, further."""
         if self.unit is None or (old[:1] in ("[", "{") and len(old) > 2 and "\n" not in old):
             return json.dumps(value, ensure_ascii=self.ascii, separators=(f",{self.blank}", self.colon))
         text = json.dumps(value, ensure_ascii=self.ascii, indent=self.unit, separators=(",", self.colon))

@@ -22,15 +22,7 @@ def bad(file: str, place: str, reason: str, hint: str = "") -> BadCheckpoint:
 
 
 def parse_object(raw: bytes, file: str, place: str, *, flat: bool = False) -> dict[str, Any]:
-    """A JSON object, validated. A caller that refuses what is nested says `flat`: huge texts are fast to refuse then.
-
-    Raises:
-        BadCheckpoint: the text is not JSON, not an object, or has a duplicate key.
-
-    >>> parse_object(b'{"a": 1, "a": 2}', "x.json", "index")
-    Traceback (most recent call last):
-    paramend.errors.BadCheckpoint: x.json: index: 'a' appears twice
-    """
+    """A JSON object, validated. A caller that refuses what is nested says `flat`: huge texts are refused fast then."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)

@@ -1,5 +1,9 @@
 """Limits on what is read from files, and how names from files appear in messages."""
 
+from collections.abc import Iterable
+from itertools import accumulate
+from operator import mul
+
 # Names of more pieces are refused: a walk down one must not use up the interpreter's stack.
 MAX_PIECES = 200
 # Arrays of more axes are refused: libraries have at most 64, and messages print shapes.
@@ -7,10 +11,11 @@ MAX_AXES = 256
 U64 = 2**64
 
 
-def shown(text: str) -> str:
-    """A name from a file in a message: no control characters, no hundred megabytes.
+def most_elements(shape: Iterable[int]) -> int:
+    """The number of elements of a shape, at least of its first axes: beside a length of 0 the others may be huge."""
+    return max(accumulate(shape, mul), default=1)
 
-    >>> shown("a\\n"), shown("x" * 2000)[-20:]
-    ("'a\\\\n'", '...  (2,000 characters)')
-    """
+
+def shown(text: str) -> str:
+    """A name from a file in a message: no control characters, no hundred megabytes."""
     return repr(text) if len(text) <= 120 else f"{text[:100]!r}... ({len(text):,} characters)"

@@ -22,23 +22,8 @@ WRITER = MsgpackWriter()
 
 
 class MsgpackFile(FileSource):
-    r"""One file of `flax.serialization.to_bytes` or `msgpack_serialize` as `Leaves`. Opening skips the arrays.
-
-    Arrays and numpy scalars anywhere in nested maps and lists are leaves, numbered in the order of the file.
-
-    Attributes:
-        index: the names; keys of maps and positions of lists, joined by "/".
-        metadata: what else is in the structure, by path: numbers, text, None, lists of these, empty maps.
-
-    >>> import tempfile
-    >>> from pathlib import Path
-    >>> path = Path(tempfile.mkdtemp(), "model.msgpack")
-    >>> array = b"\x93\x91\x02\xa4int8\xc4\x02\x07\x08"  # shape, dtype, bytes
-    >>> _ = path.write_bytes(b"\x82\xa1w\xc7" + bytes([len(array), 1]) + array + b"\xa4step\x05")
-    >>> with MsgpackFile(path) as file:
-    ...     print(file.index.path(0), file.spec(0), file.read(0).tolist(), file.metadata)
-    w int8[2] [7, 8] {'step': 5}
-    """
+    """One file of `flax.serialization.to_bytes` or `msgpack_serialize` as `Leaves`. Opening skips the arrays. Arrays
+    and numpy scalars anywhere in nested maps and lists are leaves, numbered in the order of the file."""
 
     format = "msgpack"
     rows: Sequence[MsgpackEntry]
@@ -46,7 +31,8 @@ class MsgpackFile(FileSource):
     def _begin(self) -> None:
         self._structure = Parser(self._file).root()
         walk = _Walk(self._structure, str(self.path), room=self._file.size)
-        self.index, self.rows = walk.index, walk.leaves
+        self.index, self.rows = walk.index, walk.leaves  # the names; keys of maps and positions of lists, joined by "/"
+        # What else is in the structure, by path: numbers, text, None, lists of these, empty maps.
         self.metadata: Mapping[str, Any] = walk.others
 
     def outline(self) -> Outline:

@@ -6,7 +6,7 @@ from typing import Any
 
 from paramend.errors import BadCheckpoint
 from paramend.formats.files import OpenFile
-from paramend.formats.limits import MAX_AXES, U64
+from paramend.formats.limits import MAX_AXES, U64, most_elements, shown
 from paramend.formats.msgpack_writer import ARRAY, CHUNKED, COMPLEX, SCALAR, Extension
 from paramend.leaves.nested import MAX_DEPTH
 from paramend.leaves.specs import BITS, Spec
@@ -19,14 +19,10 @@ _WINDOW = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class MsgpackEntry:
-    """One array of a file.
+    """One array of a file."""
 
-    Attributes:
-        spec: shape and dtype; a dtype that only numpy has, such as str96, is "raw<str96>".
-        pieces: where its bytes are, as (start, length), in order: one piece, or several for an array above 1 GB.
-    """
-
-    spec: Spec
+    spec: Spec  # shape and dtype; a dtype that only numpy has, such as str96, is "raw<str96>"
+    # Where its bytes are, as (start, length), in order: one piece, or several for an array above 1 GB.
     pieces: tuple[tuple[int, int], ...]
 
     @property
@@ -188,7 +184,7 @@ class Parser:
         if type(key) not in (str, int):
             raise self._bad(here, "a key is neither text nor a whole number")
         if key in held:
-            raise self._bad(here, f"the key {shown_key(key)} appears twice in one map")
+            raise self._bad(here, f"the key {shown(key) if type(key) is str else key} appears twice in one map")
         found: str | int = key
         return found
 
@@ -254,11 +250,8 @@ class Parser:
     def _spec(self, start: int, shape: tuple[int, ...], dtype: str) -> Spec:
         if len(shape) > MAX_AXES:
             raise self._bad(start, f"a shape of {len(shape):,} axes")
-        elements = 1
-        for axis in shape:
-            elements *= axis
-            if elements * 16 >= U64:
-                raise self._bad(start, "the number of elements overflows 64 bits")
+        if most_elements(shape) * 16 >= U64:
+            raise self._bad(start, "the number of elements overflows 64 bits")
         return Spec(shape, dtype if dtype in BITS else f"raw<{dtype}>")
 
     def _joined(self, start: int, table: dict[Any, Any]) -> MsgpackEntry:
@@ -279,9 +272,3 @@ class Parser:
         if spec.size != size:
             raise self._bad(start, f"the pieces of {spec} have {wording.plural(size, 'element')}")
         return MsgpackEntry(spec, tuple(place for piece in flat for place in piece.pieces))
-
-
-def shown_key(key: Any) -> str:
-    """A key or a path of a file in a message."""
-    text = repr(key)
-    return text if len(text) <= 120 else f"{text[:100]}... ({len(text):,} characters)"

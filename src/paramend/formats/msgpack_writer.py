@@ -28,10 +28,8 @@ class Extension(NamedTuple):
 
 class MsgpackWriter:
     """Lays out files that `flax.serialization.from_bytes` reads: nested maps of arrays and plain values, by their keys.
-
     Lists and tuples become maps by position, as flax writes them; those of a msgpack file stay lists. The metadata of
-    other formats is left out: flax would take it for parameters.
-    """
+    other formats is left out: flax would take it for parameters."""
 
     seals = False
     copies_raw = False
@@ -54,13 +52,7 @@ class MsgpackWriter:
     def parts(
         self, items: Sequence[Item], metadata: Mapping[str, Any], outline: Outline | None = None
     ) -> Iterator[bytes | LeafBytes]:
-        """The file from its first byte to its last; no leaf may have the path of a container of others.
-
-        >>> item = Item("fc/bias", ("fc", "bias"), Spec((2,), "float32"), 8)
-        >>> *head, bias = MsgpackWriter().parts([item], {})
-        >>> bias
-        LeafBytes(item=0, start=0, stop=8)
-        """
+        """The file from its first byte to its last; no leaf may have the path of a container of others."""
         return _emit(self._tree(outline or outline_of_items(items)), items)
 
     def _tree(self, outline: Outline) -> Any:

@@ -15,11 +15,10 @@ import numpy as np
 
 from paramend.errors import BadCheckpoint
 from paramend.formats.files import OpenFile
-from paramend.formats.limits import MAX_AXES, MAX_PIECES, U64, shown
+from paramend.formats.limits import MAX_AXES, MAX_PIECES, U64, most_elements, shown
 from paramend.formats.npz_writer import DESCRS, MAGIC, NpzWriter
 from paramend.formats.source import check_readable, in_numpy
-from paramend.formats.zips.archive import STORED, Archive, Member
-from paramend.formats.zips.source import ZipSource
+from paramend.formats.zips.archive import STORED, Archive, Member, ZipSource
 from paramend.leaves.leaves import Index, separator_of
 from paramend.leaves.origins.origin import Extent
 from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype
@@ -39,26 +38,16 @@ _CODES = {descr[1:]: name for name, descr in DESCRS.items()} | {"f1": "float8_e5
 
 @dataclass(frozen=True, slots=True)
 class NpzEntry:
-    """One array of a file.
+    """One array of a file."""
 
-    Attributes:
-        name: as `numpy.load` has it.
-        member: the name of its member in the zip.
-        spec: shape and dtype; a dtype that only numpy has, such as text, is "raw<U3>".
-        head: the bytes before the array in its member.
-        fortran: whether the first axis varies fastest in the file.
-        swapped: whether numbers are big-endian.
-        sealed: why it cannot be read, or "".
-    """
-
-    name: str
-    member: str
-    spec: Spec
-    head: int
+    name: str  # as `numpy.load` has it
+    member: str  # the name of its member in the zip
+    spec: Spec  # shape and dtype; a dtype that only numpy has, such as text, is "raw<U3>"
+    head: int  # the bytes before the array in its member
     nbytes: int
-    fortran: bool
-    swapped: bool
-    sealed: str
+    fortran: bool  # whether the first axis varies fastest in the file
+    swapped: bool  # whether numbers are big-endian
+    sealed: str  # why it cannot be read, or ""
 
     @property
     def straight(self) -> bool:
@@ -67,20 +56,7 @@ class NpzEntry:
 
 
 class NpzFile(ZipSource):
-    """One file of `numpy.savez` as `Leaves`. Opening reads the zip's directory and the header of each array.
-
-    Attributes:
-        index: the names; its separator is "/" where the file's own names hold "/" and no ".".
-        metadata: what else is in the archive, by name, as bytes.
-
-    >>> import tempfile
-    >>> from pathlib import Path
-    >>> path = Path(tempfile.mkdtemp(), "model.npz")
-    >>> np.savez(path, **{"fc/kernel": np.ones((2, 1), "float32")})
-    >>> with NpzFile(path) as file:
-    ...     print(file.index.path(0), file.spec(0), file.read(0).tolist())
-    fc/kernel float32[2,1] [[1.0], [1.0]]
-    """
+    """One file of `numpy.savez` as `Leaves`. Opening reads the zip's directory and the header of each array."""
 
     format = "npz"
     rows: Sequence[NpzEntry]
@@ -94,7 +70,9 @@ class NpzFile(ZipSource):
             _check_member(self.archive, member)
         self.rows = [_entry(self.archive, member) for member in members if member.name.endswith(".npy")]
         names = [entry.name for entry in self.rows]
+        # The names; its separator is "/" where the file's own names hold "/" and no ".".
         self.index = Index.of_names(names, separator_of(names))
+        # What else is in the archive, by name, as bytes.
         self.metadata: Mapping[str, Any] = {
             member.name: _other(self.archive, member) for member in members if not member.name.endswith(".npy")
         }
@@ -277,11 +255,8 @@ def _entry(archive: Archive, member: Member) -> NpzEntry:
     nbytes = member.nbytes - start
     if len(shape) > MAX_AXES:
         raise archive.bad(member.name, f"its header, shape: {len(shape):,} axes are too many")
-    elements = 1
-    for axis in shape:
-        elements *= axis
-        if axis >= U64 or elements >= U64:
-            raise archive.bad(member.name, "its header, shape: the number of elements overflows 64 bits")
+    if max((most_elements(shape), *shape)) >= U64:
+        raise archive.bad(member.name, "its header, shape: the number of elements overflows 64 bits")
     dtype, swapped, sealed = _dtype(descr)
     spec = Spec(shape, dtype)
     if dtype in BITS and spec.nbytes != nbytes:

@@ -22,10 +22,8 @@ DESCRS = {name: np.dtype(name).newbyteorder("<").str for name in _NATIVE}
 
 
 class NpzWriter:
-    """Lays out files that `numpy.load` reads and maps: each leaf uncompressed, its bytes aligned.
-
-    Other files of an archive are kept; all other metadata of a source has no place, and is left out.
-    """
+    """Lays out files that `numpy.load` reads and maps: each leaf uncompressed, its bytes aligned. Other files of an
+    archive are kept; all other metadata of a source has no place, and is left out."""
 
     seals = True
     copies_raw = False
@@ -40,13 +38,7 @@ class NpzWriter:
     def parts(
         self, items: Sequence[Item], metadata: Mapping[str, Any], outline: Outline | None = None
     ) -> Iterator[bytes | LeafBytes]:
-        """The file from its first byte to its last; each leaf needs a name of its own, a path within an archive.
-
-        >>> item = Item("fc/bias", ("fc", "bias"), Spec((2,), "float32"), 8)
-        >>> _, head, bias, *_ = NpzWriter().parts([item], {})
-        >>> bias, head[10:].strip()
-        (LeafBytes(item=0, start=0, stop=8), b"{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }")
-        """
+        """The file from its first byte to its last; each leaf needs a name of its own, a path within an archive."""
         taken: set[str] = set()
         read: dict[str, Item] = {}
         zipped = ZipHeaders()

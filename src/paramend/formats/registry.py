@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from paramend.errors import BadCheckpoint, CannotRead, Unsupported
-from paramend.formats.files import OpenFile, near
+from paramend.formats.files import FOREIGN, OpenFile, near
 from paramend.formats.index import is_index, read_index
 from paramend.formats.shards import open_directory
 from paramend.formats.source import Source
@@ -24,44 +24,27 @@ _HEAD = 64
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """One row of the table of formats.
+    """One row of the table of formats."""
 
-    Attributes:
-        name: as `paramend show --json` prints it.
-        says: what such checkpoints are called in messages.
-        suffixes: how their names end; a file written under such a name has this format.
-        recognise: (path, the first bytes; none for a directory) → whether it has this format.
-        module: the module that reads it.
-        reader: the class or function in it that opens one.
-        keeps: what survives an edit besides the leaves.
-        writes: whether new files can be written; the module then has a `WRITER`.
-        patches: whether leaves can be changed in place.
-        extra: the extra needed to read it; "" for none.
-        folder: whether a checkpoint is a directory with files of its own kinds. The module then has `home`, which
-            finds the one that holds the tree, and its `WRITER` fills a directory.
-        framework: the name of the library of these files in the metadata of a safetensors file.
-        padded: whether each leaf is aligned, whatever comes before it.
-        structural: whether an edited file keeps its other content when leaves get other names or specs.
-        single: whether a checkpoint may be a single array without a name.
-        typed_keys: whether it tells typed PRNG keys from their numbers.
-    """
-
-    name: str
-    says: str
-    suffixes: tuple[str, ...]
+    name: str  # as `paramend show --json` prints it
+    says: str  # what such checkpoints are called in messages
+    suffixes: tuple[str, ...]  # how their names end; a file written under such a name has this format
+    # (path, the first bytes; none for a directory) → whether it has this format.
     recognise: Callable[[Path, bytes], bool]
-    module: str
-    reader: str
-    keeps: str
-    writes: bool = True
-    patches: bool = True
-    extra: str = ""
+    module: str  # the module that reads it
+    reader: str  # the class or function in it that opens one
+    keeps: str  # what survives an edit besides the leaves
+    writes: bool = True  # whether new files can be written; the module then has a `WRITER`
+    patches: bool = True  # whether leaves can be changed in place
+    extra: str = ""  # the extra needed to read it; "" for none
+    # Whether a checkpoint is a directory with files of its own kinds. The module then has `home`, which finds the one
+    # that holds the tree, and its `WRITER` fills a directory.
     folder: bool = False
-    framework: str = ""
-    padded: bool = True
-    structural: bool = False
-    single: bool = True
-    typed_keys: bool = False
+    framework: str = ""  # the name of the library of these files in the metadata of a safetensors file
+    padded: bool = True  # whether each leaf is aligned, whatever comes before it
+    structural: bool = False  # whether an edited file keeps its other content when leaves get other names or specs
+    single: bool = True  # whether a checkpoint may be a single array without a name
+    typed_keys: bool = False  # whether it tells typed PRNG keys from their numbers
 
     def open(self, path: Path) -> Source:
         found: Source = getattr(self._load(), self.reader)(path)
@@ -96,10 +79,8 @@ def _is_zip(path: Path, head: bytes) -> bool:
 
 
 def _holds_pickle(path: Path) -> bool:
-    """Whether a zip file is one of torch: it holds `<name>/data.pkl`, and no arrays of numpy beside that folder.
-
-    For an archive that is damaged, or of neither kind, the name decides.
-    """
+    """Whether a zip file is one of torch: it holds `<name>/data.pkl`, and no arrays of numpy beside that folder. For an
+    archive that is damaged, or of neither kind, the name decides."""
     with contextlib.suppress(BadCheckpoint), contextlib.closing(OpenFile(path)) as file:
         names = [name for name in names_in(file) if name.endswith((".npy", "/data.pkl"))]
         folders = tuple(name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl"))
@@ -205,16 +186,6 @@ DEFAULT = FORMATS[0]
 # How the names of checkpoints end.
 SUFFIXES = tuple(suffix for row in FORMATS for suffix in row.suffixes)
 
-# How other files begin, what they are, and a hint.
-_FOREIGN: tuple[tuple[bytes, str, str], ...] = (
-    (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "git lfs pull"),
-    (b"\x89HDF", "an HDF5 file", ""),
-    (b"GGUF", "a GGUF file", ""),
-    (b"\x1f\x8b", "compressed with gzip", "gunzip it first"),
-    (b"<", "a web page (HTML or XML)", "download the file itself"),
-)
-
-
 # Suffixes of formats that cannot be written here: those of weights, and others.
 FOREIGN_WEIGHTS = (".gguf", ".ggml", ".h5", ".hdf5", ".keras", ".onnx", ".ot", ".tflite", ".pkl", ".pickle", ".npy")
 FOREIGN_SUFFIXES = (
@@ -231,7 +202,7 @@ def writable() -> list[Format]:
 def find_format(path: Path, head: bytes) -> Format | None:
     """The format of a file with these first bytes, or of a directory; None if none is recognised."""
     # The length of a safetensors header may look like the first byte of something else.
-    if any(head.startswith(magic) for magic, _, _ in _FOREIGN) and not _is_safetensors(path, head):
+    if any(head.startswith(magic) for magic, _, _ in FOREIGN) and not _is_safetensors(path, head):
         return None
     return next((row for row in FORMATS if row.recognise(path, head)), None)
 
@@ -265,15 +236,7 @@ def home_of(path: Path) -> Path:
 
 
 def weight_files(folder: Path) -> set[str]:
-    """The names of the files that are read as weights when a directory, or an index in it, is opened.
-
-    >>> import tempfile
-    >>> folder = Path(tempfile.mkdtemp())
-    >>> for name in ("a.safetensors", "b.safetensors", "notes.txt"):
-    ...     (folder / name).touch()
-    >>> sorted(weight_files(folder))
-    ['a.safetensors', 'b.safetensors']
-    """
+    """The names of the files that are read as weights when a directory, or an index in it, is opened."""
     names = sorted(entry.name for entry in os.scandir(folder))
     indexes = list(filter(is_index, names))
     if indexes:
@@ -283,20 +246,7 @@ def weight_files(folder: Path) -> set[str]:
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """A file, a directory or an index file, opened for reading. Its content tells the format; only headers are read.
-
-    Raises:
-        BadCheckpoint: it is damaged, or its format is unknown.
-        CannotRead: there is no such file, or no permission to read it.
-
-    >>> import tempfile
-    >>> from paramend.formats.safetensors_header import layout
-    >>> from paramend.leaves.specs import Spec
-    >>> file = Path(tempfile.mkdtemp(), "weights")
-    >>> _ = file.write_bytes(layout([("w", Spec((2,), "int8"), 2)]).to_bytes() + bytes(2))
-    >>> open_source(file).index.path(0), open_source(file.parent).spec(0)
-    ('w', Spec(shape=(2,), dtype='int8'))
-    """
+    """A file, a directory or an index file, opened for reading. Its content tells the format; only headers are read."""
     path = Path(path)
     try:
         mode = path.stat().st_mode
@@ -397,7 +347,7 @@ def _unknown(path: Path, head: bytes) -> BadCheckpoint:
             f"{path}: it is a tar archive, which may hold a checkpoint",
             hint=f"tar -xf {path}, then open what was in it",
         )
-    for magic, what, hint in _FOREIGN:
+    for magic, what, hint in FOREIGN:
         if head.startswith(magic):
             return BadCheckpoint(f"{path}: byte 0: it is {what}", hint=hint)
     return BadCheckpoint(

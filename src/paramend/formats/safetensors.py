@@ -1,14 +1,10 @@
-"""Safetensors files as leaves: a header that says where the bytes of every tensor are, then the bytes.
-
-The reader is stricter than the reference: a name appears once. What the reference refuses is refused here
-too, except unknown dtypes: their tensors are listed and copied, never read or edited.
-"""
+"""Safetensors files as leaves: a header that says where the bytes of every tensor are, then the bytes."""
 
 import os
 from collections.abc import Mapping
 from functools import cached_property
 
-from paramend.formats.files import FileSource, OpenFile
+from paramend.formats.files import FOREIGN, FileSource, OpenFile
 from paramend.formats.jsontext import bad
 from paramend.formats.safetensors_header import MAX_HEADER, Header, SafetensorsWriter, parse_header
 from paramend.leaves.leaves import Index, separator_of, uncollected
@@ -18,37 +14,16 @@ from paramend.reports import wording
 
 WRITER = SafetensorsWriter()
 
-# How other files begin, what they are, and a hint.
-_FOREIGN: tuple[tuple[bytes, str, str], ...] = (
-    (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "git lfs pull"),
+_FOREIGN = (
+    *FOREIGN,
     (b"PK\x03\x04", "a zip file, as torch.save and numpy.savez write them, not safetensors", ""),
-    (b"\x89HDF", "an HDF5 file, not safetensors", ""),
-    (b"GGUF", "a GGUF file, not safetensors", ""),
-    (b"\x1f\x8b", "compressed with gzip", "gunzip it first"),
     (b"\x80", "a Python pickle, as old versions of torch.save write it, not safetensors", ""),
-    (b"<", "a web page (HTML or XML), not safetensors", "download the file itself"),
 )
 
 
 class SafetensorsFile(FileSource):
-    """One safetensors file as `Leaves`. Opening reads the header; arrays are read on demand.
-
-    A leaf's number is its position in the order of the bytes.
-
-    Attributes:
-        index: the names; its separator is "/" where the file's own names hold "/" and no ".".
-
-    >>> import tempfile
-    >>> from pathlib import Path
-    >>> from paramend.leaves.specs import Spec
-    >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
-    >>> from paramend.formats.safetensors_header import layout
-    >>> header = layout([("fc.weight", Spec((2, 1), "float32"), 8)])
-    >>> _ = path.write_bytes(header.to_bytes() + np.array([1, 2], "float32").tobytes())
-    >>> with SafetensorsFile(path) as file:
-    ...     print(file.index.path(0), file.spec(0), file.read(0).tolist())
-    fc.weight float32[2,1] [[1.0], [2.0]]
-    """
+    """One safetensors file as `Leaves`. Opening reads the header; arrays are read on demand. A leaf's number is its
+    position in the order of the bytes."""
 
     format = "safetensors"
 

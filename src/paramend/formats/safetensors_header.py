@@ -5,6 +5,7 @@ too, except unknown dtypes: their tensors are listed and copied, never read or e
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 
 from paramend.errors import BadCheckpoint, RenameClash, Unsupported
 from paramend.formats.jsontext import bad, json_type, parse_object
-from paramend.formats.limits import MAX_AXES, MAX_PIECES, U64, shown
+from paramend.formats.limits import MAX_AXES, MAX_PIECES, U64, most_elements, shown
 from paramend.formats.writer import Item, LeafBytes
 from paramend.leaves.outlines import Outline
 from paramend.leaves.specs import BITS, FROM_SAFETENSORS, SAFETENSORS_CODES, Spec
@@ -26,19 +27,12 @@ RECORD = "paramend.record"
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a file.
+    """One tensor of a file."""
 
-    Attributes:
-        name: as it is in the header.
-        spec: shape and dtype; an unknown dtype, such as code "I2", is "raw<I2>".
-        start: where its bytes begin, counted from the end of the header.
-        stop: where they end.
-    """
-
-    name: str
-    spec: Spec
-    start: int
-    stop: int
+    name: str  # as it is in the header
+    spec: Spec  # shape and dtype; an unknown dtype, such as code "I2", is "raw<I2>"
+    start: int  # where its bytes begin, counted from the end of the header
+    stop: int  # where they end
 
     @property
     def nbytes(self) -> int:
@@ -48,17 +42,12 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A valid header.
+    """A valid header."""
 
-    Attributes:
-        raw: the JSON text with its padding, as it is in the file.
-        entries: the tensors in the order of their bytes, which need not be the order of their names in `raw`.
-        metadata: the strings under `__metadata__`; None if there are none.
-    """
-
-    raw: bytes
+    raw: bytes  # the JSON text with its padding, as it is in the file
+    # The tensors in the order of their bytes, which need not be the order of their names in `raw`.
     entries: tuple[TensorEntry, ...]
-    metadata: Mapping[str, str] | None = None
+    metadata: Mapping[str, str] | None = None  # the strings under `__metadata__`; None if there are none
 
     @property
     def nbytes(self) -> int:
@@ -76,17 +65,7 @@ class Header:
 
     def edited(self, kept: Mapping[int, tuple[str, Spec]]) -> "Header":
         """The header of a file that keeps these tensors, by position in `entries`, under these names and specs.
-
-        Metadata, unknown fields and both orders are kept. If nothing changes the header is byte for byte the same.
-
-        Raises:
-            RenameClash: two tensors would have the same name.
-            Unsupported: the format lacks a dtype.
-
-        >>> before = layout([("w", Spec((2,), "float32"), 8), ("b", Spec((1,), "float32"), 4)])
-        >>> [entry.name for entry in before.edited({1: ("bias", Spec((1,), "float32"))}).entries]
-        ['bias']
-        """
+        Metadata, unknown fields and both orders are kept. If nothing changes the header is byte for byte the same."""
         if len(kept) == len(self.entries) and all(
             (entry.name, entry.spec) == kept.get(i) for i, entry in enumerate(self.entries)
         ):
@@ -150,20 +129,12 @@ def _fresh(name: str, table: Mapping[str, Any]) -> str:
 
 
 def framed(raw: bytes, nbytes: int) -> bytes:
-    """The first `nbytes` bytes of a file: the length of the header, its JSON text, and spaces, which the format allows.
-
-    >>> framed(b"{}", 16)
-    b'\\x08\\x00\\x00\\x00\\x00\\x00\\x00\\x00{}      '
-    """
+    """The first `nbytes` bytes of a file: the length of the header, its JSON text, and spaces, as the format allows."""
     return (nbytes - 8).to_bytes(8, "little") + raw.ljust(nbytes - 8)
 
 
 def annotated(raw: bytes, key: str, text: str) -> bytes:
-    """The JSON text of a header with one more entry in its metadata.
-
-    >>> annotated(b'{"__metadata__":{"format":"pt"}}', "note", "1")
-    b'{"__metadata__":{"format":"pt","note":"1"}}     '
-    """
+    """The JSON text of a header with one more entry in its metadata."""
     table = json.loads(raw)
     # transformers assumes torch if a file has no metadata, and requires "format" if it has some.
     metadata = table.pop(_METADATA, None) or {"format": "pt"}
@@ -188,15 +159,7 @@ def _encode(table: dict[str, Any]) -> bytes:
 
 
 def parse_header(raw: bytes, data_nbytes: int, *, file: str) -> Header:
-    """The header, validated.
-
-    Raises:
-        BadCheckpoint: a rule is broken; the message names the file, the place and the reason.
-
-    >>> parse_header(b'{"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', 12, file="x.st")
-    Traceback (most recent call last):
-    paramend.errors.BadCheckpoint: x.st: data: 4 bytes after the last tensor belong to no tensor
-    """
+    """The header, validated."""
     table = parse_object(raw, file, "header", flat=True)
     metadata = _metadata(table.pop(_METADATA, None), file)
     entries = [_entry(name, row, file) for name, row in table.items()]
@@ -265,14 +228,12 @@ def _checked_entry(name: str, row: Any, file: str) -> TensorEntry:
     start, stop = offsets
     if stop < start:
         raise flaw(", data_offsets", f"the end, {stop:,}, is before the start, {start:,}")
-    elements = 1
-    for length in shape:
-        elements *= length
-        if elements >= U64:
-            raise flaw(", shape", "the number of elements overflows 64 bits")
+    if most_elements(shape) >= U64:
+        raise flaw(", shape", "the number of elements overflows 64 bits")
     dtype = FROM_SAFETENSORS.get(code)
     if dtype is None:
         return TensorEntry(name, Spec(tuple(shape), f"raw<{code}>"), start, stop)
+    elements = math.prod(shape)
     bits = elements * BITS[dtype]
     if bits >= U64:
         raise flaw(", shape", "the number of bits overflows 64 bits")
@@ -331,16 +292,7 @@ class SafetensorsWriter:
     def parts(
         self, items: Sequence[Item], metadata: Mapping[str, Any], outline: Outline | None = None
     ) -> Iterator[bytes | LeafBytes]:
-        """The file from its first byte to its last.
-
-        Raises:
-            RenameClash: two leaves have the same name.
-
-        >>> item = Item("fc.weight", ("fc.weight",), Spec((2,), "float32"), 8)
-        >>> head, weight = SafetensorsWriter().parts([item], {})
-        >>> head[8:].strip(), weight
-        (b'{"fc.weight":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', LeafBytes(item=0, start=0, stop=8))
-        """
+        """The file from its first byte to its last."""
         texts = {key: value for key, value in metadata.items() if isinstance(key, str) and isinstance(value, str)}
         yield layout(((item.name, item.spec, item.nbytes) for item in items), texts or None).to_bytes()
         for place, item in enumerate(items):

@@ -22,18 +22,13 @@ _OPEN = 64
 
 
 class Shards(Gathering):
-    """A directory of weight files as one `Source`. Made by `open_directory`.
-
-    Attributes:
-        path: the directory, or the index file, as the user wrote it.
-        files: the weight files in order, each a source.
-        shard_index: the index beside them; None if there is none.
-        metadata: the metadata of the files, where all agree.
-    """
+    """A directory of weight files as one `Source`. Made by `open_directory`."""
 
     def __init__(self, path: Path, folder: Path, files: Sequence[Source], shard_index: ShardIndex | None) -> None:
+        # The index beside them; None if there is none.
+        # The directory, or the index file, as the user wrote it.
         self.path, self.folder, self.shard_index = path, folder, shard_index
-        self.files: tuple[Any, ...] = tuple(files)
+        self.files: tuple[Any, ...] = tuple(files)  # the weight files in order, each a source
         self.format: str = self.files[0].format
         ties: dict[int, int] = {}
         self._homes: list[tuple[int, int]] = []
@@ -60,7 +55,9 @@ class Shards(Gathering):
             self._check_index(shard_index, where)
         self.ties: Mapping[int, int] = ties
         self.index = Index.of_names(names, separator_of(names))
-        self.metadata: Mapping[str, Any] = self._agreed()
+        first, *rest = (file.metadata for file in self.files)
+        # The metadata of the files, where all agree.
+        self.metadata = {key: value for key, value in first.items() if all(each.get(key) == value for each in rest)}
 
     def outline(self) -> Outline:
         numbers = {home: number for number, home in enumerate(self._homes)}
@@ -88,10 +85,6 @@ class Shards(Gathering):
                 reason = f"{shard} does not hold it{found}"
                 raise bad(str(shard_index.path), f"weight_map, {shown(name)}", reason)
 
-    def _agreed(self) -> dict[str, Any]:
-        first, *rest = (file.metadata for file in self.files)
-        return {key: value for key, value in first.items() if all(other.get(key) == value for other in rest)}
-
     def home(self, number: int) -> tuple[int, int]:
         """Which of `files` holds a leaf, and the number of the leaf in it."""
         return self._homes[number]
@@ -110,11 +103,8 @@ class Shards(Gathering):
         return self.origin(number)
 
     @property
-    def stats(self) -> Mapping[Path, os.stat_result]:
-        found: dict[Path, os.stat_result] = {}
-        for file in self.files:
-            found |= file.stats
-        return found
+    def sources(self) -> Sequence[Any]:
+        return self.files
 
     def overlaps(self, number: int) -> tuple[int, ...]:
         place, inner = self._homes[number]
@@ -128,20 +118,10 @@ class Shards(Gathering):
     def read_range(self, number: int, start: int, stop: int) -> Array:
         return self._opened(number).read_range(start, stop)
 
-    def close(self) -> None:
-        for file in self.files:
-            file.close()
-
 
 def open_directory(path: Path, opener: Callable[[Path], Source], weights: Callable[[str], bool]) -> Shards | None:
-    """The model in a directory, or in that of an index file; None if the directory holds no weights.
-
-    Args:
-        weights: whether a file of this name holds weights, for directories without an index.
-
-    Raises:
-        BadCheckpoint: the index is damaged, a shard is missing or damaged, or a tensor is in two.
-    """
+    """The model in a directory, or in that of an index file; None if the directory holds no weights: without an index,
+    files of such names as `weights` takes."""
     folder, found = (path, None) if path.is_dir() else (path.parent, path)
     names = sorted(entry.name for entry in os.scandir(folder))
     found = found or find_index(folder, names)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -13,10 +13,8 @@ from paramend.leaves.specs import BITS, Array, Spec
 
 
 class Source(Leaves, Protocol):
-    """A checkpoint file or directory, opened for reading: `Leaves` on disk.
-
-    Opening reads headers only. Every format has a module in this folder that makes such objects.
-    """
+    """A checkpoint file or directory, opened for reading: `Leaves` on disk. Opening reads headers only. Every format
+    has a module in this folder that makes such objects."""
 
     path: Path
 
@@ -69,6 +67,20 @@ class Gathering(Opened):
     def origin(self, number: int) -> Origin:
         """Where a leaf comes from."""
         raise NotImplementedError
+
+    @property
+    def sources(self) -> Sequence[Any]:
+        """The sources that leaves come from."""
+        raise NotImplementedError
+
+    @property
+    def stats(self) -> Mapping[Path, os.stat_result]:
+        return {path: status for source in self.sources for path, status in source.stats.items()}
+
+    def close(self) -> None:
+        with ExitStack() as stack:
+            for source in self.sources:
+                stack.callback(source.close)
 
     def spec(self, number: int) -> Spec:
         return self.origin(number).spec
@@ -164,10 +176,8 @@ def check_readable(leaves: Leaves, number: int) -> None:
 
 
 def padded(dtype: str) -> str:
-    """Why leaves of a file with a byte for each value cannot be read, or "": other formats pack these floats.
-
-    No other format stores integers of 4 bits.
-    """
+    """Why leaves of a file with a byte for each value cannot be read, or "": other formats pack these floats. No other
+    format stores integers of 4 bits."""
     if BITS[dtype] % 8 and dtype.startswith("float"):
         return f"its values, {dtype}, of {BITS[dtype]} bits, take one byte each here, but are packed elsewhere"
     return ""

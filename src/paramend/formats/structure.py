@@ -28,23 +28,17 @@ class _Frame(NamedTuple):
 
 
 class Walk:
-    """The leaves of a structure, found in one walk that is bounded in depth and length.
+    """The leaves of a structure, found in one walk that is bounded in depth and length. Containers may be in several
+    places, but not within themselves."""
 
-    Containers may be in several places, but not within themselves.
-
-    Attributes:
-        kind: the type of leaves.
-        leaves: by number.
-        others: path → what neither is nor holds a leaf; lists of plain values are kept whole.
-    """
-
-    kind: type
+    kind: type  # the type of leaves
     separator: str
     shares = False  # whether one value may be in several places
 
     def __init__(self, root: Any, place: str, *, room: int) -> None:
         self.index = Index(self.separator)
-        self.leaves: list[Any] = []
+        self.leaves: list[Any] = []  # by number
+        # Path → what neither is nor holds a leaf; lists of plain values are kept whole.
         self.others: dict[str, Any] = {}
         self._place = place
         # Bounds on the number of keys on the way to entries, and on the size of all paths and plain values. A pickle

@@ -16,16 +16,7 @@ WHOLE: Region = ()
 
 
 def region_of(index: Any, shape: tuple[int, ...]) -> Region:
-    """The elements that a slice of a leaf of this shape names.
-
-    Raises:
-        OutOfRange: the slice does not fit the shape.
-
-    >>> [mask.shape for mask in region_of((slice(0, 2), Ellipsis, -1), (3, 4, 5))]
-    [(3, 1, 1), (1, 1, 5)]
-    >>> region_of(slice(None), (3, 4))
-    ()
-    """
+    """The elements that a slice of a leaf of this shape names."""
     if index is None:
         return WHOLE
     sliced_shape(shape, index)

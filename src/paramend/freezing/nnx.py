@@ -12,10 +12,9 @@ from paramend.selectors.selector import resolve, sel
 from paramend.trees.tree import Tree
 
 _MOVING = (nnx.BatchStat, nnx.RngState, nnx.Cache, nnx.Intermediate, nnx.Perturbation)
-Filter = Callable[[tuple[Any, ...], Any], bool]
 
 
-def nnx_filter(model: Any, selector: Any) -> Filter:
+def nnx_filter(model: Any, selector: Any) -> Callable[[tuple[Any, ...], Any], bool]:
     """A filter that is true for the selected Variables of this model."""
     if not isinstance(model, nnx.Module | nnx.State):
         raise Unsupported(

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from paramend.errors import NoMatch
-from paramend.freezing.moving import moved_by_model
 from paramend.freezing.phases import Phases, passed_at
-from paramend.freezing.places import Finder, FrozenPlace, dtype_of, named
+from paramend.freezing.places import Finder, FrozenPlace, dtype_of, moved_by_model, named
 from paramend.freezing.report import FrozenReport, FrozenRow
 from paramend.freezing.schedules import Schedule
 from paramend.freezing.shares import Shares
@@ -20,15 +19,10 @@ _LOSSES = ("value_fn", "obj_fn")
 
 
 class FreezeState(NamedTuple):
-    """The state of a transformation that freezes by a schedule.
+    """The state of a transformation that freezes by a schedule."""
 
-    Attributes:
-        step: how many updates there have been.
-        inner_state: the state of what was wrapped.
-    """
-
-    step: Any
-    inner_state: Any
+    step: Any  # how many updates there have been
+    inner_state: Any  # the state of what was wrapped
 
 
 def freeze(tx: Any, schedule: Schedule, how: str) -> Any:
@@ -92,11 +86,9 @@ class _Way(NamedTuple):
 
 
 def _exclude(tx: Any, finder: Finder) -> _Way:
-    """Freezing in which only the other leaves exist for `tx`.
-
-    A leaf that will thaw has its moments from the start, since the state of one compiled step cannot grow. While the
-    leaf is frozen they are put aside: `tx` is given the state that it would have without the leaf.
-    """
+    """Freezing in which only the other leaves exist for `tx`. A leaf that will thaw has its moments from the start,
+    since the state of one compiled step cannot grow. While the leaf is frozen they are put aside: `tx` is given the
+    state that it would have without the leaf."""
     shares = Shares(lambda flags: _trained(tx, flags))
 
     def init(params: Any) -> Any:
@@ -211,11 +203,9 @@ def _is_absent(update: Any) -> bool:
 
 
 def _matched(updates: Any, params: Any, finder: Finder) -> tuple[Any, Any]:
-    """Updates and parameters of one structure.
-
-    Parameters become None where there is neither array nor update, as for the functions of an Equinox module, and what
-    the updates have where there is no update. Frozen leaves without a gradient get updates of zero that nothing reads.
-    """
+    """Updates and parameters of one structure. Parameters become None where there is neither array nor update, as for
+    the functions of an Equinox module, and what the updates have where there is no update. Frozen leaves without a
+    gradient get updates of zero that nothing reads."""
     if params is None or jax.tree.structure(params) == jax.tree.structure(updates):
         return updates, params
     params = jax.tree.map(
@@ -260,10 +250,8 @@ def _still(now: Any, updates: Any, params: Any) -> Any:
 
 
 def _nothing(update: Any, param: Any) -> Any:
-    """An update that leaves a parameter as it is: x + -0.0 is x for every x, but -0.0 + 0.0 is 0.0.
-
-    It has the parameter's shape, because gradients may still have an axis of examples.
-    """
+    """An update that leaves a parameter as it is: x + -0.0 is x for every x, but -0.0 + 0.0 is 0.0. It has the
+    parameter's shape, because gradients may still have an axis of examples."""
     if jnp.issubdtype(dtype_of(param), jnp.inexact):
         minus_zero = complex(-0.0, -0.0) if jnp.issubdtype(dtype_of(update), jnp.complexfloating) else -0.0
         return jnp.full_like(param, minus_zero, dtype=dtype_of(update))

@@ -41,29 +41,17 @@ def passed_at(step: Any) -> Callable[[Event], Any]:
 
 @dataclass(frozen=True)
 class Phases:
-    """The phases of some places.
+    """The phases of some places."""
 
-    Attributes:
-        windows: the windows of leaves that are frozen as a whole, for a while.
-        steps: the steps at which a phase begins.
-        functions: the functions of the step that begin one.
-        patterns: for each phase, which windows hold.
-        phase_of: the phase by the number of steps passed and by which functions are true.
-    """
-
-    windows: tuple[Window, ...]
-    steps: tuple[int, ...]
-    functions: tuple[Callable[[Any], Any], ...]
-    patterns: tuple[tuple[bool, ...], ...]
-    phase_of: np.ndarray[Any, Any]
+    windows: tuple[Window, ...]  # the windows of leaves that are frozen as a whole, for a while
+    steps: tuple[int, ...]  # the steps at which a phase begins
+    functions: tuple[Callable[[Any], Any], ...]  # the functions of the step that begin one
+    patterns: tuple[tuple[bool, ...], ...]  # for each phase, which windows hold
+    phase_of: np.ndarray[Any, Any]  # the phase by the number of steps passed and by which functions are true
 
     @classmethod
     def of(cls, places: list[FrozenPlace]) -> "Phases":
-        """The phases in the order in which they come.
-
-        Raises:
-            BadArgument: there are too many for one compiled step.
-        """
+        """The phases in the order in which they come."""
         windows = tuple(dict.fromkeys(w for place in places if (w := place.window) is not None and not w.always))
         events = [event for window in windows for event in window.events]
         steps = tuple(sorted({event for event in events if not callable(event)}))
@@ -90,14 +78,8 @@ class Phases:
         passed: Callable[[Event], Any],
         held: Any,
     ) -> Any:
-        """The result of `run` for the leaves that are frozen as a whole now.
-
-        Args:
-            run: a function of bools, one per leaf; its result has the structure of `held`.
-            places: the place of each leaf.
-            passed: whether an event has passed.
-            held: the result where a leaf is frozen; for its dtypes.
-        """
+        """The result of `run`, a function of a bool for each leaf, for those that are frozen as a whole now. `passed`
+        tells whether an event has passed; `held` is the result where a leaf is frozen, for its structure and dtypes."""
         gone = [self._gone(pattern, places) for pattern in self.patterns]
         if len(gone) == 1:
             return run(gone[0])
@@ -124,11 +106,9 @@ def _key(event: Event) -> Any:
 
 
 def _switch(phase: Any, branches: list[Callable[[], Any]], gone: list[tuple[bool, ...]], held: Any) -> Any:
-    """The result of the branch of this phase, from a compiled switch.
-
-    All branches of a switch must agree on dtypes, and a moment in bfloat16 becomes float32 when it is updated with a
-    float32 gradient: so both become their common dtype, which holds either exactly.
-    """
+    """The result of the branch of this phase, from a compiled switch. All branches of a switch must agree on dtypes,
+    and a moment in bfloat16 becomes float32 when it is updated with a float32 gradient: so both become their common
+    dtype, which holds either exactly."""
     left = {place for flags in gone for place, flag in enumerate(flags) if flag}
     seen: list[Any] = []
     voids: Any = None

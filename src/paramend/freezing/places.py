@@ -9,22 +9,20 @@ import jax.numpy as jnp
 from paramend.edits.subjects import barren
 from paramend.errors import BadArgument, NoMatch, OutOfRange, Unsupported
 from paramend.freezing.masks import WHOLE, Region, both, is_empty, region_of
-from paramend.freezing.moving import moved_by_model
 from paramend.freezing.schedules import Clause, Schedule, Window
 from paramend.reports import wording
 from paramend.selectors.selector import Held, resolve
 from paramend.trees.tree import Tree
 
+# Collections of Flax beside "params", which `apply(..., mutable=...)` returns.
+_COLLECTIONS = frozenset({"batch_stats", "cache", "intermediates", "perturbations"})
+
 
 @dataclass(frozen=True)
 class FrozenPlace:
-    """What is frozen of one leaf: elements in a region during a window; where regions overlap the first counts.
+    """What is frozen of one leaf: elements in a region during a window; where regions overlap the first counts."""
 
-    Attributes:
-        pieces: regions with their windows; empty if the leaf is trained.
-    """
-
-    pieces: tuple[tuple[Region, Window], ...] = ()
+    pieces: tuple[tuple[Region, Window], ...] = ()  # regions with their windows; empty if the leaf is trained
 
     @property
     def free(self) -> bool:
@@ -56,24 +54,16 @@ class _Found:
 
 
 class Finder:
-    """The places of a schedule in trees of parameters.
-
-    What `init` finds holds for every update of leaves with the same names and shapes: a selector may ask for dtypes
-    that gradients do not have, or for classes that the pure arrays of an NNX module do not have.
-    """
+    """The places of a schedule in trees of parameters. What `init` finds holds for every update of leaves with the same
+    names and shapes: a selector may ask for dtypes that gradients do not have, or for classes that the pure arrays of
+    an NNX module do not have."""
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
         self._known: dict[Any, _Found] = {}
 
     def find(self, params: Any) -> list[FrozenPlace]:
-        """The place of each leaf of the parameters, in JAX's order, resolved again.
-
-        Raises:
-            NoMatch: nothing is selected.
-            BadArgument: the schedule names leaves that the selector does not.
-            Unsupported: all that is selected moves in the forward pass.
-        """
+        """The place of each leaf of the parameters, in JAX's order, resolved again."""
         return self._resolve(*named(params))
 
     def find_again(self, tree: Any, params: Any = None) -> list[FrozenPlace]:
@@ -171,11 +161,9 @@ def _regions(clauses: list[tuple[Clause, set[int]]], number: int, shape: tuple[i
 
 
 def named(params: Any) -> tuple[Tree, Any, dict[int, int]]:
-    """The leaves with their names, the structure, and the place of each leaf in JAX's order.
-
-    Each leaf is replaced by its spec. So Python numbers are leaves here, as they are in JAX, and one array at two
-    places is two parameters, as it is to an optimizer and under `jit`.
-    """
+    """The leaves with their names, the structure, and the place of each leaf in JAX's order. Each leaf is replaced by
+    its spec. So Python numbers are leaves here, as they are in JAX, and one array at two places is two parameters, as
+    it is to an optimizer and under `jit`."""
     leaves, structure = jax.tree.flatten(params)
     specs = [_spec(leaf) for leaf in leaves]
     return Tree(structure.unflatten(specs)), structure, {id(spec): place for place, spec in enumerate(specs)}
@@ -198,3 +186,21 @@ def _name(tree: Tree, number: int) -> Any:
 
 def _key(tree: Tree) -> Any:
     return tuple(_name(tree, number) for number in tree.index.numbers)
+
+
+def moved_by_model(tree: Tree) -> frozenset[int]:
+    """The numbers of the leaves that the model moves itself: statistics, counts of random keys, caches. They are told
+    by their Variables (NNX), by their collection (Flax), or by the state that they are in (Equinox)."""
+    index = tree.index
+    found = set()
+    for kind, start, stop in index.spans:
+        if kind.__module__.startswith("equinox.") and kind.__name__ in ("State", "StateIndex"):
+            found.update(index.numbers[start:stop])
+    tops = {number: index.pieces(number)[:1] for number in index.numbers}
+    if ("params",) in tops.values():
+        found.update(number for number, top in tops.items() if top and top[0] in _COLLECTIONS)
+    if tree.boxes:
+        from paramend.freezing.nnx import moves_itself  # imports flax
+
+        found |= moves_itself(tree.boxes)
+    return frozenset(found)

@@ -18,15 +18,10 @@ When: TypeAlias = _At | Mapping[Any, _At]
 
 @dataclass(frozen=True)
 class Window:
-    """The steps at which a leaf is frozen.
+    """The steps at which a leaf is frozen."""
 
-    Attributes:
-        since: when it is frozen; None means from the beginning.
-        until: when it is thawed; None means never.
-    """
-
-    since: Event | None = None
-    until: Event | None = None
+    since: Event | None = None  # when it is frozen; None means from the beginning
+    until: Event | None = None  # when it is thawed; None means never
 
     @property
     def always(self) -> bool:
@@ -39,13 +34,7 @@ class Window:
         return tuple(event for event in (self.since, self.until) if event is not None)
 
     def holds(self, passed: Callable[[Event], Any]) -> Any:
-        """Whether it is frozen, given which events have passed (as bools, traced or not).
-
-        >>> [Window(since=2, until=4).holds(lambda event: step >= event) for step in range(6)]
-        [False, False, True, True, False, False]
-        >>> [Window(since=4, until=2).holds(lambda event: step >= event) for step in range(6)]
-        [True, True, False, False, True, True]
-        """
+        """Whether it is frozen, given which events have passed (as bools, traced or not)."""
         if self.since is None:
             return True if self.until is None else passed(self.until) ^ True
         if self.until is None:
@@ -67,19 +56,12 @@ class Clause:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which leaves are frozen, as they were written, and when.
+    """Which leaves are frozen, as they were written, and when."""
 
-    Attributes:
-        selector: the leaves; None means those that the clauses select.
-        index: the slice of them, or None.
-        until: when they are thawed.
-        since: when they are frozen.
-    """
-
-    selector: Selector | None
-    index: Any
-    until: tuple[Clause, ...] = ()
-    since: tuple[Clause, ...] = ()
+    selector: Selector | None  # the leaves; None means those that the clauses select
+    index: Any  # the slice of them, or None
+    until: tuple[Clause, ...] = ()  # when they are thawed
+    since: tuple[Clause, ...] = ()  # when they are frozen
 
     @property
     def timed(self) -> bool:
@@ -88,12 +70,7 @@ class Schedule:
 
 
 def read_schedule(selector: SelectorLike | None, until: When | None, since: When | None) -> Schedule:
-    """The schedule that arguments of `freeze` describe.
-
-    Raises:
-        BadArgument: something is not a step, or nothing selects leaves.
-        SelectorError: the text of a selector breaks the grammar.
-    """
+    """The schedule that arguments of `freeze` describe."""
     whole, index = (None, None) if selector is None else slice_of(sel(selector))
     schedule = Schedule(whole, index, _clauses("until", until), _clauses("since", since))
     clauses = schedule.until + schedule.since

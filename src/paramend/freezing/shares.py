@@ -19,14 +19,9 @@ _flatten = jax.tree_util.tree_flatten_with_path
 
 @dataclass(frozen=True)
 class Share:
-    """The part of a state that remains when some leaves are left out.
+    """The part of a state that remains when some leaves are left out."""
 
-    Attributes:
-        paths: the paths in the part, in its order; None: the part is the whole state.
-        structure: the structure of the part.
-    """
-
-    paths: tuple[Any, ...] | None = None
+    paths: tuple[Any, ...] | None = None  # the paths in the part, in its order; None: the part is the whole state
     structure: Any = None
 
     def cut(self, state: Any) -> Any:
@@ -46,22 +41,16 @@ class Share:
 
 
 class Shares:
-    """The shares in the state of one transformation.
-
-    Args:
-        trained: a tree of bools → the transformation of the leaves where it is false.
-    """
+    """The shares in the state of one transformation; `trained` makes, of a tree of bools, that of the leaves where it
+    is false."""
 
     def __init__(self, trained: Callable[[Any], Any]) -> None:
         self._trained = trained
         self._known: dict[Any, tuple[dict[Any, Any], Any]] = {}
 
     def of(self, gone: tuple[bool, ...], always: tuple[bool, ...], like: Any) -> Share:
-        """The share of the leaves that are not gone, in the state for all that are not always gone.
-
-        Raises:
-            Unsupported: the state cannot be split by leaf.
-        """
+        """The share of the leaves that are not gone, in the state for all that are not always gone; `Unsupported` if
+        the state cannot be split by leaf."""
         if gone == always:
             return Share()
         whole, _ = self._paths(always, like)
@@ -78,11 +67,9 @@ class Shares:
     def held(
         self, places: list[FrozenPlace], now: list[Any], always: tuple[bool, ...], like: Any, before: Any, after: Any
     ) -> Any:
-        """The state after an update, in which the moments of frozen slices are what they were before.
-
-        These are the arrays that belong to the leaf and have its shape. Arrays that mix the elements of a leaf, such
-        as the row and column statistics of factored optimizers, belong to the whole leaf.
-        """
+        """The state after an update, in which the moments of frozen slices are what they were before. These are the
+        arrays that belong to the leaf and have its shape. Arrays that mix the elements of a leaf, such as the row and
+        column statistics of factored optimizers, belong to the whole leaf."""
         whole, _ = self._paths(always, like)
         shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(like)]
         owner: dict[Any, int] = {}

@@ -60,11 +60,9 @@ def holders(root: nn.Module) -> Holders:
 
 
 def watch(holders: Holders, layer: nn.Module, name: str) -> None:
-    """Keep a parameter as it is that no gradient moved before, so that the forward pass may.
-
-    Copies stand in for it while its layer runs, or a module that holds the layer. If it does not move the first time in
-    train mode, they do so no more.
-    """
+    """Keep a parameter as it is that no gradient moved before, so that the forward pass may. Copies stand in for it
+    while its layer runs, or a module that holds the layer. If it does not move the first time in train mode, they do so
+    no more."""
     for module, path in holders[id(layer)]:
         _lend(module, f"{path}.{name}" if path else name, looks=True)
 

@@ -87,7 +87,7 @@ def deepen(
     work = DepthPlan(memory, layers, order, identity, partial(configuration, tree), config)
     new, report = _finished(work, Rebuilder(memory, work.runs, work.order).rebuilt(tree))
     for mine, values in _configured(new, work):
-        _enter(mine, mine.to_dict(), values)
+        enter(mine, mine.to_dict(), values)
     return new, report
 
 
@@ -136,7 +136,7 @@ def deepen_(
     rebuilder.rebuild_(module)
     report = _finished(work, module)[1]
     for mine, values in new:
-        _enter(mine, mine.to_dict(), values)
+        enter(mine, mine.to_dict(), values)
     return report
 
 
@@ -192,12 +192,12 @@ def _followed(config: dict[str, Any], moves: Sequence[Move]) -> dict[str, Any]:
     return config
 
 
-def _enter(config: Any, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+def enter(config: Any, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Write what changed into the configuration of a model."""
     for key, value in new.items():
         if key in old and old[key] == value:
             continue
         if isinstance(value, dict) and hasattr(getattr(config, key, None), "to_dict"):
-            _enter(getattr(config, key), old[key], value)
+            enter(getattr(config, key), old[key], value)
         else:
             setattr(config, key, value)

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from paramend.checkpoints.anatomy import anatomy
 from paramend.errors import BadArgument, NoMatch
 from paramend.growth.depth import Order
 from paramend.leaves.leaves import Index, Leaves
@@ -119,6 +120,10 @@ def _only(leaves: Leaves) -> str:
     index = leaves.index
     found = candidates(index)
     lists = [one for one in found if not one.head]
+    if len(lists) > 1:
+        body = anatomy(leaves).body  # beside the layers may be towers, and blocks that predict further tokens
+        if body.config and body.stack is not None and not body.side:
+            lists = [one for one in lists if one == body.stack.run]
     names = [one.written(index.separator) for one in lists or found]
     if len(names) != 1:
         raise NoMatch(

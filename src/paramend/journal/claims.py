@@ -15,7 +15,7 @@ import os
 import stat
 from pathlib import Path
 
-from paramend.disk.io import put, release
+from paramend.disk.io import durable, put, reading
 from paramend.disk.publishing import sync_folder
 
 _LONGEST = 200
@@ -33,36 +33,22 @@ def seal(store: Path, record: str) -> None:
     """Note, durably, which record is about to become pending, by the text that identifies it. `OSError` if the note can
     be created but not written, for example on a full disk: no byte has changed yet."""
     begin(store)
-    try:
-        path = _note(store)
-        descriptor = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
-        return
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            path = _note(store)
+            descriptor = stack.enter_context(durable(path, os.O_TRUNC))
+        except OSError:
+            return
         put(descriptor, record.encode())
-        os.fsync(descriptor)
-    finally:
-        release(descriptor)
     sync_folder(path.parent)
 
 
 def read(store: Path) -> str | None:
-    """The note about a folder of records; "" if no record is sealed yet, None if this user is not writing there.
-
-    >>> import tempfile
-    >>> store = Path(tempfile.mkdtemp())
-    >>> read(store), seal(store, "1 300 abc"), read(store), end(store), read(store)
-    (None, None, '1 300 abc', None, None)
-    """
-    with contextlib.suppress(OSError):
-        path = _note(store)
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
-            status = os.fstat(descriptor)
-            mine = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
-            return os.read(descriptor, _LONGEST).decode("ascii", "replace") if mine else None
-        finally:
-            release(descriptor)
+    """The note about a folder of records; "" if no record is sealed yet, None if this user is not writing there."""
+    with contextlib.suppress(OSError), reading(_note(store), os.O_NOFOLLOW | os.O_NONBLOCK) as descriptor:
+        status = os.fstat(descriptor)
+        mine = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
+        return os.read(descriptor, _LONGEST).decode("ascii", "replace") if mine else None
     return None
 
 

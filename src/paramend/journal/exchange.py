@@ -18,7 +18,7 @@ import numpy as np
 
 from paramend.disk.failures import ELSEWHERE, linked
 from paramend.disk.identity import changed, check_unchanged
-from paramend.disk.io import get_into, put, release
+from paramend.disk.io import durable, get_into, put, reading, release
 from paramend.disk.permissions import PRIVATE, Access, access_of, reach, settle
 from paramend.disk.publishing import sync_file, sync_folder
 from paramend.errors import CannotWrite
@@ -29,14 +29,13 @@ from paramend.journal.writer import Writer, new_head
 from paramend.reports.progress import Meter
 
 STAGED, BACK = "new", "back"
+_AS_IT_IS = os.O_NOFOLLOW | os.O_NONBLOCK  # neither what a link leads to, nor waiting for a pipe
 
 
 class NewFiles:
     """New files that are about to replace those of a checkpoint, staged in a folder, each at its path in the
-    checkpoint.
-
-    The manifest of a database, or the index of shards, comes last among the names: it puts the other files into effect.
-    """
+    checkpoint. The manifest of a database, or the index of shards, comes last among the names: it puts the other files
+    into effect."""
 
     def __init__(self, base: Path, staged: Path, moved: Moved = (), *, private: bool = False) -> None:
         """Look at what they replace. With `private`, those that replace nothing stay as private as they are."""
@@ -196,10 +195,8 @@ class WholeFiles:
                 sync_folder(folder)
 
     def witness_of_rest(self) -> str:
-        """The digest of what a patch leaves alone: names and sizes of the other chunks, and samples of their bytes.
-
-        "" for a database: its manifest, which is among the replaced files, identifies it.
-        """
+        """The digest of what a patch leaves alone: names and sizes of the other chunks, and samples of their bytes. ""
+        for a database: its manifest, which is among the replaced files, identifies it."""
         if MANIFEST in self.names:
             return ""
         mine, rest = set(self.names), []
@@ -304,16 +301,13 @@ class _OneOpen:
 
 
 def _pieces(path: Path) -> Iterator[memoryview]:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    try:
+    with reading(path, _AS_IT_IS) as descriptor:
         size = os.fstat(descriptor).st_size
         buffer = memoryview(bytearray(min(BUFFER, size)))
         for start in range(0, size, BUFFER):
             view = buffer[: min(BUFFER, size - start)]
             get_into(view, descriptor, start, path)
             yield view
-    finally:
-        release(descriptor)
 
 
 _ABSENT = bytes(32)
@@ -336,36 +330,25 @@ def _digest_of(path: Path) -> bytes:
 
 def _witness_of(path: Path) -> bytes:
     """The size of a file and the digest of samples of it; nothing if there is none."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except FileNotFoundError:
-        return b""
-    try:
+    with contextlib.suppress(FileNotFoundError), reading(path, _AS_IT_IS) as descriptor:
         none = Ranges(np.empty((0, 4), np.int64))
         size = os.fstat(descriptor).st_size
         return f"{size}\0{witness(descriptor, size, none, 0, path)}".encode()
-    finally:
-        release(descriptor)
+    return b""
 
 
 def _write_file(path: Path, pieces: Iterator[memoryview] | tuple[()]) -> None:
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
+    with durable(path, os.O_CREAT | os.O_EXCL) as descriptor:
         for piece in pieces:
             put(descriptor, piece)
-        os.fsync(descriptor)
-    finally:
-        release(descriptor)
 
 
 @contextlib.contextmanager
 def _folder_of(base: Path, name: str, *, make: bool = False) -> Iterator[tuple[int, str]]:
-    """(descriptor of the folder of a file of a checkpoint, the last part of its name).
-
-    It is opened part by part, so that no link leads out of the checkpoint, even one that is created meanwhile.
-    """
+    """(descriptor of the folder of a file of a checkpoint, the last part of its name). It is opened part by part, so
+    that no link leads out of the checkpoint, even one that is created meanwhile."""
     *above, last = name.split("/")
     descriptor = os.open(base, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -94,11 +94,7 @@ class UndoReport(Report):
 
 
 def table(rows: Sequence[HistoryRow]) -> list[str]:
-    """The lines of a printed history, a header first, the latest patch last.
-
-    >>> table([])
-    ['no patches: nothing to take back']
-    """
+    """The lines of a printed history, a header first, the latest patch last."""
     if not rows:
         return ["no patches: nothing to take back"]
     cells = [(str(row.number), f"{row.time:%Y-%m-%d %H:%M:%S}", wording.size(row.nbytes), row.edit) for row in rows]

@@ -55,7 +55,7 @@ from typing import Any
 import numpy as np
 
 from paramend.disk.failures import reason
-from paramend.disk.io import get, get_into, put, release
+from paramend.disk.io import durable, get, get_into, put, release
 from paramend.disk.publishing import sync_folder
 from paramend.errors import BadCheckpoint, CannotRead, CannotWrite
 from paramend.journal import claims
@@ -92,12 +92,9 @@ def records_in(folder: Path, *states: str) -> list[Path]:
 
 @dataclass(frozen=True)
 class Head:
-    """What was done, when and to which files.
-
-    `edits` has each edit once, `rows` the path of each leaf that changed, and the number of its edit. The last `whole`
-    of the files, which are relative to the folder of the checkpoint, were replaced whole; those `moved` got another
-    name.
-    """
+    """What was done, when and to which files. `edits` has each edit once, `rows` the path of each leaf that changed,
+    and the number of its edit. The last `whole` of the files, which are relative to the folder of the checkpoint, were
+    replaced whole; those `moved` got another name."""
 
     time: float
     edits: tuple[str, ...]
@@ -259,24 +256,18 @@ class Record:
         """Add the current states of the files, durably."""
         payload = states_text(states)
         framed = FRAME.pack(b"FILE", len(payload)) + payload
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
+        with durable(self.path) as descriptor:
             end = self._frames[-1].stop
             os.ftruncate(descriptor, end)  # removes a note that was cut short
             put(descriptor, framed + hashlib.sha256(framed).digest(), end)
-            os.fsync(descriptor)
-        finally:
-            release(descriptor)
         self.nbytes = os.fstat(self._descriptor).st_size
         self._frames = self._read_frames()
         self.__dict__.pop("states", None)
 
     def become_pending(self) -> None:
-        """Note that old bytes are about to be written: if this is cut short, another program finishes it.
-
-        If it cannot be noted, `OSError`: the record is done as before. If it cannot be noted for good, `CannotWrite`:
-        it is pending all the same.
-        """
+        """Note that old bytes are about to be written: if this is cut short, another program finishes it. If it cannot
+        be noted, `OSError`: the record is done as before. If it cannot be noted for good, `CannotWrite`: it is pending
+        all the same."""
         claims.seal(self.path.parent, seal_text(self.path, [self._digest_of(frame) for frame in self._frames]))
         done, pending = self.path, self.path.with_suffix(f".{PENDING}")
         done.rename(pending)
@@ -294,10 +285,8 @@ class Record:
         self.path, self.state = pending, PENDING
 
     def is_own(self) -> bool:
-        """Whether this user made it pending here, as it is, provided that `check` passes.
-
-        Frames added since then are ignored.
-        """
+        """Whether this user made it pending here, as it is, provided that `check` passes. Frames added since then are
+        ignored."""
         said = claims.read(self.path.parent) or ""
         match = re.fullmatch(r"[0-9]+ ([0-9]{1,9}) [0-9a-f]{64}", said)
         if match is None:

@@ -29,12 +29,7 @@ from paramend.reports.progress import Progress
 
 class UndoStore:
     """The undo records of a checkpoint: in a folder beside a file, or inside a checkpoint that is a folder. The names
-    of its files are relative to `home`. With `about`, only patches of that file of a folder count.
-
-    >>> store = UndoStore(Path("models/model.safetensors"))
-    >>> print(store.folder, store.home)
-    models/.model.safetensors.undo models
-    """
+    of its files are relative to `home`. With `about`, only patches of that file of a folder count."""
 
     def __init__(self, base: Path, *, about: str = "") -> None:
         self.base, self._about = base, about
@@ -45,11 +40,7 @@ class UndoStore:
 
     @classmethod
     def of(cls, path: str | os.PathLike[str]) -> "UndoStore":
-        """The store of the checkpoint at a path: of the folder of an index; for Orbax, of the folder of the tree.
-
-        >>> print(UndoStore.of("models/model.safetensors.index.json").base)
-        models
-        """
+        """The store of the checkpoint at a path: of the folder of an index; for Orbax, of the folder of the tree."""
         path = Path(path)
         if path.name.endswith(".index.json") and not path.is_dir():
             return cls(path.parent)

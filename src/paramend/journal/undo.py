@@ -102,18 +102,7 @@ def recover(path: str | os.PathLike[str]) -> list[HistoryRow]:
 
 def drop(path: str | os.PathLike[str], *, keep: int = 0) -> list[HistoryRow | Path]:
     """The undo records that were forgotten, the oldest first, to free their space: a row for each, or the path of a
-    damaged one. The checkpoint stays as it is; the latest `keep` patches can still be taken back.
-
-    >>> import tempfile
-    >>> from paramend.checkpoints.whole import save
-    >>> from paramend.edits.selection import at
-    >>> from paramend.checkpoints.patching import patch
-    >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
-    >>> _ = save({"a": np.ones(2), "b": np.ones(2)}, path)
-    >>> _ = patch(path, lambda t: at(t, "a").zero()), patch(path, lambda t: at(t, "b").fill(2))
-    >>> [row.edit for row in drop(path, keep=1)], [row.edit for row in history(path)]
-    (['zero() at a'], ['fill(2) at b'])
-    """
+    damaged one. The checkpoint stays as it is; the latest `keep` patches can still be taken back."""
     store = UndoStore.of(path)
     if not store.has_records():
         return []

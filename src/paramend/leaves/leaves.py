@@ -340,7 +340,7 @@ class Editable(Leaves):
         """Whether a leaf has no values here and now: it is traced, or abstract."""
         return False
 
-    def beside(self, values: Any, number: int) -> Any:
+    def as_given(self, values: Any, number: int) -> Any:
         """A numpy array as users get it: of the library and on the devices of a leaf."""
         return values
 

@@ -11,18 +11,13 @@ from paramend.reports.wording import closest, listing
 
 @dataclass(frozen=True)
 class LessonRow:
-    """Where a lesson is, and what it needs installed.
-
-    Attributes:
-        needs: the packages that the lesson imports.
-        extra: the extra of Paramend that installs them.
-    """
+    """Where a lesson is, and what it needs installed."""
 
     name: str
     title: str
     module: str
-    needs: tuple[str, ...]
-    extra: str
+    needs: tuple[str, ...]  # the packages that the lesson imports
+    extra: str  # the extra of Paramend that installs them
 
 
 ROWS = (
@@ -35,15 +30,7 @@ ROWS = (
 
 
 def row_of(name: str) -> LessonRow:
-    """The row of that name; `kernel-replace` means `kernel_replace`, and `3` the third.
-
-    Raises:
-        BadArgument: there is no such lesson; the hint has the nearest name.
-
-    Example:
-        >>> row_of("3").title
-        'Freeze the first layer for one step'
-    """
+    """The row of that name; `kernel-replace` means `kernel_replace`, and `3` the third."""
     rows = {row.name: row for row in ROWS} | {str(number): row for number, row in enumerate(ROWS, 1)}
     word = name.lower().replace("-", "_")
     if word in rows:
@@ -55,16 +42,7 @@ def row_of(name: str) -> LessonRow:
 
 
 def find(name: str) -> Lesson:
-    """The lesson of that name, as `row_of` takes it.
-
-    Raises:
-        BadArgument: there is no such lesson; the hint has the nearest name.
-        MissingExtra: the framework it uses is not installed.
-
-    Example:
-        >>> find("kernel_replace").title
-        'Replace one kernel, keep its bias'
-    """
+    """The lesson of that name, as `row_of` takes it; `MissingExtra` if its framework is not installed."""
     row = row_of(name)
     for package in row.needs:
         need(package, extra=row.extra, to=f"run the lesson {row.name}")

@@ -134,22 +134,13 @@ def grade(lesson: Lesson | str, solve: Solve, *, trials: int = 5, seed: int = 0)
 
 
 def draw(lesson: Lesson, *, trials: int, seed: int) -> list[Case]:
-    """The inputs that a seed draws for a lesson.
-
-    >>> len(draw(find("partial_init"), trials=2, seed=0))
-    2
-    """
+    """The inputs that a seed draws for a lesson."""
     salt = zlib.crc32(lesson.name.encode())
     return [case for trial in range(trials) for case in lesson.cases(np.random.default_rng([seed, trial, salt]))]
 
 
 def summary(lesson: Lesson, case: Case) -> dict[str, str]:
-    """Name of each argument of a case → its value in one line.
-
-    >>> lesson = find("partial_init")
-    >>> list(summary(lesson, draw(lesson, trials=1, seed=0)[0]))
-    ['seed', 'x', 'num_full_layers', 'num_extra_layers', 'features']
-    """
+    """Name of each argument of a case → its value in one line."""
     return {
         name: str(value) if isinstance(value, float) else sketch(value)
         for name, value in zip(lesson.parameters, case.args, strict=True)
@@ -208,10 +199,8 @@ def _cover(lesson: Lesson, tried: Sequence[_Tried], failed: Sequence[int]) -> tu
 
 
 def _alike(tried: _Tried, mistaken: Observation) -> bool:
-    """Whether the solution did what the mistake does.
-
-    A wrong result is compared alone. Only if the result is right do other facts distinguish mistakes.
-    """
+    """Whether the solution did what the mistake does. A wrong result is compared alone. Only if the result is right do
+    other facts distinguish mistakes."""
     bare = [Observation(one.result, one.raised) for one in (tried.got, tried.want, mistaken)]
     return not (differences(bare[0], bare[2]) if differences(bare[0], bare[1]) else differences(tried.got, mistaken))
 

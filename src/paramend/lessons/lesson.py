@@ -15,30 +15,20 @@ Solve = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Case:
-    """One set of arguments, and what is unusual about the call.
+    """One set of arguments, and what is unusual about the call."""
 
-    Attributes:
-        args: what `solve` is called with, in order.
-        note: why this case is tried, or an empty string for an ordinary one.
-        half: whether `init` returns the model's parameters in bfloat16.
-    """
-
-    args: tuple[Any, ...]
-    note: str = ""
-    half: bool = False
+    args: tuple[Any, ...]  # what `solve` is called with, in order
+    note: str = ""  # why this case is tried, or an empty string for an ordinary one
+    half: bool = False  # whether `init` returns the model's parameters in bfloat16
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """A common mistake: its name, why it is one, and code that makes it.
-
-    Attributes:
-        forms: solutions with the mistake, one for each way in which it is usually written.
-    """
+    """A common mistake: its name, why it is one, and code that makes it."""
 
     name: str
     why: str
-    forms: tuple[Solve, ...]
+    forms: tuple[Solve, ...]  # solutions with the mistake, one for each way in which it is usually written
 
 
 def mistake(name: str, why: str, *forms: Solve) -> Mistake:
@@ -59,28 +49,17 @@ def two_widths(rng: np.random.Generator, args: Callable[[int], tuple[Any, ...]])
 
 @dataclass(frozen=True)
 class Lesson:
-    """One worked problem.
+    """One worked problem."""
 
-    Attributes:
-        name: the name of the reference function, and of the lesson on the command line.
-        text: the problem, the idea, the pitfall.
-        way: the Paramend way: like `reference`, it is shown only on request.
-        reference: the right solution.
-        cases: makes the random cases of one trial.
-        observe: calls a solution on a case and returns what it returned and did.
-        mistakes: the known mistakes; `observe` distinguishes each from the reference.
-        unseen: what `observe` cannot see; shown to learners who pass.
-    """
-
-    name: str
+    name: str  # the name of the reference function, and of the lesson on the command line
     title: str
-    text: str
-    way: str
-    reference: Solve
-    cases: Callable[[np.random.Generator], Sequence[Case]]
-    observe: Callable[[Solve, Case], Observation]
-    mistakes: tuple[Mistake, ...]
-    unseen: str = ""
+    text: str  # the problem, the idea, the pitfall
+    way: str  # the Paramend way: like `reference`, it is shown only on request
+    reference: Solve  # the right solution
+    cases: Callable[[np.random.Generator], Sequence[Case]]  # makes the random cases of one trial
+    observe: Callable[[Solve, Case], Observation]  # calls a solution on a case and returns what it returned and did
+    mistakes: tuple[Mistake, ...]  # the known mistakes; `observe` distinguishes each from the reference
+    unseen: str = ""  # what `observe` cannot see; shown to learners who pass
 
     @property
     def parameters(self) -> tuple[str, ...]:

@@ -18,18 +18,12 @@ _quoted = re.compile(r"['\"](\w+)['\"]")
 
 @dataclass(frozen=True)
 class Raised:
-    """An exception that left a solution.
-
-    Attributes:
-        says: the first line of its text.
-        place: file and line of the solution's own code where it was raised, or an empty string.
-        about: the names in its first line, of layers or in quotes; if it has none, the line and the names in
-            the rest.
-    """
+    """An exception that left a solution."""
 
     kind: str
-    says: str
-    place: str = ""
+    says: str  # the first line of its text
+    place: str = ""  # file and line of the solution's own code where it was raised, or an empty string
+    # The names in its first line, of layers or in quotes; if it has none, the line and the names in the rest.
     about: frozenset[str] = frozenset()
 
     def alike(self, other: "Raised") -> bool:
@@ -42,10 +36,8 @@ class Raised:
 
 @dataclass(frozen=True)
 class Observation:
-    """What a call returned or raised, with facts about what it did, by name.
-
-    Facts that could not be seen, such as values inside `jit`, are missing and not compared.
-    """
+    """What a call returned or raised, with facts about what it did, by name. Facts that could not be seen, such as
+    values inside `jit`, are missing and not compared."""
 
     result: Any = None
     raised: Raised | None = None
@@ -53,11 +45,7 @@ class Observation:
 
 
 def observed(call: Callable[[], Any], solve: Callable[..., Any]) -> Observation:
-    """The result of a call, or the exception that left it.
-
-    >>> print(observed(lambda: {}["kernel"], len).raised)
-    KeyError: 'kernel'
-    """
+    """The result of a call, or the exception that left it."""
     try:
         return Observation(result=call())
     except (Exception, SystemExit) as error:
@@ -78,11 +66,7 @@ def _as_flax(name: str) -> str:
 
 
 def file_of(solve: Callable[..., Any]) -> str:
-    """The file of a function's code, even wrapped by `jax.jit` or `functools.wraps`; "" if it has none.
-
-    >>> file_of(file_of).endswith("observation.py"), file_of(len)
-    (True, '')
-    """
+    """The file of a function's code, even wrapped by `jax.jit` or `functools.wraps`; "" if it has none."""
     for _ in range(32):
         code = getattr(solve, "__code__", None)
         inner = getattr(solve, "__wrapped__", None) or getattr(solve, "func", None)
@@ -97,11 +81,7 @@ def file_of(solve: Callable[..., Any]) -> str:
 
 
 def place_in(error: BaseException, file: str) -> str:
-    """The last line of `file` that an exception passed through, as "answer.py, line 3", or an empty string.
-
-    >>> place_in(ValueError("not raised"), "answer.py")
-    ''
-    """
+    """The last line of `file` that an exception passed through, as "answer.py, line 3", or an empty string."""
     line, trace = 0, error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == file:
@@ -111,13 +91,7 @@ def place_in(error: BaseException, file: str) -> str:
 
 
 def differences(got: Observation, want: Observation) -> list[tuple[str, str]]:
-    """What differs, as pairs of texts (got, want); empty if both did the same.
-
-    >>> differences(Observation(result=[1, 2]), Observation(result=[1.0, 3.0]))
-    [('integers (2,): [1 2]', 'floats (2,): [1. 3.]')]
-    >>> differences(Observation(facts={"bias": "all 0"}), Observation(facts={"bias": "kept"}))
-    [('bias: all 0', 'bias: kept')]
-    """
+    """What differs, as pairs of texts (got, want); empty if both did the same."""
     if got.raised or want.raised:
         same = got.raised and want.raised and got.raised.alike(want.raised)
         return [] if same else [(_ending(got), _ending(want))]
@@ -131,11 +105,7 @@ def differences(got: Observation, want: Observation) -> list[tuple[str, str]]:
 
 
 def outcome(observation: Observation) -> str:
-    """The result or the exception as text.
-
-    >>> outcome(Observation(result=np.zeros((2, 2))))
-    'floats (2, 2): [[0. 0.] [0. 0.]]'
-    """
+    """The result or the exception as text."""
     if observation.raised:
         return str(observation.raised)
     return sketch(observation.result)

@@ -1,4 +1,7 @@
-"""The function `solve` of a learner's file, or an error that names file and line."""
+"""The function `solve` of a Python file, which is run as a module, without code under `if __name__ == "__main__"`.
+
+`BadArgument`, with the file and if known the line, if it fails or has no `solve` that takes `parameters`.
+"""
 
 import inspect
 import itertools
@@ -17,23 +20,8 @@ _count = itertools.count()
 
 
 def load(path: str | Path, parameters: Sequence[str]) -> Callable[..., Any]:
-    """The function `solve` of a Python file, which is executed.
-
-    Args:
-        path: the file; it is run as a module, without code under `if __name__ == "__main__"`.
-        parameters: the names of the arguments that `solve` is called with, in order.
-
-    Raises:
-        BadArgument: the file is missing, is not Python, fails when run, or has no `solve` that takes these
-            arguments. The message names the file and, if known, the line.
-
-    Example:
-        >>> import tempfile
-        >>> file = Path(tempfile.mkdtemp()) / "answer.py"
-        >>> _ = file.write_text("def solve(x): return 2 * x")
-        >>> load(file, ["x"])(21)
-        42
-    """
+    """The function `solve` of a Python file, which is run as a module, without code under `if __name__ == "__main__"`.
+    `BadArgument` names the file, and if known the line, if it fails or has no `solve` that takes `parameters`."""
     path = Path(path)
     module = _run(path, _source(path))
     call = f"solve({', '.join(parameters)})"

@@ -51,17 +51,11 @@ class Handed:
 
 @dataclass
 class Witness:
-    """What was seen during one call of a solution.
+    """What was seen during one call of a solution."""
 
-    Attributes:
-        handed: every tree that `init` returned, in order.
-        applied: the picture of the last tree that was passed to `apply`.
-        held: every tree that the solution's code held when one of its functions returned, or passed to a
-            call, or got from one.
-    """
-
-    handed: list[Handed] = field(default_factory=list)
-    applied: Picture | None = None
+    handed: list[Handed] = field(default_factory=list)  # every tree that `init` returned, in order
+    applied: Picture | None = None  # the picture of the last tree that was passed to `apply`
+    # Every tree that the solution's code held when one of its functions returned, or passed to a call, or got from one.
     held: list[Any] = field(default_factory=list)
 
 
@@ -102,11 +96,7 @@ def _natural(path: Path) -> list[tuple[int, int, str]]:
 
 
 def same(left: Any, right: Any) -> bool | None:
-    """Whether two leaves are the same object, or equal in dtype and every bit; None if a tracer hides a value.
-
-    >>> same(np.zeros(2), np.zeros(2)), same(np.zeros(2), np.zeros(2, "float32"))
-    (True, False)
-    """
+    """Whether two leaves are the same object, or equal in dtype and every bit; None if a tracer hides a value."""
     if left is right:
         return True
     if isinstance(left, jax.core.Tracer) or isinstance(right, jax.core.Tracer):
@@ -117,12 +107,8 @@ def same(left: Any, right: Any) -> bool | None:
 
 @contextmanager
 def watching(file: str, *, half: bool = False) -> Iterator[Witness]:
-    """A witness that watches while the `with` block runs.
-
-    Args:
-        file: the file of the solution's own code, whose variables and calls are inspected.
-        half: whether `init` returns parameters in bfloat16.
-    """
+    """A witness that watches while the `with` block runs: calls and variables of the code of `file`. If `half`, `init`
+    returns parameters in bfloat16."""
     witness = Witness()
     init, apply = nn.Module.init_with_output, nn.Module.apply  # `init` goes through `init_with_output`
 
@@ -167,10 +153,8 @@ def _trees(values: Iterable[Any]) -> Iterator[Any]:
 
 
 def _as_trained(variables: Any, rngs: Any, *, half: bool) -> Any:
-    """The same tree with random values in biases that are zero; all floats in bfloat16 if `half`.
-
-    The values depend only on the key and the path, so that `init` called twice returns the same tree.
-    """
+    """The same tree with random values in biases that are zero; all floats in bfloat16 if `half`. The values depend
+    only on the key and the path, so that `init` called twice returns the same tree."""
     key = rngs.get("params") if isinstance(rngs, Mapping) else rngs
 
     def leaf(path: tuple[Any, ...], value: Any) -> Any:

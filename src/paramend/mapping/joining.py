@@ -8,7 +8,7 @@ from paramend.edits.moves import whole_numbers
 from paramend.errors import BadArgument
 from paramend.leaves.origins.moved import How
 from paramend.mapping.layout import Rule, groups_of
-from paramend.mapping.steps import Step
+from paramend.mapping.steps import Step as Step
 from paramend.selectors.grammar import captures_of
 from paramend.selectors.selector import resolve
 
@@ -87,17 +87,17 @@ def split(tree: T, leaf: str, *, into: Sequence[str], axis: int = 0, sizes: Sequ
     if lengths is not None and len(lengths) != len(into):
         raise BadArgument(f"there are {len(into)} new paths, and {len(lengths)} sizes: {lengths}")
     args = {"axis": axis, **({} if lengths is None else {"sizes": lengths})}
-    return _ruled(tree, [leaf], into, Step("split", args))
+    return ruled(tree, [leaf], into, Step("split", args))
 
 
 def _joined(tree: T, leaves: Sequence[str], into: str, axis: int, how: How) -> T:
     if isinstance(leaves, str) or not leaves:
         raise BadArgument(f"leaves={leaves!r} is not a list of selectors", hint=f'["q", "k"], into="{into}"')
-    return _ruled(tree, leaves, [into], Step(how, {"axis": axis}))
+    return ruled(tree, leaves, [into], Step(how, {"axis": axis}))
 
 
-def _ruled(tree: T, sources: Sequence[str], targets: Sequence[str], step: Step) -> T:
-    """The tree after one rule of a layout; what it does not take stays."""
+def ruled(tree: T, sources: Sequence[str], targets: Sequence[str], step: Step) -> T:
+    """The tree after a rule of a layout with one step; what it does not take stays."""
     here, there = ({name for path in side for name in captures_of(path)} for side in (sources, targets))
     if here != there:
         raise BadArgument(

@@ -306,9 +306,9 @@ def _pad(bundle: Bundle, args: Data, count: int) -> Bundle:
     def changed(x: Any) -> Any:
         spec, axis = _along(x, args)
         length = spec.shape[axis]
-        padded = _padded(args, length)
-        if length != (args["size"] or length) or padded < length:
-            raise SpecMismatch(f"pad: axis {axis} of {spec} cannot be padded from {args['size']:,} to {padded:,}")
+        size, padded = args["size"] or length, _padded(args, length)
+        if length != size or padded < length:
+            raise SpecMismatch(f"pad: axis {axis} of {spec} cannot be padded from {size:,} to {padded:,}")
         return hands.pad(x, padded - length, axis) if padded > length else x
 
     return over(bundle, changed)

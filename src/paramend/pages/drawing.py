@@ -35,17 +35,8 @@ class _Node:
 
 
 def draw(page: Page) -> "Figure":
-    """A matplotlib figure of a page's map: each leaf as wide as it is large, below the subtrees that contain it.
-
-    Leaves are coloured by their groups, which also have textures, or by the column that colours the page.
-
-    Raises:
-        MissingExtra: matplotlib is not installed.
-
-    >>> figure = draw(Page("t", "h", ["a/x", "a/y", "b"], [1, 1, 2], groups=["new", "old", "old"]))
-    >>> [text.get_text() for text in figure.legends[0].get_texts()]
-    ['new', 'old']
-    """
+    """A matplotlib figure of a page's map: each leaf as wide as it is large, below the subtrees that contain it. Leaves
+    are coloured by their groups, which also have textures, or by the column that colours the page."""
     figures: Any = need("matplotlib.figure", extra="plot", to="draw a report")
     patches: Any = need("matplotlib.patches", extra="plot", to="draw a report")
     root = _tree(page)

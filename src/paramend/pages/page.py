@@ -17,16 +17,11 @@ _MOST_IN_A_NOTEBOOK = 20_000
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of a page's table.
-
-    Attributes:
-        values: one for each leaf; None if a leaf has none.
-        kind: "number" or "text".
-    """
+    """A column of a page's table."""
 
     name: str
-    values: Sequence[Any]
-    kind: str = "number"
+    values: Sequence[Any]  # one for each leaf; None if a leaf has none
+    kind: str = "number"  # "number" or "text"
 
     def __post_init__(self) -> None:
         values = [printable(value) if isinstance(value, str) else value for value in self.values]
@@ -35,42 +30,27 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """The distribution of the values of a leaf.
+    """The distribution of the values of a leaf."""
 
-    Attributes:
-        low: where the first bin begins.
-        high: where the last one ends.
-        before: the count of each bin.
-        after: the counts of the other tree, in the same bins; None if there is none.
-    """
-
-    low: float
-    high: float
-    before: Sequence[int]
-    after: Sequence[int] | None = None
+    low: float  # where the first bin begins
+    high: float  # where the last one ends
+    before: Sequence[int]  # the count of each bin
+    after: Sequence[int] | None = None  # the counts of the other tree, in the same bins; None if there is none
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """What a page shows. Names from files may hold control characters: these are written out.
-
-    Attributes:
-        sizes: the number of scalars of each.
-        groups: the name of the group of each leaf; empty if there are no groups.
-        group_title: the title of the groups.
-        histograms: place in `paths` → histogram.
-        colour: the name of the column that colours the map at first; "" for the groups.
-    """
+    """What a page shows. Names from files may hold control characters: these are written out."""
 
     title: str
     headline: str
     paths: Sequence[str]
-    sizes: Sequence[int]
+    sizes: Sequence[int]  # the number of scalars of each
     columns: Sequence[Column] = ()
-    groups: Sequence[str] = ()
-    group_title: str = "state"
-    histograms: Mapping[int, Histogram] = field(default_factory=dict)
-    colour: str = ""
+    groups: Sequence[str] = ()  # the name of the group of each leaf; empty if there are no groups
+    group_title: str = "state"  # the title of the groups
+    histograms: Mapping[int, Histogram] = field(default_factory=dict)  # place in `paths` → histogram
+    colour: str = ""  # the name of the column that colours the map at first; "" for the groups
 
     def __post_init__(self) -> None:
         for name in ("title", "headline", "group_title"):
@@ -79,12 +59,7 @@ class Page:
             object.__setattr__(self, name, list(map(printable, getattr(self, name))))
 
     def html(self) -> str:
-        """The page as the text of one file that needs no network and no other file.
-
-        >>> page = Page("diff", "1 leaf", ["a/w"], [4], groups=["changed"])
-        >>> page.html().count("</html>"), page.html().count("src=")
-        (1, 0)
-        """
+        """The page as the text of one file that needs no network and no other file."""
         import jinja2  # slow to import, and most programs write no page
         from markupsafe import Markup
 

@@ -20,7 +20,7 @@ from paramend.piecewise.edited import are_alike, is_orderless
 from paramend.piecewise.regions import Region, region
 from paramend.piecewise.rows import values
 from paramend.piecewise.spool import Spooled
-from paramend.piecewise.steps import flat, step_of
+from paramend.piecewise.steps import Learner, flat, step_of
 from paramend.piecewise.windows import GAP, Window, joined
 from paramend.reports.progress import Meter
 
@@ -180,6 +180,9 @@ def _change_slice(
     with np.errstate(all="ignore"):  # an overflow to inf is a valid result
         # Runs all over the leaf are read and written in the order of the leaf.
         if step is not None and not (where.shuffled and where.run < _FEW):
+            if isinstance(step, Learner):
+                for at, starts, run in _pieces(where, dtype.itemsize):
+                    step.learn(window(starts, run).read(), at)
             constant = edit.op.chunks and not edit.op.reads
             new = np.empty(0, dtype)
             for at, starts, run in _pieces(where, dtype.itemsize):

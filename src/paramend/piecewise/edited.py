@@ -3,7 +3,6 @@ box by box where each element is computed from the one at its place alone."""
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from paramend.errors import SpecMismatch
 from paramend.leaves.origins.boxes import Box, contiguous, select, shape_of
 from paramend.leaves.origins.origin import Given, Namer, Origin
 from paramend.leaves.specs import Array, Spec, numpy_dtype
-from paramend.piecewise.steps import Step, step_of
+from paramend.piecewise.steps import Learner, Step, step_of
 
 
 class Edited(Given):
@@ -102,10 +101,8 @@ class Edited(Given):
         base = self.base
         self.damage.clear()
         steps, deaf = steps_of(base.spec, self.calls, self.places, self.damage)
-        # An overflow to inf is valid. Between pieces the caller's rules hold, and another thread may take over.
-        quiet = partial(np.errstate, all="ignore")
         if None in steps:
-            with quiet():
+            with np.errstate(all="ignore"):  # an overflow to inf is a valid result
                 x = np.empty(base.spec.size, deaf) if deaf else base.read_range(0, base.spec.size)
                 x = x.reshape(base.spec.shape)
                 for edit, place in list(zip(self.calls, self.places, strict=True))[-len(steps) :]:
@@ -114,13 +111,25 @@ class Edited(Given):
                 self.check(np.shape(x), np.asarray(x).dtype.name)
             yield np.ascontiguousarray(x).reshape(-1)
             return
-        for start, stop in base.ranges():
-            with quiet():
-                x = np.empty(stop - start, deaf) if deaf else base.read_range(start, stop)
+        for at, learner in enumerate(steps):
+            if isinstance(learner, Learner):
+                again, _ = steps_of(base.spec, self.calls, self.places, Damage())
+                earlier = [old if isinstance(old, Learner) else new for old, new in zip(steps, again, strict=True)]
+                for start, piece in self._through(earlier[:at], deaf):
+                    learner.learn(piece, start)
+        for _, piece in self._through(steps, deaf):
+            yield piece
+
+    def _through(self, steps: Sequence[Step | None], deaf: np.dtype[Any] | None) -> Iterator[tuple[int, Array]]:
+        """The pieces after some steps, each with the place of its first element."""
+        for start, stop in self.base.ranges():
+            # An overflow to inf is valid. Between pieces the caller's rules hold, and another thread may take over.
+            with np.errstate(all="ignore"):
+                x = np.empty(stop - start, deaf) if deaf else self.base.read_range(start, stop)
                 for step in steps:
                     assert step is not None
                     x = step(x, start)
-            yield x
+            yield start, x
 
     def check(self, shape: tuple[int, ...], dtype: str) -> None:
         found = Spec(tuple(shape), dtype)

@@ -27,16 +27,9 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """The elements of a slice, as contiguous runs of `run` elements in the leaf, in the order of the slice.
-
-    `first` is added to all positions; the runs are numbered over the axes in C order. If the slice repeats elements of
-    the leaf, `last` are the places in the slice whose values count.
-
-    >>> [region((4, 6), index).count for index in (None, -1, slice(1, 3), (slice(None), 0), (slice(None), slice(2, 4)))]
-    [1, 1, 1, 4, 4]
-    >>> region((4, 6), (slice(None, None, -2), slice(2, 4))).starts(0, 2).tolist()
-    [20, 8]
-    """
+    """The elements of a slice, as contiguous runs of `run` elements in the leaf, in the order of the slice. `first` is
+    added to all positions; the runs are numbered over the axes in C order. If the slice repeats elements of the leaf,
+    `last` are the places in the slice whose values count."""
 
     shape: tuple[int, ...]
     run: int
@@ -79,20 +72,14 @@ class Region:
         return any(not isinstance(axis.positions, range) and not _ascends(axis.positions) for axis in self.axes)
 
     def ascending(self) -> "Region":
-        """The same elements in the order of the leaf.
-
-        >>> region((4,), slice(None, None, -2)).ascending().starts(0, 2).tolist()
-        [1, 3]
-        """
+        """The same elements in the order of the leaf."""
         axes = (Axis(_sorted(axis.positions), axis.stride) for axis in self.axes)
         return Region(self.shape, self.run, self.first, tuple(axes), self.last)
 
     def pieces(self, budget: int, slack: int) -> Iterator[tuple[int, Array, int]]:
-        """The slice from first to last in pieces: (place in the slice, where runs begin in the leaf, their length).
-
-        The budget is about how many elements of the leaf a piece may span; neighbouring short runs, with gaps of less
-        than `slack` elements, count with the gaps between them.
-        """
+        """The slice from first to last in pieces: (place in the slice, where runs begin in the leaf, their length). The
+        budget is about how many elements of the leaf a piece may span; neighbouring short runs, with gaps of less than
+        `slack` elements, count with the gaps between them."""
         if not self.size:
             return
         if self.run >= budget:
@@ -126,11 +113,7 @@ def _step(axis: Axis) -> int:
 
 
 def region(shape: tuple[int, ...], index: Any) -> Region:
-    """The elements that `x[index]` takes from an array of this shape, in its order.
-
-    >>> region((3, 4), (0, slice(1, 3)))
-    Region(shape=(2,), run=2, first=1, axes=(), last=None)
-    """
+    """The elements that `x[index]` takes from an array of this shape, in its order."""
     if index is None:
         return Region(shape, math.prod(shape), 0, ())
     inner = sliced_shape(shape, index)

@@ -89,10 +89,8 @@ def _ahead(tiles: Iterator[memoryview]) -> Iterator[memoryview]:
 
 
 def survey(plan: Plan) -> None:
-    """Count in the rows of a plan the values that its edits cannot hold, without writing: for dry runs.
-
-    Only leaves that such edits change are read.
-    """
+    """Count in the rows of a plan the values that its edits cannot hold, without writing: for dry runs. Only leaves
+    that such edits change are read."""
     for row in plan.changed:
         # A cast to a dtype that holds every value loses none.
         safe = [edit.op.name for edit in row.calls] == ["cast"] and holds(row.spec.dtype, row.before.dtype)

@@ -1,14 +1,15 @@
 """Computing: an edit of a leaf piece by piece, so that memory is bounded by a piece, not by the leaf."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from paramend.arrays import numpy as numpy_backend
 from paramend.arrays.initializers import Draws, Site, generator
+from paramend.arrays.lowrank import Projection
 from paramend.edits.call import Call
 from paramend.edits.damage import Damage
 from paramend.errors import SpecMismatch
@@ -21,6 +22,17 @@ from paramend.piecewise.regions import region
 Step = Callable[[Array, int], Array]
 
 
+@dataclass(frozen=True, slots=True)
+class Learner:
+    """A step that must first `learn` all elements, in order, in flat pieces."""
+
+    step: Step
+    learn: Callable[[Array, int], None]
+
+    def __call__(self, x: Array, start: int) -> Array:
+        return self.step(x, start)
+
+
 def step_of(edit: Call, spec: Spec, place: Site, damage: Damage | None = None) -> Step | None:
     """The edit as a function of a flat piece of a leaf and its first element; None if it needs the whole leaf.
 
@@ -28,12 +40,6 @@ def step_of(edit: Call, spec: Spec, place: Site, damage: Damage | None = None) -
 
     Pieces must come in order. Functions, JAX keys, indices that repeat an element, and random values or arrays for a
     slice whose elements are not in the order of the leaf need whole leaves.
-
-    >>> from paramend.arrays.initializers import NOWHERE
-    >>> from paramend.edits.ops import OPS
-    >>> step = step_of(Call(OPS["add"], {"value": np.array([10, 20])}), Spec((2, 2), "int64"), NOWHERE)
-    >>> step(np.array([1, 2, 3]), 0).tolist(), step(np.array([4]), 3).tolist()
-    ([11, 22, 13], [24])
     """
     if edit.index is not None:
         return _slice_step(edit, spec, place, damage)
@@ -49,6 +55,10 @@ def step_of(edit: Call, spec: Spec, place: Site, damage: Damage | None = None) -
     if edit.op.name == "reinit":
         draws = Draws(edit.args["init"], generator(int(seed), place), spec, out_first=place.out_first)
         return lambda x, start: draws.next(x.size).astype(numpy_dtype(spec.dtype))
+    product = edit.op.product and edit.op.product(spec, edit.args)
+    if product:
+        added = _counted(edit, product.added, damage)
+        return Learner(added, product.learn) if isinstance(product, Projection) else added
     if not edit.op.chunks:
         return None
     if spec.dtype == "bfloat16" and edit.op.name in _FLOAT32 and np.ndim(value) == 0:
@@ -110,32 +120,46 @@ def _slice_step(edit: Call, spec: Spec, place: Site, damage: Damage | None) -> S
     if where.last is not None or inner is None:
         return None
     if not where.ascends:
-        if np.ndim(edit.args.get("value", 0)) or "seed" in edit.op.parameters:  # values depend on the order
+        # Where values depend on the order.
+        if np.ndim(edit.args.get("value", 0)) or "seed" in edit.op.parameters or not edit.op.chunks:
             return None
         where = where.ascending()
     runs = range(where.count if where.size else 0)
     run = where.run
 
-    def step(x: Array, start: int) -> Array:
+    def parts(start: int, size: int) -> Iterator[tuple[Any, int]]:
+        """The places in a piece that the slice takes, and where each of them begins in the slice."""
         low = bisect_right(runs, start - run, key=where.start)
-        high = bisect_left(runs, start + x.size, lo=low, key=where.start)
+        high = bisect_left(runs, start + size, lo=low, key=where.start)
         if low == high:
-            return x
-        x = x.copy()
+            return
         starts = where.starts(low, high) - start
         at = low * run + max(-int(starts[0]), 0)  # the first run may have begun before
-        if run * (high - low) > 2 * x.size:  # few, long runs
+        if run * (high - low) > 2 * size:  # few, long runs
             for first in starts.tolist():
-                part = x[max(first, 0) : first + run]
-                part[:] = inner(part, at)
-                at += part.size
-            return x
+                begin, end = max(first, 0), min(first + run, size)
+                yield slice(begin, end), at
+                at += end - begin
+            return
         places = (starts[:, None] + np.arange(run)).reshape(-1)
-        places = places[(places >= 0) & (places < x.size)]
-        x[places] = inner(x[places], at)
+        yield places[(places >= 0) & (places < size)], at
+
+    def step(x: Array, start: int) -> Array:
+        found = list(parts(start, x.size))
+        x = x.copy() if found else x
+        for places, at in found:
+            x[places] = inner(x[places], at)
         return x
 
-    return step
+    if not isinstance(inner, Learner):
+        return step
+    learns = inner.learn
+
+    def learn(x: Array, start: int) -> None:
+        for places, at in parts(start, x.size):
+            learns(x[places], at)
+
+    return Learner(step, learn)
 
 
 def _flat_reader(array: Array) -> Callable[[int, int], Array]:

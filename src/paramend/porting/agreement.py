@@ -12,12 +12,7 @@ MOVES: tuple[Move, ...] = ((1, -1), (-1, 1), (0, -1), (-1, 0))
 
 
 def moves(target: Values, source: Values) -> set[Move]:
-    """The moves of an axis that make the source's array the target's.
-
-    >>> image = np.arange(24.0).reshape(1, 2, 3, 4)
-    >>> moves(np.moveaxis(image, 1, -1), image)
-    {(1, -1)}
-    """
+    """The moves of an axis that make the source's array the target's."""
     if not 3 <= source.ndim <= 5 or np.array_equal(target, source):
         return set()
     return {move for move in MOVES if np.array_equal(np.moveaxis(source, *move), target)}
@@ -28,10 +23,8 @@ def distance(
 ) -> tuple[float, float]:
     """The largest absolute difference, and its share of the largest value; inf for shapes that do not fit.
 
-    Args:
-        turned: the moves of an axis after which outputs may agree; None for what layers return, of which axes may also
-            be split, and time and examples change places.
-        least: the size below which values are small.
+    Outputs may agree after one of the moves of an axis in `turned`. What layers return (None) may also have axes that
+    are split, and time and examples change places. Values below `least` are small.
 
     >>> distance(np.array([[1.0, 2.0]]), np.array([1.0, 2.5]))
     (0.5, 0.2)

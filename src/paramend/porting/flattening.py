@@ -14,15 +14,10 @@ _OF_CHANNELS = ("2d", "3d", "GroupNorm")  # in the names of norms that never see
 
 
 class Flat(NamedTuple):
-    """Features that are (channels, places) on one side and (places, channels) on the other.
+    """Features that are (channels, places) on one side and (places, channels) on the other."""
 
-    Attributes:
-        channels: how many channels.
-        axis: 1 where a layer takes them, 0 where a dense layer makes them.
-    """
-
-    channels: int
-    axis: int = 1
+    channels: int  # how many channels
+    axis: int = 1  # 1 where a layer takes them, 0 where a dense layer makes them
 
     def steps(self, shape: Shape) -> list[Step]:
         """The steps from a matrix (outputs, inputs) or a vector with channels first to one with channels last."""
@@ -37,21 +32,13 @@ class Flat(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A layer as the side with channels first holds it.
+    """A layer as the side with channels first holds it."""
 
-    Attributes:
-        pair: the layer, and the one that it is on the other side.
-        kind: its kind.
-        name: the name of its class; "" if that is not known.
-        shape: the shape of its first parameter.
-        groups: the groups of a convolution, 1 if they are not known.
-    """
-
-    pair: Pair
+    pair: Pair  # the layer, and the one that it is on the other side
     kind: str
-    name: str
-    shape: Shape
-    groups: int = 1
+    name: str  # the name of its class; "" if that is not known
+    shape: Shape  # the shape of its first parameter
+    groups: int = 1  # the groups of a convolution, 1 if they are not known
 
     @property
     def taken(self) -> int:
@@ -66,31 +53,18 @@ class Layer:
 
 @dataclass(frozen=True)
 class Flattening:
-    """Layers that take or make flattened features.
-
-    Attributes:
-        pairs: the layers.
-        flat: the features.
-        places: the places of each channel.
-        doubt: whether the features may as well be others of their number.
-        certain: whether a class says so.
-    """
+    """Layers that take or make flattened features."""
 
     pairs: list[Pair]
     flat: Flat
     places: int
-    doubt: bool
-    certain: bool
+    doubt: bool  # whether the features may as well be others of their number
+    certain: bool  # whether a class says so
 
 
 def flattenings(layers: Sequence[Layer], classes: frozenset[str], *, ordered: bool) -> Iterator[Flattening]:
-    """The flattenings that widths and order of layers speak for.
-
-    Args:
-        layers: in the order in which they were made.
-        classes: the names of the classes of all modules; `Flatten` and `Unflatten` leave no doubt.
-        ordered: False if the order may be that of their names.
-    """
+    """The flattenings that widths and order of layers, as they were made, speak for; if not `ordered`, the order may be
+    that of their names. Of the `classes` of all modules `Flatten` and `Unflatten` leave no doubt."""
     dense = [layer for layer in layers if layer.kind == "linear" and len(layer.shape) == 2]
     before: Layer | None = None
     norms: list[Layer] = []

@@ -12,10 +12,8 @@ _WIDER = {"float16": "float64", "bfloat16": "float64", "float32": "float64", "co
 
 @contextmanager
 def float64() -> Iterator[None]:
-    """A context in which JAX has 64 bits in this thread, and `jnp.float32` and attention use them.
-
-    What is compiled here is not what the user compiles elsewhere: the precision is a part of JAX's keys.
-    """
+    """A context in which JAX has 64 bits in this thread, and `jnp.float32` and attention use them. What is compiled
+    here is not what the user compiles elsewhere: the precision is a part of JAX's keys."""
     wide = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
     old = [(jnp, name, getattr(jnp, name)) for name in _WIDER]
     old.append((jax.nn, "dot_product_attention", jax.nn.dot_product_attention))

@@ -80,17 +80,11 @@ rnn | SimpleCell | last | dense_i/kernel > i: in_out; dense_h/kernel > h: in_out
 
 @dataclass(frozen=True, eq=False)
 class Hold:
-    """Leaves of a form that are opened together.
+    """Leaves of a form that are opened together."""
 
-    Attributes:
-        names: the paths of the leaves within the module.
-        parts: what they are opened into.
-        do: how, in words of `_WORDS`.
-    """
-
-    names: tuple[str, ...]
-    parts: tuple[str, ...]
-    do: tuple[str, ...] = ()
+    names: tuple[str, ...]  # the paths of the leaves within the module
+    parts: tuple[str, ...]  # what they are opened into
+    do: tuple[str, ...] = ()  # how, in words of `_WORDS`
 
     def steps(self, ndim: int) -> list[Step]:
         """The steps that open leaves with so many axes."""
@@ -99,21 +93,13 @@ class Hold:
 
 @dataclass(frozen=True, eq=False)
 class Form:
-    """How a library holds a kind.
-
-    Attributes:
-        kind: the kind.
-        classes: the names of the classes that hold it so, `library:name` where only one library does.
-        holds: what they hold; parts that may be absent are `optional`.
-        optional: these parts.
-        last: whether channels come last in the library's arrays of features.
-    """
+    """How a library holds a kind."""
 
     kind: str
-    classes: frozenset[str]
-    holds: tuple[Hold, ...]
-    optional: frozenset[str] = frozenset()
-    last: bool = False
+    classes: frozenset[str]  # the names of the classes that hold it so, `library:name` where only one library does
+    holds: tuple[Hold, ...]  # what they hold; parts that may be absent are `optional`
+    optional: frozenset[str] = frozenset()  # these parts
+    last: bool = False  # whether channels come last in the library's arrays of features
 
     @cached_property
     def names(self) -> frozenset[str]:

@@ -21,10 +21,8 @@ Around = Callable[[Any, Any, Any, Any, str | None], Any]
 
 
 class _Framework(NamedTuple):
-    """A module with a class `Module`, and the methods of that class which are calls.
-
-    `path` says where an instance is, for a framework that has `intercept_methods`; in the others methods are patched.
-    """
+    """A module with a class `Module`, and the methods of that class which are calls. `path` says where an instance is,
+    for a framework that has `intercept_methods`; in the others methods are patched."""
 
     name: str
     methods: tuple[str, ...] = ("__call__",)

@@ -30,15 +30,10 @@ _NDIM = {
 
 @dataclass(frozen=True)
 class Shaped:
-    """A form with the shapes of its leaves.
-
-    Attributes:
-        form: the form.
-        shapes: the paths of the leaves within the module, and their shapes.
-    """
+    """A form with the shapes of its leaves."""
 
     form: Form
-    shapes: tuple[tuple[str, Shape], ...]
+    shapes: tuple[tuple[str, Shape], ...]  # the paths of the leaves within the module, and their shapes
 
     @property
     def holds(self) -> tuple[Hold, ...]:
@@ -87,16 +82,10 @@ def simulated(steps: Sequence[Step], shapes: Sequence[Shape], count: int) -> lis
 
 @dataclass(frozen=True)
 class Move:
-    """A rule of a layout between two modules.
+    """A rule of a layout between two modules."""
 
-    Attributes:
-        sources: the paths of the leaves within the module of the source.
-        targets: those within that of the target.
-        do: the steps.
-    """
-
-    sources: tuple[str, ...]
-    targets: tuple[str, ...]
+    sources: tuple[str, ...]  # the paths of the leaves within the module of the source
+    targets: tuple[str, ...]  # those within that of the target
     do: tuple[Step, ...] = field(default=())
 
 

@@ -27,21 +27,13 @@ Family: TypeAlias = dict[tuple[int, ...], Unit]  # units whose names differ in n
 
 @dataclass(frozen=True)
 class Pair:
-    """A layer of the source and the one of the target that it is.
-
-    Attributes:
-        source: the unit of the source.
-        target: the unit of the target.
-        ways: the rules that may lead from one to the other, the likeliest first.
-        by: what says that they are one: "name", "shape", "calls", "number", "rename".
-        way: the place of the way that is taken.
-    """
+    """A layer of the source and the one of the target that it is."""
 
     source: Unit
     target: Unit
-    ways: Ways
-    by: str
-    way: int = 0
+    ways: Ways  # the rules that may lead from one to the other, the likeliest first
+    by: str  # what says that they are one: "name", "shape", "calls", "number", "rename"
+    way: int = 0  # the place of the way that is taken
 
     @property
     def moves(self) -> tuple[Move, ...]:
@@ -60,16 +52,12 @@ class Pair:
 
 @dataclass
 class Matching:
-    """What a search found.
+    """What a search found."""
 
-    Attributes:
-        pairs: the layers that are one.
-        doubtful: layers of both sides that could be paired in several ways.
-        lone: the units of the source and those of the target that have no partner.
-    """
-
-    pairs: list[Pair] = field(default_factory=list)
+    pairs: list[Pair] = field(default_factory=list)  # the layers that are one
+    # Layers of both sides that could be paired in several ways.
     doubtful: list[tuple[list[Unit], list[Unit]]] = field(default_factory=list)
+    # The units of the source and those of the target that have no partner.
     lone: tuple[list[Unit], list[Unit]] = field(default_factory=lambda: ([], []))
 
 
@@ -103,14 +91,8 @@ def match(
     renamed: Mapping[Unit, Unit],
     order: tuple[Order, Order] | None = None,
 ) -> Matching:
-    """The pairs of units.
-
-    Args:
-        sources: the units of the source.
-        targets: the units of the target.
-        renamed: pairs that the user gave.
-        order: the paths of the modules of both sides → the place of their first call, where both can run.
-    """
+    """The pairs of units, `renamed` as the user gave them. Where both sides can run, `order` has the place of the first
+    call of each module."""
     search = _Search(order)
     for source, target in renamed.items():
         if not search.pair(source, target, "rename"):
@@ -154,9 +136,7 @@ class _Search:
 
     def by_name(self, sources: Sequence[Unit], targets: Sequence[Unit]) -> None:
         """Pair units of one name, where the numbers of such names agree too: `fc1`, `fc2` are not `fc_0`, `fc_1`.
-
-        Numbers that Flax and Haiku give are no names: the order of calls goes before them.
-        """
+        Numbers that Flax and Haiku give are no names: the order of calls goes before them."""
         ours, theirs = families(sources), families(targets)
         for text, members in ours.items():
             others = theirs.get(text, {})

@@ -32,21 +32,13 @@ _NOT_LEARNED = ("RngKey", "RngCount", "RngState", "Cache", "Intermediate")
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """Leaves that belong together: a layer, or a parameter that belongs to none.
-
-    Attributes:
-        path: the path of the module.
-        leaves: the paths of the leaves within it, and their numbers.
-        shaped: the forms that it may have.
-        kind: the name of its class; "" if that is not known.
-        module: the module, or None.
-    """
+    """Leaves that belong together: a layer, or a parameter that belongs to none."""
 
     path: Path
-    leaves: dict[str, int]
-    shaped: tuple[Shaped, ...]
-    kind: str = ""
-    module: Any = field(default=None, repr=False)
+    leaves: dict[str, int]  # the paths of the leaves within it, and their numbers
+    shaped: tuple[Shaped, ...]  # the forms that it may have
+    kind: str = ""  # the name of its class; "" if that is not known
+    module: Any = field(default=None, repr=False)  # the module, or None
 
     def __str__(self) -> str:
         leaves = ", ".join(f"{name or 'value'} {list(shape)}" for name, shape in self.shaped[0].shapes)
@@ -54,32 +46,27 @@ class Unit:
 
 
 class Model:
-    """One side of a port.
-
-    Attributes:
-        root: what the user gave.
-        tree: the tree of its leaves: the variables of a bound linen module, else `root`.
-        leaves: its leaves.
-        names: leaf number → the path of its module and its name there, without the collection; leaves that are no
-            parameters, such as keys of random numbers, are left out.
-        modules: the path of each module → the module.
-    """
+    """One side of a port."""
 
     def __init__(self, root: Any) -> None:
-        self.root = root
+        self.root = root  # what the user gave
         self.bound = is_linen(root)
         if self.bound and root.scope is None:
             raise BadArgument(
                 "a linen module holds no parameters",
                 hint="module.bind(variables), where variables = module.init(key, x)",
             )
+        # The tree of its leaves: the variables of a bound linen module, else `root`.
         self.tree = root.variables if self.bound else root
         self.leaves: Any = root if isinstance(root, Editable) else Tree(self.tree)
+        # The path of each module → the module.
         self.modules: dict[Path, Any] = {} if isinstance(root, Editable) else dict(_modules(self.tree))
         pieces = {number: self.leaves.index.pieces(number) for number in self.leaves.index.numbers}
         self._paths = {*pieces.values()}
         tops = {path[0] for path in pieces.values() if len(path) > 1}
         self._collected = "params" in tops and not self.modules and all(len(path) > 1 for path in pieces.values())
+        # Leaf number → the path of its module and its name there, without the collection. Leaves that are no
+        # parameters, such as keys of random numbers, are left out.
         self.names = {number: name for number, path in pieces.items() if (name := self._name(number, path)) is not None}
 
     def _name(self, number: int, path: Path) -> Path | None:

@@ -29,12 +29,8 @@ def family(kind: str) -> str:
 def paired(
     target: Sequence[Call], source: Sequence[Call], pairs: Collection[tuple[str, str]] | None = None
 ) -> list[tuple[int, int]]:
-    """The numbers of calls of two models that belong together, in the order of both.
-
-    Args:
-        pairs: the paths of modules that belong together; None to find them: they are of one kind or have equal values,
-            in outputs of one size.
-    """
+    """The numbers of calls of two models that belong together, in the order of both. Without the `pairs` of paths of
+    modules they are found: of one kind or with equal values, in outputs of one size."""
     known = None if pairs is None else set(pairs)
     ours, theirs = ([_print(call.outputs[0]) for call in calls] for calls in (target, source))
 

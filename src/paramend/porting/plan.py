@@ -27,19 +27,7 @@ _BESIDE = {"cls", "class", "type", "patch", "relative", "absolute", "bias"}
 
 
 class PortPlan:
-    """Which leaf of a target is made of which leaves of a source.
-
-    Attributes:
-        pairs: the layers that are one, by their unit of the target.
-        doubtful: layers that could be paired in several ways.
-        lone: units of the source and of the target that have no partner.
-        left: units of the source that `rename` leaves behind.
-        copies: leaf of the source → leaves that hold the same once more, such as a tied head in a file.
-        flattened: target path → the flattened features that a leaf has an axis of.
-        assumed: those of them that no class speaks for.
-        questions: target path → why its layout is not known, and steps that it may have.
-        notes: target path → what was assumed.
-    """
+    """Which leaf of a target is made of which leaves of a source."""
 
     def __init__(
         self,
@@ -52,17 +40,19 @@ class PortPlan:
         self.target, self.source = target, source
         self._given, steps = _read_rules(rules)
         self._steps = {target.text(number): do for path, do in steps.items() for number in resolve(path, target.leaves)}
-        self.left: list[Unit] = []
+        self.left: list[Unit] = []  # units of the source that `rename` leaves behind
         if not isinstance(rename, Mapping | None) or not all(isinstance(old, str) for old in rename or ()):
             raise BadArgument(
                 f"rename={rename!r} is not a dict of paths", hint='rename={"layer/of/source": "layer/of/target"}'
             )
         renamed = self._renamed(rename or {})
         sources = [unit for unit in source.units if unit not in self.left]
-        self.notes: dict[str, str] = {}
+        self.notes: dict[str, str] = {}  # target path → what was assumed
+        # Target path → why its layout is not known, and steps that it may have.
         self.questions: dict[str, tuple[str, list[list[Step]]]] = {}
-        self.flattened: dict[str, Flat] = {}
-        self.assumed: set[str] = set()
+        self.flattened: dict[str, Flat] = {}  # target path → the flattened features that a leaf has an axis of
+        self.assumed: set[str] = set()  # those of them that no class speaks for
+        # Leaf of the source → leaves that hold the same once more, such as a tied head in a file.
         self.copies: dict[int, list[int]] = {}
         self._find(sources, renamed, order)
         if any(len(ours) > len(theirs) for ours, theirs in self.doubtful) and self._find_copies():

@@ -13,8 +13,7 @@ from paramend.leaves.specs import AnyTree
 from paramend.porting.models import Model
 from paramend.porting.plan import PortPlan, Renames, Rules
 from paramend.porting.proof import Proof
-from paramend.porting.refusal import refusal
-from paramend.porting.report import PortReport, reported
+from paramend.porting.report import PortReport, refusal, reported
 from paramend.porting.trial import carried, stored, tried
 
 T = TypeVar("T")
@@ -124,11 +123,7 @@ def port_on_disk(target: Any, source: Checkpoint, *, rename: Renames | None = No
 def _planned(
     target: Model, source: Model, rename: Renames | None, rules: Rules | None, inputs: Any
 ) -> tuple[PortPlan, Proof | None]:
-    """The plan of a port without questions, and its proof.
-
-    Raises:
-        PortRefused: questions are left, or the models do not compute the same.
-    """
+    """The plan of a port without questions, and its proof; `PortRefused` if the models do not compute the same."""
     if inputs is None:
         plan, proof = PortPlan(target, source, rename, rules), None
     else:

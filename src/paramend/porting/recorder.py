@@ -46,18 +46,12 @@ _RANDOM = re.compile(r"(Alpha|Feature|FeatureAlpha)?Dropout([123]d)?|DropPath|St
 
 
 class Recorder:
-    """Makes the calls of modules, and notes them.
-
-    Args:
-        root: the model; None if modules are named from the outermost one that is called.
-
-    Attributes:
-        calls: the calls that were noted. Modules that were made for the call alone have no path, and are left out.
-    """
+    """Makes the calls of modules, and notes them."""
 
     def __init__(self, root: Any) -> None:
         self._root = root
         self._open: list[Any] = []
+        # The calls that were noted. Modules that were made for the call alone have no path, and are left out.
         self.calls: list[Call] = []
         self._count = 0
         self._traced: set[Any] = set()

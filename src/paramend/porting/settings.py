@@ -15,12 +15,8 @@ _GELU = "the two forms of GELU are up to 4.7e-4 apart"
 def differences(
     pairs: Sequence[tuple[Path, Any, Any]], sides: tuple[Mapping[Path, Any], Mapping[Path, Any]]
 ) -> list[str]:
-    """What differs beside parameters, one sentence for each layer and setting.
-
-    Args:
-        pairs: for each layer its path in the target, the module of the target and that of the source.
-        sides: all modules of the target, and all of the source.
-    """
+    """What differs beside parameters, one sentence for each layer and setting. A pair is the path of a layer in the
+    target, its module and that of the source; `sides` are all modules of both."""
     found = []
     for path, ours, theirs in pairs:
         for name, read in _SETTINGS.items():

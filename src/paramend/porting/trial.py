@@ -40,11 +40,7 @@ def carried(target: Model, source: Model, layout: Layout, *, dtype: Dtype = "tar
 def tried(
     target: Model, source: Model, rename: Renames | None, rules: Rules | None, inputs: Any
 ) -> tuple[PortPlan, Proof | None]:
-    """A plan whose questions are answered by running both models, and its proof; None if questions are left.
-
-    Raises:
-        BadArgument: one of the models cannot run.
-    """
+    """A plan whose questions are answered by running both models, and its proof; None if questions are left."""
     given = sides_of(inputs)
     ours, theirs = (_calls(model, given[side], side) for side, model in (("target", target), ("source", source)))
     order = source.learn(theirs), target.learn(ours)
@@ -101,10 +97,8 @@ def _answers(plan: PortPlan) -> Iterator[tuple[tuple[str, Any], ...]]:
 
 
 def _unflattened(plan: PortPlan, source: Model, given: dict[str, Any], order: dict[Path, int]) -> Any:
-    """The target with random parameters, once flattened features are in its own order.
-
-    Layer by layer, as they are called: the inputs of both are equal, or equal once their channels change places.
-    """
+    """The target with random parameters, once flattened features are in its own order. Layer by layer, as they are
+    called: the inputs of both are equal, or equal once their channels change places."""
     last = plan.channels_last(plan.target)
     if plan.channels_last(plan.source) == last:
         return _made(plan, source)

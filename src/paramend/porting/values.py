@@ -15,11 +15,7 @@ _WIDE = {"float": "float64", "complex": "complex128"}
 
 
 def wide(values: Values) -> Values:
-    """A copy, as float64 or complex128 if it holds floats.
-
-    >>> wide(np.ones(2, "float32")).dtype, wide(np.ones(2, "int8")).dtype
-    (dtype('float64'), dtype('int8'))
-    """
+    """A copy, as float64 or complex128 if it holds floats."""
     return values.astype(_WIDE.get(kind_of(values.dtype.name), values.dtype))
 
 
@@ -29,11 +25,7 @@ def largest(values: Values) -> float:
 
 
 def arrays(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The arrays and floats in nested containers, with their places.
-
-    >>> [(path, array.shape) for path, array in arrays({"logits": np.ones(2), "past": [np.ones(3), None]})]
-    [('logits', (2,)), ('past/0', (3,))]
-    """
+    """The arrays and floats in nested containers, with their places."""
     inside: Iterable[tuple[Any, Any]] = ()
     if backend_of(type(value)) is not None or isinstance(value, float | complex):
         yield path, value

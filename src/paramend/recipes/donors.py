@@ -36,7 +36,7 @@ class Donors:
     def open(self, name: str) -> Array | Checkpoint:
         path = self._folder / name
         if path not in self._open:
-            self._open[path] = _read_npy(path) if path.suffix == ".npy" else open_checkpoint(path, raw=self._raw)
+            self._open[path] = read_npy(path) if path.suffix == ".npy" else open_checkpoint(path, raw=self._raw)
         return self._open[path]
 
     def values(
@@ -106,7 +106,8 @@ def _share(one: Checkpoint, other: Checkpoint) -> bool:
     return any((stat.st_dev, stat.st_ino) in files for stat in other.source.stats.values())
 
 
-def _read_npy(path: Path) -> Array:
+def read_npy(path: Path) -> Array:
+    """The array in an `.npy` file; `BadCheckpoint` if there is none."""
     os.close(open_regular(path))  # numpy would wait forever on a pipe
     try:
         try:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.errors import BadCheckpoint, BadRecipe, CannotRead, Problem, Unsupported
 from paramend.formats.files import open_regular
+from paramend.formats.gathered import Gathered
 from paramend.leaves.specs import AnyTree
 from paramend.recipes.donors import Donors
 from paramend.recipes.run import check_in_place, run
@@ -158,7 +159,8 @@ class Recipe:
         found, problems = self._run(tree)
         self._refuse(problems)
         if isinstance(found, Checkpoint) and isinstance(tree, Checkpoint):
-            alone = not (tree.plan.changed or tree.plan.deleted or tree.texts)
+            made = isinstance(tree.source, Gathered)  # of other leaves, of which the recipe says nothing
+            alone = not (made or tree.plan.changed or tree.plan.deleted or tree.texts)
             told = self._told(raw=self._raw or tree.raw) if alone else ""
             found = found.planned(found.plan, told).as_stored(tree.raw)
         return found  # type: ignore[no-any-return]

@@ -15,11 +15,10 @@ from paramend.edits.call import Call, sliced_shape
 from paramend.edits.checks import fitted
 from paramend.edits.memory import editable
 from paramend.edits.ops import OPS
-from paramend.edits.weights import chosen, weighed
-from paramend.errors import BadArgument, NoMatch, ParamendError, Problem
+from paramend.edits.weights import Weights, chosen, weighed
+from paramend.errors import NoMatch, ParamendError, Problem
 from paramend.leaves.leaves import Editable, unique
 from paramend.leaves.specs import Spec
-from paramend.mapping import joining
 from paramend.recipes.donors import Donors
 from paramend.recipes.steps import Enough, Problems, RecipeStep, problem_of
 from paramend.recipes.text import below, write_scalar
@@ -69,7 +68,7 @@ def check_in_place(
                 hint = "recipe.apply(tree) gives a new tree"
                 at.problems.add(at.address, f"{step.verb.name}: in place {what}", hint, "unsupported")
             if step.verb.name == "config":
-                at.problems.tried(at.address, config, leaves)
+                at.problems.tried(at.address, config, at.stored)
             calls: dict[int, Call] = {}
             with suppress(Enough):
                 calls = at.calls()
@@ -101,6 +100,11 @@ class _Attempt:
     address: str
     problems: Problems = field(default_factory=Problems)
 
+    @property
+    def stored(self) -> Any:
+        """The leaves as they are stored, for what knows quantised weights itself."""
+        return self.leaves.stored if isinstance(self.leaves, Weights) else self.leaves
+
     def carry_out(self) -> Any:
         """The tree after the step; None if nothing changes or something is wrong."""
         if self.step.verb.op is not None:
@@ -108,19 +112,25 @@ class _Attempt:
             return self.problems.tried(f"{self.address}.at", self.leaves.edited, calls) if calls else None
         if self.step.verb.name == "config":
             return self._configured()
+        make, given = self.step.verb.make, self.step.given
+        if make is not None:
+            if self.step.verb.selects:
+                self._chosen()
+            about = self.address
+            if "at" in given:
+                about += f".{'into' if 'into' in given else 'at'}"
+            return None if self.problems else self.problems.tried(about, make, self.stored, given, self.donors)
         numbers = [number for number, _ in self._chosen()]
         if self.problems or self.step.verb.name == "expect":
             return None
         if self.step.verb.name == "delete":
             return self.problems.tried(f"{self.address}.at", self.leaves.deleted, numbers)
-        if "into" in self.step.given:
-            return self.problems.tried(f"{self.address}.into", self._regrouped)
         # The wildcards of the new path refer to the selectors that matched the leaves.
         by = Union(tuple(self.step.selectors()))
         return self.problems.tried(f"{self.address}.to", self.leaves.moved, by, numbers, self.step.given["to"])
 
     def _configured(self) -> Any:
-        tree: Any = self.leaves
+        tree = self.stored
         if self.problems.tried(self.address, config, tree) is None:
             return None
         given = self.step.given
@@ -132,20 +142,10 @@ class _Attempt:
             tree = self.problems.tried(address, config(tree).edited, values, gone) or tree
         return tree
 
-    def _regrouped(self) -> Any:
-        given, name = self.step.given, self.step.verb.name
-        texts, axis = self.step.texts, given.get("axis", 0)
-        if name == "split":
-            if len(texts) > 1:
-                raise BadArgument(f"split cuts one leaf, and at names {len(texts)}", hint="a step for each")
-            return joining.split(self.leaves, texts[0], into=given["into"], axis=axis, sizes=given.get("sizes"))
-        join = joining.concat if name == "concat" else joining.interleave
-        return join(self.leaves, texts, into=given["into"], axis=axis)
-
     def calls(self) -> dict[int, Call]:
         """The call of the step's op on each selected leaf, checked against its spec; none if something is wrong."""
         op, given = self.step.verb.op, self.step.given
-        picked = self._chosen()
+        picked = self._chosen() if self.step.verb.selects else []
         if op is None or self.problems:
             return {}
         index = read_index(given["index"]) if "index" in given and "index" not in op.parameters else None
@@ -155,14 +155,15 @@ class _Attempt:
         else:
             inner = specs
         args = {name: given[name] for name in op.parameters if name in given}
-        values = dict.fromkeys(specs, args.get("value"))
+        array = op.array or "value"
+        values = dict.fromkeys(specs, args.get(array))
         if "from" in given:
             values = self._donated(picked)
-        elif isinstance(args.get("value"), list):
+        elif array == "value" and isinstance(args.get("value"), list):  # numbers of the dtype of the leaf
             values = self._each("value", inner, lambda number: _literal(args["value"], inner[number]))
         if self.problems:
             return {}
-        calls = {n: Call(op, args if value is None else {**args, "value": value}, index) for n, value in values.items()}
+        calls = {n: Call(op, args if value is None else {**args, array: value}, index) for n, value in values.items()}
         about = next((key for key in ("from", *op.parameters) if key in given), "at")
         self._each(about, specs, lambda number: calls[number].spec(specs[number]))
         return {} if self.problems else calls

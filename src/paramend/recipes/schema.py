@@ -51,5 +51,6 @@ def _body(verb: Verb) -> dict[str, Any]:
         table["anyOf"] = [{"required": [name]} for name in verb.any_of]
     if verb.one_of:
         table["oneOf"] = [{"required": [name]} for name in verb.one_of]
+    if any(key.name == "leaf" for key in verb.keys):
         table["dependentRequired"] = {"leaf": ["from"]}
     return {"anyOf": [verb.keys[0].value.schema, table]} if verb.short else table

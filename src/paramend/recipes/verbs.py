@@ -5,10 +5,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from paramend.anatomy.documents import json_value
-from paramend.edits.arguments import AXIS, DTYPE_OR_KIND, INDEX, NATURAL, SHAPE, SIZES, TEXT, Value, shown
+from paramend.edits.arguments import (
+    AXIS,
+    DTYPE,
+    DTYPE_OR_KIND,
+    INDEX,
+    NATURAL,
+    NUMBER,
+    SEED,
+    SHAPE,
+    SIZES,
+    TEXT,
+    Value,
+    shown,
+)
 from paramend.edits.call import Op
 from paramend.edits.ops import OPS
 from paramend.errors import BadArgument
+from paramend.leaves.codecs.fresh import WRITABLE, check_scheme
+from paramend.recipes import changes
+from paramend.recipes.changes import Make
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +43,8 @@ class Verb:
 
     `op` is its row of the table of ops; None for changes of structure and for expectations. Exactly one of the keys
     `one_of` is required, at least one of `any_of`. If it `changes`, the steps after it see different paths or specs.
+    `make` is what it makes of a tree, for changes that take more than some leaves; `selects` says whether `at` selects
+    leaves as they are stored there.
     """
 
     name: str
@@ -36,6 +54,8 @@ class Verb:
     one_of: tuple[str, ...] = ()
     any_of: tuple[str, ...] = ()
     changes: bool = False
+    make: Make | None = None
+    selects: bool = True
 
     def __reduce__(self) -> tuple[Any, ...]:
         return verb_of, (self.name,)
@@ -44,7 +64,10 @@ class Verb:
     def example(self) -> dict[str, Any]:
         if self.any_of:
             return {self.name: {"set": {"text_config.num_hidden_layers": 12}}}
-        new = {key.name for key in self.keys} & {"to", "into"}
+        if self.keys[0].name != "at":  # of a whole model
+            named = [key for key in self.keys if key.required] or self.keys[:1]
+            return {self.name: {key.name: key.value.typed(key.value.example) for key in named}}
+        new = {key.name for key in self.keys if key.required} & {"to", "into"}
         selector: Any = "h/<n>/w" if new else "**/kernel"
         if self.name in ("concat", "interleave"):
             selector = ["h/<n>/q", "h/<n>/k"]
@@ -99,17 +122,66 @@ def _values(data: Any) -> dict[str, Any]:
     return {TEXT.read(key): json_value(key, value) for key, value in data.items()}
 
 
+def _kept(data: Any) -> Any:
+    return data if type(data) is int else SIZES.read(data)
+
+
+def _experts(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {str(layer): SIZES.read(ids) for layer, ids in data.items()}
+    return SIZES.read(data)
+
+
+def _renames(data: Any) -> dict[str, str]:
+    if not isinstance(data, Mapping) or not data:
+        raise BadArgument(f"{shown(data)} is not a map of paths", hint='{"old.**": "new.**"}')
+    return {TEXT.read(old): TEXT.read(new) for old, new in data.items()}
+
+
+def _count(data: Any) -> int:
+    if not NATURAL.read(data):
+        raise BadArgument("0 is too few")
+    return int(data)
+
+
+def _scheme(data: Any) -> str:
+    check_scheme(TEXT.read(data))
+    return str(data)
+
+
 NEW_PATH = TEXT.named("a path", "layers/<n>/w")
 PATHS = Value("a list of paths", _texts, {"type": "array", "minItems": 1, "items": TEXT.schema}, example="layers/<n>/w")
 
 
+KEPT = Value("how many places stay, or which ones", _kept, SIZES.schema, example="0,1")
+WIDTHS = {
+    "hidden": "the residual width",
+    "mlp": "the width of the feed-forward layers",
+    "heads": "the number of query heads",
+    "kv_heads": "the number of heads of keys and values",
+}
+EXPERTS = Value(
+    "experts, or a map from layers to those of each",
+    _experts,
+    {"anyOf": [SIZES.schema, {"type": "object", "additionalProperties": SIZES.schema}]},
+    example="0,1",
+)
+IDS = SIZES.named("a list of numbers", "0,1,2")
+TOKENS = PATHS.named("a list of texts", "<a>")
 VALUES = Value("a map of keys and values", _values, {"type": "object", "minProperties": 1})
+
+_HEAD = Key("head", TEXT.named("a path", "lm_head.weight"), "the path of the head's weight, if it is not a usual one")
+_KEEP = Key("keep", TEXT.named("a text", "embedding"), "whose values stay if they differ: `embedding` or `head`")
+RENAMES = Value("a map of paths", _renames, {"type": "object", "minProperties": 1, "additionalProperties": TEXT.schema})
+SCHEME = Value("a scheme of quantised weights", _scheme, {"enum": list(WRITABLE)}, example="fp8-block")
+_COUNT = Value("a whole number, not 0", _count, {"type": "integer", "minimum": 1}, example="64")
 
 _AT = Key("at", SELECTOR, "which leaves: a selector, or a list of them", required=True)
 _EXCEPT = Key("except", SELECTOR, "which of them are left out: a selector, or a list of them")
 _WHERE = Key("where", WHERE, "only leaves whose specs fit: ndim, dtype, shape, min_size, max_size")
 _INDEX = Key("index", INDEX, 'the slice of each leaf that changes, such as -1 or "0:4"')
 _INTO = "the path of the new leaf, or for `split` a list of them, with the wildcards of `at`"
+_RENAME = Key("rename", RENAMES, "path → path in the result, with the wildcards of the first")
 _ALONG = Key("axis", AXIS, AXIS.says)
 _FROM = Key("from", TEXT, "the .npy file or checkpoint that the values come from, relative to the recipe's folder")
 _LEAF = Key("leaf", TEXT, "the leaf of that checkpoint; it takes the wildcards of `at`, as in a rename")
@@ -119,12 +191,11 @@ def _of_op(op: Op) -> Verb:
     keys = [_AT, _EXCEPT, _WHERE]
     if op.keeps_spec:
         keys.append(_INDEX)
-    arrays = [name for name, value in op.arguments.items() if value.array]
     for name, value in op.arguments.items():
-        keys.append(Key(name, value, value.says, required=name not in (*op.optional, *arrays)))
-    if arrays:
+        keys.append(Key(name, value, value.says, required=name not in (*op.optional, op.array)))
+    if op.array:
         keys += [_FROM, _LEAF]
-    return Verb(op.name, op.says, tuple(keys), op, (*arrays, "from") if arrays else (), changes=not op.keeps_spec)
+    return Verb(op.name, op.says, tuple(keys), op, (op.array, "from") if op.array else (), changes=not op.keeps_spec)
 
 
 VERBS: dict[str, Verb] = {
@@ -138,10 +209,12 @@ VERBS: dict[str, Verb] = {
             changes=True,
         ),
         *(
-            Verb(name, says, (_AT, Key("into", NEW_PATH, _INTO, required=True), _ALONG), changes=True)
-            for name, says in (
-                ("concat", "several leaves become one, one after the other along an axis"),
-                ("interleave", "several leaves become one, their places along an axis in turns"),
+            Verb(
+                make.__name__, says, (_AT, Key("into", NEW_PATH, _INTO, required=True), _ALONG), changes=True, make=make
+            )
+            for make, says in (
+                (changes.concat, "several leaves become one, one after the other along an axis"),
+                (changes.interleave, "several leaves become one, their places along an axis in turns"),
             )
         ),
         Verb(
@@ -154,6 +227,69 @@ VERBS: dict[str, Verb] = {
                 Key("sizes", SIZES, "the length of each part along the axis; by default all are equal"),
             ),
             changes=True,
+            make=changes.split,
+        ),
+        Verb(
+            "pad",
+            "zeros follow the places along an axis",
+            (
+                _AT,
+                Key("multiple", _COUNT, "the length along the axis becomes a multiple of this"),
+                Key("length", _COUNT, "the length that the axis gets"),
+                _ALONG,
+            ),
+            one_of=("multiple", "length"),
+            changes=True,
+            make=changes.pad,
+        ),
+        Verb(
+            "tie",
+            "the head becomes the embedding; with `at` and `into`, a leaf stands under further names, too",
+            (_HEAD, _KEEP, Key("at", SELECTOR, "the leaf"), Key("into", PATHS, _INTO)),
+            changes=True,
+            make=changes.tie,
+        ),
+        Verb("untie", "the head gets a weight of its own", (_HEAD,), changes=True, make=changes.untie, selects=False),
+        Verb(
+            "dequantize",
+            "quantised weights become floats",
+            (_AT, Key("dtype", DTYPE, "that of the floats; bfloat16 if it is left out")),
+            changes=True,
+            make=changes.dequantize,
+            selects=False,
+        ),
+        Verb(
+            "quantize",
+            "weights get a quantised scheme",
+            (
+                _AT,
+                Key("scheme", SCHEME, "the scheme, such as fp8-block or int4", required=True),
+                Key("group_size", AXIS, "how many inputs share a scale, where the scheme leaves it open; -1: all"),
+            ),
+            changes=True,
+            make=changes.quantize,
+            selects=False,
+        ),
+        Verb(
+            "part",
+            "the selected leaves alone become the model",
+            (_AT, _RENAME),
+            changes=True,
+            make=changes.part,
+        ),
+        Verb(
+            "insert",
+            "leaves of another checkpoint, which are not there, come in",
+            (
+                Key(
+                    "at", SELECTOR, "which leaves of the other checkpoint: a selector, or a list of them", required=True
+                ),
+                Key("from", TEXT.named("a checkpoint", "mtp.safetensors"), _FROM.says, required=True),
+                _RENAME,
+            ),
+            changes=True,
+            make=changes.insert,
+            selects=False,
         ),
         Verb(
             "config",
@@ -163,6 +299,76 @@ VERBS: dict[str, Verb] = {
                 Key("delete", PATHS, "a list of keys, as in `set`; each must be there"),
             ),
             any_of=("set", "delete"),
+        ),
+        Verb(
+            "widen",
+            "axes of a model become longer, and it computes what it did",
+            (
+                *(Key(name, NATURAL.named("a number", "64"), says) for name, says in WIDTHS.items()),
+                Key("features", VALUES, "path of a layer → how many features it is to have"),
+                Key("method", TEXT, "`tile`, `split` or `zero`"),
+            ),
+            changes=True,
+            make=changes.widen,
+            selects=False,
+        ),
+        Verb(
+            "narrow",
+            "axes of a model keep some of their places",
+            (
+                *(Key(name, KEPT, says) for name, says in WIDTHS.items()),
+                Key("layers", KEPT, "the layers"),
+                Key("vocabulary", KEPT, "the tokens"),
+                Key("features", VALUES, "path of a layer → the features that stay"),
+                Key("by", TEXT, "`norm`, or the file with scores of axes"),
+            ),
+            changes=True,
+            make=changes.narrow,
+            selects=False,
+        ),
+        Verb(
+            "experts",
+            "a mixture has some of its experts, or each several times, with router and configuration",
+            (
+                Key("keep", EXPERTS, "the experts that stay, in this order: a list, or a map from layers to lists"),
+                Key("drop", EXPERTS, "the experts that are left out"),
+                Key("duplicate", NATURAL, "how often each expert is there; a token goes to as many times more"),
+            ),
+            one_of=("keep", "drop", "duplicate"),
+            changes=True,
+            make=changes.experts,
+            selects=False,
+        ),
+        Verb(
+            "upcycle",
+            "a dense model becomes a mixture of experts",
+            (
+                Key("experts", NATURAL.named("a number", "8"), "how many experts each layer gets", required=True),
+                Key("top_k", NATURAL.named("a number", "2"), "how many of them a token goes to", required=True),
+                Key("router", TEXT, "`random`, or the .npy file of the weight of all routers"),
+                Key("drop", NUMBER, "the share of hidden units that are drawn anew in each expert"),
+                Key("seed", SEED, SEED.says),
+            ),
+            changes=True,
+            make=changes.upcycle,
+            selects=False,
+        ),
+        Verb(
+            "vocabulary",
+            "a model has some of its tokens, or more: tables, configuration and tokenizer",
+            (
+                Key("keep", IDS, "the numbers of the tokens that stay, with those that they need"),
+                Key("extend", TOKENS, "new tokens, at the next numbers"),
+                Key("pad", NATURAL, "rows up to a multiple of this"),
+                Key(
+                    "transplant", TEXT, "the checkpoint whose tokens come in the place, relative to the recipe's folder"
+                ),
+                Key("init", TEXT, "new rows: `mean`, `subwords` or `zero`"),
+            ),
+            one_of=("keep", "extend", "pad", "transplant"),
+            changes=True,
+            make=changes.vocabulary,
+            selects=False,
         ),
         Verb("delete", "the leaves are left out", (_AT, _EXCEPT, _WHERE), changes=True),
         Verb(

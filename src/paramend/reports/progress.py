@@ -44,14 +44,7 @@ Progress = Callable[[Event], object]
 
 
 class Meter:
-    """Counts bytes and calls `progress`, if given.
-
-    >>> heard = []
-    >>> meter = Meter(heard.append, total=10)
-    >>> meter.advance(4, "a")
-    >>> [(event.done, event.total, event.at) for event in heard]
-    [(4, 10, 'a')]
-    """
+    """Counts bytes and calls `progress`, if given."""
 
     def __init__(self, progress: Progress | None, total: int) -> None:
         self.done = 0

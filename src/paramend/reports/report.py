@@ -13,18 +13,12 @@ from paramend.reports.tables import aligned
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of a printed report.
+    """One line of a printed report."""
 
-    Attributes:
-        paths: the path of the line, and paths that belong to it, such as its source.
-        cells: its other columns.
-        members: the paths of all leaves in the line.
-    """
-
-    paths: tuple[str, ...]
-    cells: tuple[str, ...] = ()
+    paths: tuple[str, ...]  # the path of the line, and paths that belong to it, such as its source
+    cells: tuple[str, ...] = ()  # its other columns
     size: int = 0
-    members: tuple[str, ...] = ()
+    members: tuple[str, ...] = ()  # the paths of all leaves in the line
 
     @property
     def leaves(self) -> int:
@@ -34,17 +28,12 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A titled part of a report.
+    """A titled part of a report."""
 
-    Attributes:
-        title: what the leaves have in common.
-        columns: the titles of the cells that `cells` returns.
-        cells: a line → more cells, computed after folding: figures over all leaves of the line.
-    """
-
-    title: str
+    title: str  # what the leaves have in common
     lines: list[Line] = field(default_factory=list)
-    columns: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()  # the titles of the cells that `cells` returns
+    # A line → more cells, computed after folding: figures over all leaves of the line.
     cells: Callable[[Line], tuple[str, ...]] = lambda line: ()
 
     def text(self, *, elsewhere: Iterable[str] = ()) -> str:
@@ -102,19 +91,8 @@ def table(lines: Sequence[Line], *, indent: str = "  ") -> str:
 
 
 def fold(lines: Iterable[Line], *, limit: int = 16, elsewhere: Iterable[str] = ()) -> list[Line]:
-    """The lines, folded: numbered layers that agree become one line, and beyond `limit` lines whole subtrees do.
-
-    Args:
-        limit: the number of lines beyond which subtrees are folded.
-        elsewhere: paths in other sections of the report: a subtree that holds one of them is not folded.
-
-    >>> layers = [Line((f"layers/{i}/{name}",), ("float32[4]",)) for i in range(12) for name in "wb"]
-    >>> print(table(fold(layers)))
-      layers/{0..11}/w  12 × float32[4]
-      layers/{0..11}/b  12 × float32[4]
-    >>> print(table(fold(layers, limit=1)))
-      layers/{0..11}/**  24 leaves
-    """
+    """The lines, folded: numbered layers that agree become one line, and beyond `limit` lines whole subtrees do, except
+    those with a path that is `elsewhere` in the report."""
     groups: dict[Any, list[_Numbered]] = {}
     for line in lines:
         numbered = _Numbered(line if line.members else replace(line, members=(line.paths[0],)))
@@ -238,11 +216,7 @@ _keys: Callable[[str], list[str]] = re.compile(r"(?<!\.)[/.](?!\.)").split
 
 
 def _head(path: str, depth: int) -> str:
-    """The first keys of a path.
-
-    >>> _head("layers/{0..11}/mlp/w", 2)
-    'layers/{0..11}'
-    """
+    """The first keys of a path."""
     if depth <= 0:
         return ""
     return path[: sum(len(key) + 1 for key in _keys(path)[:depth]) - 1]

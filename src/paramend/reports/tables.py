@@ -6,14 +6,7 @@ from paramend.errors import printable
 
 
 def aligned(rows: Iterable[Sequence[str]], *, right: str = "") -> list[str]:
-    """One line of text for each row, columns two spaces apart; an "r" in `right` aligns a column right.
-
-    >>> for line in aligned([("name", "size"), ("bias", "8"), ("kernel", "1024")], right="lr"):
-    ...     print(line)
-    name    size
-    bias       8
-    kernel  1024
-    """
+    """One line of text for each row, columns two spaces apart; an "r" in `right` aligns a column right."""
     table = [tuple(map(printable, row)) for row in rows]
     widths: dict[int, int] = {}
     for row in table:

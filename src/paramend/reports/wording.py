@@ -8,13 +8,7 @@ _LONGEST, _MOST = 200, 20_000  # characters of a name, and of the word times the
 
 
 def closest(word: str, known: Iterable[str], limit: int = 3) -> list[str]:
-    """The names most like `word`, best first; names that differ only in case come first.
-
-    >>> closest("dense_0", ["Conv_0", "Dense_0", "Dense_1"], limit=1)
-    ['Dense_0']
-    >>> closest("blok_7", [f"block_{i}" for i in range(5000)], limit=1)
-    ['block_7']
-    """
+    """The names most like `word`, best first; names that differ only in case come first."""
     known = list(dict.fromkeys(known))
     same = [name for name in known if name.casefold() == word.casefold() and name != word]
     likely = _likely(word, known) if len(word) <= _LONGEST else []
@@ -38,20 +32,12 @@ def _likely(word: str, known: Sequence[str]) -> Sequence[str]:
 
 
 def plural(count: int, noun: str, many: str | None = None) -> str:
-    """A count with its noun.
-
-    >>> plural(1, "leaf", "leaves"), plural(148, "leaf", "leaves")
-    ('1 leaf', '148 leaves')
-    """
+    """A count with its noun."""
     return f"{count:,} {noun if count == 1 else many or noun + 's'}"
 
 
 def listing(names: Sequence[str], limit: int = 8) -> str:
-    """Names joined by commas; beyond `limit` the rest is counted.
-
-    >>> listing(["a", "b", "c"], limit=2)
-    'a, b, and 1 more'
-    """
+    """Names joined by commas; beyond `limit` the rest is counted."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown}, and {len(names) - limit:,} more"
 
@@ -71,11 +57,7 @@ def size(nbytes: int) -> str:
 
 
 def described(subject: object) -> str:
-    """The type of something, with an article, for a message about an argument of the wrong type.
-
-    >>> described(5), described("text"), described(dict)
-    ('an int', 'a str', 'the class dict')
-    """
+    """The type of something, with an article, for a message about an argument of the wrong type."""
     kind = subject if isinstance(subject, type) else type(subject)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     return f"the class {name}" if isinstance(subject, type) else f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"

@@ -74,11 +74,7 @@ def _along(x: Array, axis: int, matrix: Array) -> Array:
 
 
 def interpolated(x: Array, sizes: Mapping[int, int], *, cubic: bool, antialias: bool) -> Array:
-    """The array with other sizes along some axes.
-
-    >>> interpolated(np.array([[0.0, 1.0]]), {1: 4}, cubic=False, antialias=False)
-    array([[0.  , 0.25, 0.75, 1.  ]])
-    """
+    """The array with other sizes along some axes."""
     return _interpolated(_wide(x), sizes, cubic, antialias)
 
 
@@ -91,12 +87,7 @@ def _interpolated(x: Array, sizes: Mapping[int, int], cubic: bool, antialias: bo
 def grid(
     x: Array, axis: int, *, prefix: int, old: tuple[int, int], new: tuple[int, int], cubic: bool, antialias: bool
 ) -> Array:
-    """A table of positions along an axis: `prefix` tokens unchanged, then a resized grid, row by row.
-
-    >>> table = np.array([9.0, 0.0, 1.0, 2.0, 3.0])
-    >>> grid(table, 0, prefix=1, old=(2, 2), new=(1, 2), cubic=False, antialias=True)
-    array([9., 1., 2.])
-    """
+    """A table of positions along an axis: `prefix` tokens unchanged, then a resized grid, row by row."""
     x = np.moveaxis(_wide(x), axis, 0)
     rest = x.shape[1:]
     cells = x[prefix:].reshape(*old, *rest)
@@ -168,11 +159,7 @@ def rows(x: Array, axis: int, count: int, fresh: str, rng: np.random.Generator) 
     """An array with another number of rows along an axis: the old ones bit for bit, then fresh ones; or the first ones.
 
     Rows are read in pieces, so that besides the result only a few of them are in memory in float64. The result is
-    float32, or float64 for a float64 array.
-
-    Args:
-        fresh: "mean+cov": drawn with the mean of the old rows and 1e-9 of their covariance (Hewitt 2021); "mean";
-            "random": normal, with the standard deviation of all old values about 0; "zeros".
+    float32, or float64 for a float64 array. Fresh rows are as `Fresh` in `vocabulary`.
 
     >>> rows(np.array([[1.0, 2.0], [3.0, 6.0]]), 0, 3, "mean", np.random.default_rng(0))
     array([[1., 2.],

@@ -25,11 +25,7 @@ _BOLD = (vocabulary(shrink=True), patches(flat="chw"), patches(flat="hwc"))
 
 
 def detected(path: Sequence[str], old: Shape, new: Shape) -> Resize:
-    """The rule that the name and the shapes of a leaf suggest; `SpecMismatch` if it is ambiguous, or there is none.
-
-    >>> detected(["vit", "pos_embed"], (1, 197, 768), (1, 577, 768))
-    pm.resize.positions()
-    """
+    """The rule that the name and the shapes of a leaf suggest; `SpecMismatch` if it is ambiguous, or there is none."""
     kinds = _kinds(path)
     plain = [rule for rule in _PLAIN if rule.kind in kinds]
     rules = [rule for rule in plain if _fits(rule, path, old, new) and not _doubtful(rule, path, old, new)]
@@ -75,11 +71,9 @@ def _fits(rule: Resize, path: Sequence[str], old: Shape, new: Shape) -> bool:
 
 
 def _doubtful(rule: Resize, path: Sequence[str], old: Shape, new: Shape) -> bool:
-    """Whether the leaf may well be something that the rule is not for.
-
-    A table of positions (n, d) or (1, n, d) is certainly a grid only if a prefix token makes both counts squares, and
-    certainly a sequence only if none does and there is no leading axis, which tables for images have.
-    """
+    """Whether the leaf may well be something that the rule is not for. A table of positions (n, d) or (1, n, d) is
+    certainly a grid only if a prefix token makes both counts squares, and certainly a sequence only if none does and
+    there is no leading axis, which tables for images have."""
     if rule.kind != "positions":
         return _wide(rule, path, old, new)
     is_grid = rule.options["method"] == "bicubic"

@@ -23,17 +23,11 @@ _MOST_PREFIX = 8
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What a rule does to turn one shape into another.
+    """What a rule does to turn one shape into another."""
 
-    Attributes:
-        did: the same in words.
-        taken: how many of the new values come from old ones.
-        make: an array → its values in the new shape, in float32 or float64.
-    """
-
-    did: str
-    taken: int
-    make: Callable[[Array], Array]
+    did: str  # the same in words
+    taken: int  # how many of the new values come from old ones
+    make: Callable[[Array], Array]  # an array → its values in the new shape, in float32 or float64
 
 
 def positions(

@@ -108,7 +108,7 @@ class Note:
             ),
             deleted=tuple(_deleted(self._made, before)),
             config=tuple(self._made.configured),
-            recipe="" if isinstance(self._made.leaves, Gathered) else recipe,  # which would be only half of it
+            recipe=recipe,
             earlier=() if before is None else (*before.earlier, replace(before, earlier=())),
         )
         return self._written()

@@ -22,13 +22,7 @@ Taken = list[tuple[Atom, str]]
 
 @lru_cache(maxsize=4096)
 def acceptor(atoms: tuple[Atom, ...]) -> Callable[[str], bool]:
-    """A test of one piece. Common forms need neither a table nor a regular expression, which is slow to compile.
-
-    >>> from paramend.selectors.grammar import Reader
-    >>> (piece,) = Reader("*{q,k}*_proj").segments()
-    >>> acceptor(piece.atoms)("attn_q_proj"), acceptor(piece.atoms)("attn_v_proj")
-    (True, False)
-    """
+    """A test of one piece. Common forms need neither a table nor a regular expression, which is slow to compile."""
     match atoms:
         case ():
             return lambda text: not text
@@ -51,15 +45,8 @@ def acceptor(atoms: tuple[Atom, ...]) -> Callable[[str], bool]:
 
 
 def taken(atoms: tuple[Atom, ...], text: str) -> Taken | None:
-    """Each wildcard of a piece with the text that it takes; None if the piece does not match.
-
-    Wildcards on the left take what they can: stars as much, choices the first option.
-
-    >>> from paramend.selectors.grammar import Reader
-    >>> (piece,) = Reader("*_{q,q_k}*_<n>").segments()
-    >>> [text for _, text in taken(piece.atoms, "a_q_k_7")]
-    ['a', 'q', '_k', '7']
-    """
+    """Each wildcard of a piece with the text that it takes; None if the piece does not match. Wildcards on the left
+    take what they can: stars as much, choices the first option."""
     expression = _expression(atoms, len(text) <= _SHORT)
     if expression is not None:
         found = expression.fullmatch(text)

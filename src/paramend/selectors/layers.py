@@ -30,22 +30,14 @@ ALL = Positions(((None, None, None),))
 
 @dataclass(frozen=True)
 class Numbered:
-    """Numbered entries under one parent, such as `layers/0`, `layers/1` or `Dense_0`, `Dense_1`.
+    """Numbered entries under one parent, such as `layers/0`, `layers/1` or `Dense_0`, `Dense_1`."""
 
-    Attributes:
-        parent: the pieces above the numbered one.
-        head: the text before the number.
-        tail: the text after it.
-        numbers: the numbers of the entries, ascending.
-        width: the number of digits if numbers are padded with zeros, else 0.
-        blocks: the numbers of the entries after them that are no layers, such as those that predict further tokens.
-    """
-
-    parent: Pieces
-    head: str
-    tail: str
-    numbers: tuple[int, ...]
-    width: int = 0
+    parent: Pieces  # the pieces above the numbered one
+    head: str  # the text before the number
+    tail: str  # the text after it
+    numbers: tuple[int, ...]  # the numbers of the entries, ascending
+    width: int = 0  # the number of digits if numbers are padded with zeros, else 0
+    # The numbers of the entries after them that are no layers, such as those that predict further tokens.
     blocks: tuple[int, ...] = ()
 
     def piece(self, number: int) -> str:
@@ -80,23 +72,14 @@ class Numbered:
 
 @dataclass(frozen=True)
 class Notation:
-    """A text that names layers, parsed.
-
-    Attributes:
-        text: the text.
-        above: the segments before the one with the number.
-        head: the text before the number in its key.
-        tail: the text after it.
-        positions: which of the numbered entries are meant.
-        captured: whether the number is written `<n>`: then it may not be a separate key below `head`.
-    """
+    """A text that names layers, parsed."""
 
     text: str
-    above: tuple[Segment, ...]
-    head: str
-    tail: str
-    positions: Positions
-    captured: bool
+    above: tuple[Segment, ...]  # the segments before the one with the number
+    head: str  # the text before the number in its key
+    tail: str  # the text after it
+    positions: Positions  # which of the numbered entries are meant
+    captured: bool  # whether the number is written `<n>`: then it may not be a separate key below `head`
 
     def find(self, names: Names) -> list[Numbered]:
         """The numbered entries that are meant, with all their siblings; may be empty."""
@@ -133,11 +116,7 @@ class Notation:
 
 
 def without_rest(text: str) -> str:
-    """A text without a final `/**`, which names everything in a layer.
-
-    >>> without_rest("layers/<n>/**"), without_rest("layers[*]")
-    ('layers/<n>', 'layers[*]')
-    """
+    """A text without a final `/**`, which names everything in a layer."""
     stop = len(text)
     while text.endswith(("/**", ".**"), 0, stop):
         stop -= 3
@@ -162,12 +141,7 @@ def notation(text: str) -> Notation | None:
 
 
 def layers_of(index: Index, text: str, *, argument: str = "layers") -> tuple[Notation, list[Numbered]]:
-    """The notation of a text, and the numbered entries that it means; `BadArgument` or `NoMatch` if it means none.
-
-    >>> index = Index.of_names([f"model.layers.{i}.w" for i in range(3)])
-    >>> [layers_of(index, text)[1][0].numbers for text in ("model.layers[*]", "model.layers.<n>.**")]
-    [(0, 1, 2), (0, 1, 2)]
-    """
+    """The notation of a text, and the numbered entries that it means; `BadArgument` or `NoMatch` if it means none."""
     said = notation(text)
     if said is None:
         raise BadArgument(
@@ -180,11 +154,7 @@ def layers_of(index: Index, text: str, *, argument: str = "layers") -> tuple[Not
 
 
 def candidates(index: Index) -> list[Numbered]:
-    """The outermost numbered subtrees of a tree: keys that are numbers, then siblings such as `Dense_0`.
-
-    >>> [found.written("/") for found in candidates(Index.of_names(["l_0/w", "l_1/w", "head/w"], "/"))]
-    ['l_[*]']
-    """
+    """The outermost numbered subtrees of a tree: keys that are numbers, then siblings such as `Dense_0`."""
     return [*_children(index.names), *_siblings(index.names)]
 
 

@@ -103,11 +103,9 @@ class Missing:
 
 
 class MatchWalk:
-    """One search: the leaves found, the subtrees that the whole pattern names, and the missing positions.
-
-    Each subtree is visited once, with all states that lead to it: a pattern with several `**` reaches it in many ways.
-    In a `lenient` search a missing position stands for all siblings.
-    """
+    """One search: the leaves found, the subtrees that the whole pattern names, and the missing positions. Each subtree
+    is visited once, with all states that lead to it: a pattern with several `**` reaches it in many ways. In a
+    `lenient` search a missing position stands for all siblings."""
 
     def __init__(self, machine: Machine, *, lenient: bool = False) -> None:
         self.machine = machine
@@ -239,10 +237,8 @@ _Family = dict[int, list[tuple[Label, ...]]]
 
 def families(names: Names, step: MatchStep, roles: dict[Label, _Role]) -> list[tuple[str, _Family]]:
     """The numbered families that `head[...]tail` may mean under one parent: each a name and number → places.
-
-    `layers[...]` means the numbered children of `layers`; where there are none, the siblings `layers<number>`.
-    What labels are to the step is kept in `roles`.
-    """
+    `layers[...]` means the numbered children of `layers`; where there are none, the siblings `layers<number>`. What
+    labels are to the step is kept in `roles`."""
     children: dict[str, _Family] = {}
     siblings: dict[str, _Family] = {}
     for label, child in names.items():

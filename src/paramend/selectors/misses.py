@@ -47,12 +47,7 @@ def searching(seconds: float) -> Iterator[None]:
 
 
 def nearest(pattern: Pattern, names: Names, limit: int = 3) -> list[tuple[Pattern, int]]:
-    """Patterns that match, close to one that does not, each with the number of its leaves; best first.
-
-    >>> names = {"params": {"Dense_0": {"kernel": 0}, "Dense_1": {"kernel": 1}}}
-    >>> [(str(near), leaves) for near, leaves in nearest(parse("params/dense_2/kernel"), names)]
-    [('params/Dense_1/kernel', 1)]
-    """
+    """Patterns that match, close to one that does not, each with the number of its leaves; best first."""
     if len(pattern.segments) > _MOST or len(str(pattern)) > 10 * _LONGEST:
         return []
     return _Search(names).run(pattern.segments, limit)
@@ -108,10 +103,7 @@ class _Search:
 
     def is_wider(self, segments: Segments, typed: Segments) -> bool:
         """Whether the segments name several leaves, because a key that was typed gave way to a wildcard; or most of a
-        tree, where one leaf was typed.
-
-        The few leaves beside one that does not exist are no risk.
-        """
+        tree, where one leaf was typed. The few leaves beside one that does not exist are no risk."""
         count = len(self.reach(segments)[0])
         if count > _MOST_BESIDE and not any(map(_is_many, typed)) and 2 * count > len(self.reach((AnyPieces(),))[0]):
             return True

@@ -17,40 +17,23 @@ _CONTAINER = 3
 
 
 class PathStep(NamedTuple):
-    """One piece of a new path.
+    """One piece of a new path."""
 
-    Attributes:
-        text: the piece, or a whole key if the target quotes it.
-        before: the separator that joins it to the key before; None if it opens a key.
-        depth: the depth in the old path of the container that its key was in; None if it was in none.
-    """
-
-    text: str
-    before: str | None = None
-    depth: int | None = None
+    text: str  # the piece, or a whole key if the target quotes it
+    before: str | None = None  # the separator that joins it to the key before; None if it opens a key
+    depth: int | None = None  # the depth in the old path of the container that its key was in; None if it was in none
 
 
 class Word(NamedTuple):
-    """A piece of a new path without a key yet.
+    """A piece of a new path without a key yet."""
 
-    Attributes:
-        text: the piece, or a whole key.
-        origin: the place in the old path of the piece that it is or replaces; None if it is added.
-        whole: whether it is a whole key.
-    """
-
-    text: str
-    origin: int | None = None
-    whole: bool = False
+    text: str  # the piece, or a whole key
+    origin: int | None = None  # the place in the old path of the piece that it is or replaces; None if it is added
+    whole: bool = False  # whether it is a whole key
 
 
 class Tables:
-    """The separators that join the pieces of keys in each container of a tree of names.
-
-    >>> index = Index.of_names(["net.w", "net.b"])
-    >>> Tables(index).joints(index.paths[0])
-    ['.', '.']
-    """
+    """The separators that join the pieces of keys in each container of a tree of names."""
 
     def __init__(self, index: Index) -> None:
         self._root, self._torch = index.names, index.separator == "."
@@ -107,10 +90,8 @@ def depths(path: Sequence[Label]) -> list[int]:
 
 
 def pair(path: Sequence[Label], joints: Sequence[str], run: range, new: Sequence[str]) -> list[int | None]:
-    """For each new piece, the place in a run of old ones of the one that it is or replaces; None if it is added.
-
-    Among the cheapest pairings, the one whose pairs are rightmost.
-    """
+    """For each new piece, the place in a run of old ones of the one that it is or replaces; None if it is added. Among
+    the cheapest pairings, the one whose pairs are rightmost."""
     old = [text_of(path[at]) for at in run]
     if len(old) == len(new) and (len(new) < 2 or old == new):
         return list(run)

@@ -70,15 +70,5 @@ class Pattern:
 
 @lru_cache(maxsize=4096)
 def parse(text: str) -> Pattern:
-    """The pattern that a selector's text means; `SelectorError` points at the character that breaks the grammar.
-
-    >>> str(parse("model.layers[-1].{q,k}_proj.weight"))
-    'model/layers[-1]/{q,k}_proj/weight'
-    >>> parse("Dense_[-1/kernel")
-    Traceback (most recent call last):
-    paramend.errors.SelectorError: expected ']' to close the index opened here
-    <BLANKLINE>
-        Dense_[-1/kernel
-              ~~^
-    """
+    """The pattern that a selector's text means; `SelectorError` points at the character that breaks the grammar."""
     return Pattern(tuple(Reader(text).segments()))

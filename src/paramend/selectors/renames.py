@@ -46,17 +46,7 @@ class Rename:
         return f"{self.source} -> {self.target}"
 
     def over(self, index: Index, only: Collection[int] | None = None) -> dict[int, NewPath]:
-        """The new paths of the leaves of a tree that match, or `only` of some of them, by leaf number.
-
-        Raises:
-            OutOfRange: a position in the source does not exist.
-            RenameClash: a number would become negative, or a leaf would have no name left.
-
-        >>> index = Index.of_names(["h.0.w", "h.1.w", "head"])
-        >>> moved = rename("h.<n>.w", "layers.<2*n>.w").over(index)
-        >>> {number: pieces(path) for number, path in moved.items()}
-        {0: ('layers', '0', 'w'), 1: ('layers', '2', 'w')}
-        """
+        """The new paths of the leaves of a tree that match, or `only` of some of them, by leaf number."""
         tables = Tables(index)
         return {number: writer.path(tables) for number, writer in self._writers(index, only)}
 
@@ -137,12 +127,7 @@ def rename(source: str, target: str, *, indexed: bool = False) -> Rename:
 
 
 def pieces(path: NewPath, names: Names | None = None) -> tuple[str, ...]:
-    """The pieces of a new path; picks are looked up in the tree of names that it is for, which may lack the position.
-
-    >>> index = Index.of_names(["Dense_0.w", "Dense_9.w"])
-    >>> pieces((Pick(parse("Dense_[-1]").segments[0], None), PathStep("w")), index.names)
-    ('Dense_9', 'w')
-    """
+    """The pieces of a new path; picks are looked up in the names of the tree that it is for, which may lack it."""
     out: list[str] = []
     for step in path:
         if isinstance(step, PathStep):
@@ -256,17 +241,11 @@ def _indexed(piece: Piece) -> bool:
 
 
 class _Captured(NamedTuple):
-    """What the wildcards of a piece take of a text.
+    """What the wildcards of a piece take of a text."""
 
-    Attributes:
-        stars: the texts of `*`, in order.
-        choices: for each `{a,b}` the option that it is, and the texts of the stars within.
-        numbers: the digits of `<n>`, by name.
-    """
-
-    stars: list[str]
-    choices: list[tuple[int, list[str]]]
-    numbers: dict[str, str]
+    stars: list[str]  # the texts of `*`, in order
+    choices: list[tuple[int, list[str]]]  # for each `{a,b}` the option that it is, and the texts of the stars within
+    numbers: dict[str, str]  # the digits of `<n>`, by name
 
 
 def _captured(piece: Piece, text: str) -> _Captured | None:
@@ -288,11 +267,8 @@ def _captured(piece: Piece, text: str) -> _Captured | None:
 
 
 def _positions(names: Names, piece: Piece) -> dict[tuple[Label, ...], int]:
-    """The labels at the positions that a piece names under one parent, and which position each is.
-
-    As in a selector: `layers[...]` means the numbered children of `layers`; where there are none, the siblings
-    `layers<number>`.
-    """
+    """The labels at the positions that a piece names under one parent, and which position each is. As in a selector:
+    `layers[...]` means the numbered children of `layers`; where there are none, the siblings `layers<number>`."""
     (step,) = steps_of((piece,))
     assert step.positions is not None
     out: dict[tuple[Label, ...], int] = {}

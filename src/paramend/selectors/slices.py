@@ -15,9 +15,6 @@ from paramend.reports import wording
 def read_slice(index: Slice) -> Any:
     """What stands between brackets in the form that all libraries read alike: ints, slices, None, `...`, bools, arrays.
 
-    Raises:
-        BadArgument: it is no slice, or a traced array, which is not known yet.
-
     >>> read_slice([1, 3]), read_slice((np.int64(2), range(2)))
     (array([1, 3]), (2, array([0, 1])))
     """

@@ -55,11 +55,7 @@ def number_in(text: str, argument: str) -> str:
 
 
 def _one_number(text: str) -> str:
-    """A text in which only the last number is captured.
-
-    >>> _one_number("stage_<s>/block_<n+1>"), _one_number("layers_")
-    ('stage_*/block_<n>', 'layers_<n>')
-    """
+    """A text in which only the last number is captured."""
     *above, last, end = around_captures(text) if captures_of(text) else (text.rstrip("_/."), "")
     number = f"<{captures_of(text)[-1]}>" if captures_of(text) else "_<n>"
     return "*".join((*above, last)) + number + end
@@ -81,11 +77,7 @@ def new_layers(into: str) -> str:
 
 def picked(tree: Leaves, layers: str) -> tuple[str, dict[int, int] | None]:
     """The layers with `<n>` for their number; and if only some are selected, leaf number → its place among them.
-
-    Raises:
-        BadArgument: the text does not say where the number is, or matches both lists and siblings.
-        NoMatch: there are no such layers.
-    """
+    `BadArgument` if the text does not say where the number is, or matches both lists and siblings."""
     if captures_of(layers):
         return without_rest(layers), None
     said, found = layers_of(tree.index, layers)
@@ -219,14 +211,8 @@ def depths_of(tree: Leaves, members: Sequence[Member], axes: Mapping[Path, int])
 
 
 def axes_of(tree: Leaves, members: Mapping[Path, int], axis: int, like: Any, extra: int) -> dict[Path, int]:
-    """The axis of each new leaf, or of each old one if axes are removed, counted from the front.
-
-    Args:
-        members: new path → number of a leaf.
-        axis: the axis, if `like` is None.
-        like: a tree or a checkpoint whose shapes determine the axis, or None.
-        extra: how many more axes the new leaves have.
-    """
+    """The axis of each new leaf (path → number of a leaf), or of each old one if axes are removed, counted from the
+    front. Shapes of `like`, a tree or a checkpoint, determine it, if given; new leaves have `extra` more axes."""
     shapes = {path: tree.spec(number).shape for path, number in members.items()}
     lengths = {path: len(shape) + max(extra, 0) for path, shape in shapes.items()}
     if like is None:

@@ -165,11 +165,7 @@ def _boxed(box: Any, axis: int, *, grows: bool) -> Any:
 
 
 def _check_layers(leaves: Editable, members: Sequence[plan.Member]) -> None:
-    """Raise if layers in memory hold something that cannot become part of a stack.
-
-    Raises:
-        Unsupported: something is not an array.
-    """
+    """Raise `Unsupported` if layers in memory hold something that cannot become part of a stack."""
     if not isinstance(leaves, Tree):
         return
     draft = take_apart(leaves)

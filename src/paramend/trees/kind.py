@@ -9,29 +9,21 @@ Children = Sequence[Any]
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One way of holding children.
-
-    Attributes:
-        open: container → (keys, children, static). Keys and static are hashable and, with the types of the children,
-            identify the structure. The key `ELIDED` marks a box whose only child takes the path of the box.
-        close: (container, children) → a new container of the same type and static part, holding the children.
-        rekey: (container, {key: child}) → a new container of the same type with these keys, for delete and rename; None
-            if the keys are fixed, like the fields of a dataclass.
-        replace: for objects with identity (torch and NNX modules), (container, {id of a leaf or its box: new leaf}) → a
-            new container in which shared parts stay shared. `close` is then not called for anything under it.
-        label: for such objects, (container, {id of a leaf or its box: label}) → a tree of labels.
-        assign: for boxes, (container, value): put the value into the box in place.
-        compiled: whether JAX's walk opens and closes this kind without loss.
-    """
+    """One way of holding children; `close` and `rekey` make new containers of the same type."""
 
     name: str
+    # Container → (keys, children, static). Keys and static are hashable and, with the types of the children, identify
+    # the structure. The key `ELIDED` marks a box whose only child takes the path of the box.
     open: Callable[[Any], tuple[tuple[Hashable, ...], Children, Hashable]]
-    close: Callable[[Any, Children], Any]
+    close: Callable[[Any, Children], Any]  # with the same static part
+    # With these keys, for delete and rename; None if the keys are fixed, like the fields of a dataclass.
     rekey: Callable[[Any, dict[Any, Any]], Any] | None = None
+    # For objects with identity (torch and NNX modules), with new leaves by the id of a leaf or its box: shared parts
+    # stay shared. `close` is then not called for anything under it. `label` gives a tree of labels by the same ids.
     replace: Callable[[Any, Mapping[int, Any]], Any] | None = None
     label: Callable[[Any, Mapping[int, Any]], Any] | None = None
-    assign: Callable[[Any, Any], None] | None = None
-    compiled: bool = False
+    assign: Callable[[Any, Any], None] | None = None  # for boxes: put the value into the box in place
+    compiled: bool = False  # whether JAX's walk opens and closes this kind without loss
 
     def entries(self, container: Any) -> list[tuple[Any, Any]]:
         """The children of a container with their keys, or their positions if it has none."""

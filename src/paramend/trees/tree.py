@@ -24,18 +24,12 @@ from paramend.trees.walks import Copier, Namer, Walk, labelled, rebuild, restore
 
 @dataclass(slots=True)
 class _Structure:
-    """What all trees of a structure share.
-
-    Attributes:
-        compiled: whether JAX's walk yields these leaves.
-        copier: for compiled structures of only dicts and lists, how to copy them.
-        torch: whether a leaf is a torch tensor.
-    """
+    """What all trees of a structure share."""
 
     index: Index
-    compiled: bool = False
-    copier: "Copier | None" = None
-    torch: bool = False
+    compiled: bool = False  # whether JAX's walk yields these leaves
+    copier: "Copier | None" = None  # for compiled structures of only dicts and lists, how to copy them
+    torch: bool = False  # whether a leaf is a torch tensor
 
 
 class _Cache(OrderedDict[Hashable, _Structure]):
@@ -50,17 +44,12 @@ _structures = _Cache()
 
 
 class Tree:
-    """A tree in memory.
-
-    Attributes:
-        values: its leaves, also those that are not arrays. A leaf's number is its position here.
-        boxes: leaf number → the box (an NNX Variable) that holds it.
-    """
+    """A tree in memory."""
 
     def __init__(self, root: Any) -> None:
         self.root = root
-        self.values: list[Any] = []
-        self.boxes: dict[int, Any] = {}
+        self.values: list[Any] = []  # its leaves, also those that are not arrays. A leaf's number is its position here
+        self.boxes: dict[int, Any] = {}  # leaf number → the box (an NNX Variable) that holds it
         self._treedef: Any = None
         self._ties: Mapping[int, int] | None = None
         with unexhausted("the tree"):
@@ -133,11 +122,8 @@ class Tree:
         return self._ties
 
     def _find_ties(self) -> dict[int, int]:
-        """Ties by box, and by storage of torch tensors.
-
-        Arrays of JAX and numpy are values: one object at two places (a model and its moving average at the start) is
-        not a tie, as inside `jit`, where the two are distinct.
-        """
+        """Ties by box, and by storage of torch tensors. Arrays of JAX and numpy are values: one object at two places (a
+        model and its moving average at the start) is not a tie, as inside `jit`, where the two are distinct."""
         owners: dict[int, Hashable] = {}
         torch: Any = None
         if self._structure.torch:
@@ -178,11 +164,9 @@ class Tree:
         return self._rebuilt(values, changes)
 
     def mapped(self, values: Sequence[Any]) -> Any:
-        """The same containers with other objects, one for each of `self.values`.
-
-        A torch module cannot hold other objects: its result is a dict by state dict names. That of an NNX module is a
-        State, and NNX Variables are left out.
-        """
+        """The same containers with other objects, one for each of `self.values`. A torch module cannot hold other
+        objects: its result is a dict by state dict names. That of an NNX module is a State, and NNX Variables are left
+        out."""
         if is_torch_module(self.root):
             return {self.index.path(number): values[number] for number in self.index.numbers}
         if self.boxes:
@@ -221,11 +205,8 @@ class Tree:
             raise Unsupported(f"{self.index.path(number)} cannot change in place: {why}", hint=_NEW_TREE)
 
     def apart(self, numbers: Collection[int]) -> dict[int, int]:
-        """Check that leaves can change in place alone. Those that are one array lead to the first of them, by number.
-
-        Raises:
-            Unsupported: a leaf shares memory with a leaf that is not among them, or shares a part of it with any.
-        """
+        """Check that leaves can change in place alone: `Unsupported` for one that shares memory with a leaf that is not
+        among them, or a part of it with any. Those that are one array lead to the first of them, by number."""
         one: dict[int, int] = {}
         if all(number in self.boxes for number in numbers):
             return one
@@ -279,10 +260,8 @@ def _holds_modules(root: Any) -> bool:
 
 
 def _landmarks(node: Any) -> tuple[Any, ...]:
-    """The keys on the way to the last leaf, and those beside them if they are few.
-
-    JAX's hash of a structure ignores keys, and its equality ignores their order; a table must distinguish them.
-    """
+    """The keys on the way to the last leaf, and those beside them if they are few. JAX's hash of a structure ignores
+    keys, and its equality ignores their order; a table must distinguish them."""
     keys: list[Any] = []
     while type(node) is dict and node:
         key = next(reversed(node))

@@ -52,25 +52,18 @@ class Walk:
 
 
 class Namer:
-    """Walks a tree and writes its names; leaf numbers come from a numbered twin of the tree, or are counted.
-
-    Attributes:
-        compiled: whether the numbered twin has the same leaves as this walk.
-        simple: whether all containers are dicts and lists, so that a `Copier` can copy the tree.
-        inner: for the copier, the dicts and lists of the tree, nested: (key, containers in it).
-        numbers: the leaf numbers in the order of the walk, also those of leaves that are not arrays.
-        leaves: the leaves, likewise.
-        slots: for the copier, (which container, key) of each leaf, likewise.
-    """
+    """Walks a tree and writes its names; leaf numbers come from a numbered twin of the tree, or are counted."""
 
     def __init__(self, index: Index) -> None:
         self.index = index
-        self.compiled = True
-        self.simple = True
+        self.compiled = True  # whether the numbered twin has the same leaves as this walk
+        self.simple = True  # whether all containers are dicts and lists, so that a `Copier` can copy the tree
+        # For the copier, the dicts and lists of the tree, nested: (key, containers in it).
         self.inner: tuple[Any, ...] = ()
+        # The leaf numbers in the order of the walk, also those of leaves that are not arrays.
         self.numbers: list[int] = []
-        self.leaves: list[Any] = []
-        self.slots: list[tuple[int, Any]] = []
+        self.leaves: list[Any] = []  # the leaves, likewise
+        self.slots: list[tuple[int, Any]] = []  # for the copier, (which container, key) of each leaf, likewise
         self.copied = 0
         self.plain: set[Any] = set()
 
@@ -155,13 +148,7 @@ class Namer:
 
 
 def containers(root: Any) -> Iterator[tuple[tuple[Label, ...], Any, Kind]]:
-    """The containers of a tree, with their kinds, each under all of its paths: the beginnings of those of its leaves.
-
-    >>> import torch
-    >>> model = torch.nn.ModuleDict({"body": torch.nn.Linear(1, 1)})
-    >>> [(path, node is model, kind.name) for path, node, kind in containers(model)]
-    [((), True, 'torch module'), (('body',), False, 'torch module')]
-    """
+    """The containers of a tree with their kinds, each under all of its paths: the beginnings of its leaves' paths."""
     rest: list[tuple[tuple[Label, ...], Any, tuple[int, ...]]] = [((), root, ())]
     while rest:
         path, node, above = rest.pop()

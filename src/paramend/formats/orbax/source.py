@@ -32,47 +32,19 @@ WRITER = OrbaxWriter()
 
 
 class OrbaxCheckpoint(Opened):
-    """An Orbax checkpoint as `Leaves`: of `StandardCheckpointer`, `PyTreeCheckpointer`, or a `CheckpointManager`.
-
-    In the folder of a manager the latest step is opened.
-
-    Attributes:
-        folder: the folder within it that holds the tree.
-        steps: the steps in the folder of a manager, ascending; the last one was opened.
-        index: the names; keys of dicts and positions of lists, joined by "/".
-        ties: nothing: in a checkpoint each array has one name.
-        keys: by number, the keys of a leaf: text in dicts, whole numbers in lists. That of a box, "value", is left out.
-        metadata: what else is in the tree, by path: text, None, empty containers; and custom metadata under
-            "custom_metadata".
-        walk: the rows of its table, for writing a similar one.
-        names: by number, the name of a leaf in the store.
-        stats: the stat results of the table, and of a database's manifest, when they were opened.
-
-    Raises:
-        CannotRead: there is no such directory, or no permission to read it.
-        BadCheckpoint: it is damaged, holds several trees, or none.
-
-    >>> import json, tempfile
-    >>> path = Path(tempfile.mkdtemp())
-    >>> row = {"key_metadata": [{"key": "w", "key_type": 2}], "value_metadata": {"value_type": "jax.Array"}}
-    >>> _ = (path / "_METADATA").write_text(json.dumps({"tree_metadata": {"('w',)": row}, "use_ocdbt": False}))
-    >>> (path / "w").mkdir()
-    >>> _ = (path / "w" / ".zarray").write_text('{"shape": [2, 3], "chunks": [2, 3], "dtype": "bfloat16"}')
-    >>> with OrbaxCheckpoint(path) as checkpoint:
-    ...     print(checkpoint.index.path(0), checkpoint.spec(0))
-    w bfloat16[2,3]
-    """
+    """An Orbax checkpoint as `Leaves`: of `StandardCheckpointer`, `PyTreeCheckpointer`, or a `CheckpointManager`. In
+    the folder of a manager the latest step is opened."""
 
     format = "orbax"
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.ties: Mapping[int, int] = {}
+        self.ties: Mapping[int, int] = {}  # nothing: in a checkpoint each array has one name
         self._closed = False
         self._stores: dict[int, Any] = {}
         self._block: tuple[int, int, Array] | None = None
         try:
-            self.folder, self.steps = _find(self.path)
+            self.folder, self.steps = _find(self.path)  # the folder within it that holds the tree
             table = read_json(self.folder / TREE) if (self.folder / TREE).is_file() else None
         except FileNotFoundError:
             raise CannotRead(f"{self.path}: there is no such directory") from None
@@ -85,6 +57,7 @@ class OrbaxCheckpoint(Opened):
             raise BadCheckpoint(
                 f"{self.folder}: {MANIFEST} is missing: the checkpoint was not finished, or not copied completely"
             )
+        # The stat results of the table, and of a database's manifest, when they were opened.
         self.stats: dict[Path, os.stat_result] = {}
         self.store = Store(
             self.folder,
@@ -93,8 +66,13 @@ class OrbaxCheckpoint(Opened):
             # A missing chunk is a sign of damage only if every chunk was written.
             whole=bool(table and table.get("store_array_data_equal_to_fill_value")),
         )
+        # The rows of its table, for writing a similar one.
         self.walk = walk = OrbaxWalk(self.folder, table if table is not None else self._listed())
+        # By number, the name of a leaf in the store.
+        # By number, the keys of a leaf: text in dicts, whole numbers in lists. That of a box, "value", is left out.
+        # The names; keys of dicts and positions of lists, joined by "/".
         self.index, self.keys, self.names = walk.index, walk.keys, walk.names
+        # What else is in the tree, by path: text, None, empty containers; and custom metadata under "custom_metadata".
         self.metadata: Mapping[str, Any] = walk.others
         self.forget()
 
@@ -146,11 +124,9 @@ class OrbaxCheckpoint(Opened):
         return array
 
     def read_range(self, number: int, start: int, stop: int) -> Array:
-        """The elements `start` to `stop` of a leaf in C order: a new array with one axis.
-
-        Whole chunks of the store are decompressed, and the last ones are kept, so that consecutive ranges share one
-        pass. Memory is bounded by the rows that a chunk spans.
-        """
+        """The elements `start` to `stop` of a leaf in C order: a new array with one axis. Whole chunks of the store are
+        decompressed, and the last ones are kept, so that consecutive ranges share one pass. Memory is bounded by the
+        rows that a chunk spans."""
         check_readable(self, number)
         spec, step = self.spec(number), self._arrays[number].rows
         inner = math.prod(spec.shape[1:]) if spec.shape else 1

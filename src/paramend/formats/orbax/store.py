@@ -18,7 +18,7 @@ from paramend.disk.io import write_file
 from paramend.errors import BadCheckpoint, CannotRead, CannotWrite, ParamendError
 from paramend.formats.files import OpenFile
 from paramend.formats.jsontext import bad, parse_object
-from paramend.formats.limits import MAX_AXES, U64, shown
+from paramend.formats.limits import MAX_AXES, U64, most_elements, shown
 from paramend.leaves.specs import BITS, Array, Spec
 
 Box = tuple[slice, ...]
@@ -40,17 +40,11 @@ _CONFIG = {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000
 
 @dataclass(frozen=True, slots=True)
 class OrbaxEntry:
-    """One array of a store, as its zarr metadata has it.
+    """One array of a store, as its zarr metadata has it."""
 
-    Attributes:
-        spec: shape and dtype; an unknown dtype, such as "<U3", is "raw<<U3>".
-        chunks: the shape of a chunk, the smallest piece that can be written.
-        text: the metadata as it is in the store.
-    """
-
-    spec: Spec
-    chunks: tuple[int, ...]
-    text: bytes
+    spec: Spec  # shape and dtype; an unknown dtype, such as "<U3", is "raw<<U3>"
+    chunks: tuple[int, ...]  # the shape of a chunk, the smallest piece that can be written
+    text: bytes  # the metadata as it is in the store
 
     @property
     def rows(self) -> int:
@@ -158,12 +152,7 @@ _OF_DATABASE = re.compile(r"manifest\.[0-9a-z]+|d/[0-9a-z-]+")
 
 
 def may_change(folder: Path, name: str) -> bool:
-    """Whether a file of a store, by its name relative to the folder, is one that a change of values replaces.
-
-    >>> folder = Path("state")
-    >>> may_change(folder, "manifest.ocdbt"), may_change(folder, "d/12ab-34cd"), may_change(folder, "_METADATA")
-    (True, True, False)
-    """
+    """Whether a file of a store, by its name relative to the folder, is one that a change of values replaces."""
     if _OF_DATABASE.fullmatch(name):
         return True
     parts = name.split("/")
@@ -178,15 +167,10 @@ def _is_array(folder: Path) -> bool:
 
 class Stage:
     """New chunks of a store on their way into it: files in a folder, at the places that they will have in the store.
+    For a new store, `store` is None and `folder` is the store.
 
     A database is copied on write. Its new nodes and manifest are here, so that the database itself shows the old
     state until the manifest is replaced, which is one step.
-
-    Args:
-        store: what the chunks are for; None for a new one, which `folder` then is.
-        folder: where the files are put.
-        database: whether a new store is a database.
-        zarr3: whether a new store is of zarr 3.
     """
 
     def __init__(self, store: Store | None, folder: Path, *, database: bool = True, zarr3: bool = False) -> None:
@@ -326,11 +310,8 @@ def _shape(value: Any, file: str, place: str) -> tuple[int, ...]:
         raise bad(file, place, "an array of whole numbers is expected")
     if len(value) > MAX_AXES:
         raise bad(file, place, f"{len(value):,} axes are too many")
-    elements = 1
-    for axis in value:
-        elements *= axis
-        if elements * 16 >= U64:
-            raise bad(file, place, "the number of elements overflows 64 bits")
+    if most_elements(value) * 16 >= U64:
+        raise bad(file, place, "the number of elements overflows 64 bits")
     return tuple(value)
 
 

@@ -22,27 +22,20 @@ _EMPTY: dict[str, Callable[[], Any]] = {"None": lambda: None, "Dict": dict, "Lis
 
 
 class OrbaxWalk:
-    """The leaves that a table of metadata lists.
-
-    Attributes:
-        entries: keys → the place of a leaf, or an entry that is not an array. The key "value" of a box is left out.
-        keys: by number, the keys of a leaf, likewise.
-        names: by number, the name of a leaf in the store.
-        kinds: by number, Orbax's name for the kind of a leaf: "jax.Array", "np.ndarray", "scalar" ...
-        others: path → an entry that is not an array.
-        implementations: by number, the implementation of a typed PRNG key whose numbers a leaf is.
-        custom: the user's metadata, or None.
-    """
+    """The leaves that a table of metadata lists."""
 
     def __init__(self, folder: Path, table: Mapping[str, Any]) -> None:
         self.file = str(folder / TREE)
         self.index = Index("/")
+        # Keys → the place of a leaf, or an entry that is not an array. The key "value" of a box is left out.
         self.entries: list[tuple[Keys, Any]] = []
+        # By number, the implementation of a typed PRNG key whose numbers a leaf is.
         self.implementations: dict[int, str] = {}
-        self.keys: list[Keys] = []
-        self.names: list[str] = []
+        self.keys: list[Keys] = []  # by number, the keys of a leaf, likewise
+        self.names: list[str] = []  # by number, the name of a leaf in the store
+        # By number, Orbax's name for the kind of a leaf: "jax.Array", "np.ndarray", "scalar" ...
         self.kinds: list[str] = []
-        self.others: dict[str, Any] = {}
+        self.others: dict[str, Any] = {}  # path → an entry that is not an array
         rows = table.get("tree_metadata")
         if type(rows) is not dict:
             raise bad(self.file, "tree_metadata", "an object is expected")
@@ -74,7 +67,7 @@ class OrbaxWalk:
             self.names.append(name)
             self.kinds.append(kind)
         self._enter(tree, self.index.names)
-        self.custom = table.get("custom_metadata")
+        self.custom = table.get("custom_metadata")  # the user's metadata, or None
         if self.custom is not None:
             self.others["custom_metadata"] = self.custom
 
@@ -122,10 +115,8 @@ _LEAF = object()
 
 
 def _boxes(found: list[tuple[str, Keys, str, Any]], rows: Mapping[str, Any]) -> set[Keys]:
-    """The leaves that are the content of boxes: all leaves but counters are the only entry, "value", of a dict.
-
-    Orbax writes the Variables of an `nnx.state` so; the names of the module end at the Variable.
-    """
+    """The leaves that are the content of boxes: all leaves but counters are the only entry, "value", of a dict. Orbax
+    writes the Variables of an `nnx.state` so; the names of the module end at the Variable."""
     inside = Counter(keys[:at] for _, keys, _, _ in found for at in {len(keys) - 1} if keys)
     leaves = {title: keys for title, keys, kind, value in found if value is _LEAF}
     boxes = {keys for keys in leaves.values() if len(keys) > 1 and keys[-1] == BOXED and inside[keys[:-1]] == 1}
@@ -152,11 +143,7 @@ def _implementations(folder: Path) -> dict[str, str]:
 
 
 def table_row(keys: Keys, kind: str, shape: tuple[int, ...] | None) -> tuple[str, dict[str, Any]]:
-    """The title and row of a leaf, as Orbax writes them; without a shape, those of an entry that is not an array.
-
-    >>> table_row(("layers", 0), "np.ndarray", (2,))[0]
-    "('layers', '0')"
-    """
+    """The title and row of a leaf, as Orbax writes them; without a shape, those of an entry that is not an array."""
     value: dict[str, Any] = {"value_type": kind, "skip_deserialize": shape is None and kind != "string"}
     if shape is not None and kind != "scalar":
         value["write_shape"] = list(shape)

@@ -62,18 +62,9 @@ class OrbaxWriter:
         outline: Outline,
         base: Any,
     ) -> None:
-        """Fill an empty folder with a checkpoint. The engine creates it, makes it durable and gives it its name.
-
-        Args:
-            data: the position of a leaf → its bytes, in pieces of bounded size.
-            base: the checkpoint that the result is modelled on; its layout is kept if it has this format.
-
-        Raises:
-            MissingExtra: tensorstore is not installed.
-            RenameClash: two leaves would have the same name in the store.
-            CannotWrite: the files cannot be written, for example because the disk is full.
-            Unsupported: there is nothing that is not empty.
-        """
+        """Fill an empty folder with a checkpoint. The engine creates it, makes it durable and gives it its name. `data`
+        gives the bytes of the leaf at a position, in pieces of bounded size. The layout of `base` is kept, if it has
+        this format."""
         orbax = getattr(base, "format", "") == "orbax"
         database, zarr3 = (base.store.database, base.store.zarr3) if orbax else (True, False)
         given = "" if orbax else base.metadata.get("paramend.separator")
@@ -130,11 +121,7 @@ class OrbaxWriter:
 
 
 def chunk_shape(spec: Spec) -> tuple[int, ...]:
-    """The shape of the largest chunks of bounded size that are contiguous in C order: a leaf is written first to last.
-
-    >>> chunk_shape(Spec((3, 1 << 13, 1 << 13), "float32"))
-    (1, 2048, 8192)
-    """
+    """The shape of the largest chunks of bounded size that are contiguous in C order, in which a leaf is written."""
     room = MAX_CHUNK // numpy_dtype(spec.dtype).itemsize
     found: list[int] = []
     for length in reversed(spec.shape):

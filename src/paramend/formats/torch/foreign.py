@@ -30,11 +30,7 @@ _WHOLE = (
 
 
 def foreign(module: str, name: str) -> Name:
-    """The name of a class or function that is not known, for a `Foreign` in place of what it makes; `Flaw` for code.
-
-    >>> foreign("argparse", "Namespace").call()
-    <argparse.Namespace, not read>
-    """
+    """The name of a class or function that is not known, for a `Foreign` in place of what it makes; `Flaw` for code."""
     old = {"builtins": "__builtin__"}.get(module, module)  # protocol 2 has the names of Python 2
     module, name = NAME_MAPPING.get((old, name), (IMPORT_MAPPING.get(old, module), name))
     text, top = f"{module[:100]}.{name[:100]}", module.partition(".")[0]

@@ -71,18 +71,7 @@ class Vocabulary(Protocol):
 
 
 def unpickle(data: bytes, words: Vocabulary, *, file: str, place: str) -> Any:
-    """The value of a pickle: plain containers and scalars, and what the vocabulary makes; `BadCheckpoint` for all else.
-
-    >>> class Nothing:
-    ...     def names(self): return {}
-    ...     def foreign(self, module, name): raise Flaw(f"{module}.{name} is not among the names allowed")
-    >>> import os, pickle
-    >>> unpickle(pickle.dumps({"epoch": [1, 2]}, 2), Nothing(), file="x.pt", place="data.pkl")
-    {'epoch': [1, 2]}
-    >>> unpickle(pickle.dumps(os.system, 2), Nothing(), file="x.pt", place="data.pkl")
-    Traceback (most recent call last):
-    paramend.errors.BadCheckpoint: x.pt: data.pkl, byte 2: posix.system is not among the names allowed
-    """
+    """The value of a pickle: plain containers and scalars, what the vocabulary makes; `BadCheckpoint` for all else."""
     machine = _Machine(data, words)
     at, hint = 0, ""
     try:
@@ -100,27 +89,18 @@ def unpickle(data: bytes, words: Vocabulary, *, file: str, place: str) -> Any:
 
 
 class _Machine:
-    """A pickle that is being read.
-
-    Attributes:
-        at: the next byte.
-        stack: values since the last mark.
-        below: the stacks under it, one for each open mark.
-        memo: remembered values by key. A dict, so that a huge key takes no room.
-        done: whether the end has been reached.
-        tuples: how many keys are tuples.
-        room: how much more calls may copy, because one remembered list can be passed to many calls.
-    """
+    """A pickle that is being read."""
 
     def __init__(self, data: bytes, words: Vocabulary) -> None:
         self.data, self.words, self.names = data, words, words.names()
-        self.at = 0
-        self.stack: list[Any] = []
-        self.below: list[list[Any]] = []
-        self.memo: dict[int, Any] = {}
-        self.done = False
+        self.at = 0  # the next byte
+        self.stack: list[Any] = []  # values since the last mark
+        self.below: list[list[Any]] = []  # the stacks under it, one for each open mark
+        self.memo: dict[int, Any] = {}  # remembered values by key. A dict, so that a huge key takes no room
+        self.done = False  # whether the end has been reached
+        # How much more calls may copy, because one remembered list can be passed to many calls.
         self.room = 1_000_000 + 4 * len(data)
-        self.tuples = 0
+        self.tuples = 0  # how many keys are tuples
 
     def take(self, length: int) -> bytes:
         stop = self.at + length
@@ -298,10 +278,7 @@ class _Machine:
 
 def check_key(key: Any) -> None:
     """Raise `Flaw` if a value cannot be a key of a dict, or only at great cost: anything but plain values and flat
-    tuples.
-
-    Tuples in tuples take exponential time to hash, and huge integers can be made to collide.
-    """
+    tuples. Tuples in tuples take exponential time to hash, and huge integers can be made to collide."""
     for part in key if type(key) is tuple else (key,):
         if type(part) is int:
             if -(2**63) <= part < 2**64:
@@ -325,11 +302,6 @@ def _text(raw: bytes) -> str:
         raise Flaw("a string is not UTF-8") from None
 
 
-def _float(raw: bytes) -> float:
-    value: float = struct.unpack(">d", raw)[0]
-    return value
-
-
 _STEPS: dict[int, Callable[[_Machine], object]] = {
     ord(code): step
     for code, step in {
@@ -345,7 +317,7 @@ _STEPS: dict[int, Callable[[_Machine], object]] = {
         "J": lambda m: m.integer(4),
         "\x8a": lambda m: m.integer(m.number(1)),
         "\x8b": lambda m: m.integer(m.number(4)),
-        "G": lambda m: m.stack.append(_float(m.take(8))),
+        "G": lambda m: m.stack.append(*struct.unpack(">d", m.take(8))),
         "X": lambda m: m.stack.append(_text(m.take(m.number(4)))),
         "\x8c": lambda m: m.stack.append(_text(m.take(m.number(1)))),
         "\x8d": lambda m: m.stack.append(_text(m.take(m.number(8)))),

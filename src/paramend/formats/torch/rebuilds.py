@@ -47,42 +47,26 @@ _I63 = 2**63
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Storage:
-    """The bytes that one or more tensors view.
+    """The bytes that one or more tensors view."""
 
-    Attributes:
-        key: they are in the record "data/<key>".
-        dtype: of its elements; "" if only the tensors say.
-    """
-
-    key: str
-    dtype: str
+    key: str  # they are in the record "data/<key>"
+    dtype: str  # of its elements; "" if only the tensors say
     nbytes: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tensor:
-    """A tensor of a checkpoint: a view of the elements of a storage.
-
-    Attributes:
-        stride: the step along each axis, in elements.
-        dtype: in torch's spelling.
-        storage: where its elements are; None if they are not in a single storage.
-        offset: of the first element, in elements.
-        conj: whether its values are the conjugates of those in the storage.
-        neg: whether its values are the negatives of those in the storage.
-        sealed: why it cannot be read as an array, or "".
-        parts: the tensors that a sparse tensor consists of.
-    """
+    """A tensor of a checkpoint: a view of the elements of a storage."""
 
     shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: str
-    storage: Storage | None = None
-    offset: int = 0
-    conj: bool = False
-    neg: bool = False
-    sealed: str = ""
-    parts: tuple["Tensor", ...] = ()
+    stride: tuple[int, ...]  # the step along each axis, in elements
+    dtype: str  # in torch's spelling
+    storage: Storage | None = None  # where its elements are; None if they are not in a single storage
+    offset: int = 0  # of the first element, in elements
+    conj: bool = False  # whether its values are the conjugates of those in the storage
+    neg: bool = False  # whether its values are the negatives of those in the storage
+    sealed: str = ""  # why it cannot be read as an array, or ""
+    parts: tuple["Tensor", ...] = ()  # the tensors that a sparse tensor consists of
 
     @property
     def spec(self) -> Spec:
@@ -245,22 +229,6 @@ def _tensor(
     return Tensor(shape, stride, dtype, storage, _whole(offset, "the offset of a tensor"), conj, neg, sealed)
 
 
-def _rebuild_v2(storage: Any, offset: Any, shape: Any, stride: Any, grad: Any, hooks: Any, flags: Any = None) -> Tensor:
-    return _tensor(storage, offset, shape, stride, None, flags)
-
-
-def _rebuild_v3(
-    storage: Any, offset: Any, shape: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, flags: Any = None
-) -> Tensor:
-    return _tensor(storage, offset, shape, stride, _dtype(dtype), flags)
-
-
-def _rebuild_quantized(
-    storage: Any, offset: Any, shape: Any, stride: Any, quantizer: Any, grad: Any, hooks: Any
-) -> Tensor:
-    return _tensor(storage, offset, shape, stride, sealed="it is quantized: its bytes can only be copied")
-
-
 def _rebuild_sparse(layout: Any, data: Any) -> Tensor:
     parts = [part for part in data if type(part) is Tensor and not part.parts] if type(data) is tuple else []
     shapes = [part for part in data if type(part) is tuple] if parts else []
@@ -381,12 +349,19 @@ def _numpy_scalar(dtype: Any, raw: Any) -> Any:
 
 
 _CALLS: dict[str, Callable[..., Any]] = {
-    "torch._utils._rebuild_tensor": lambda storage, offset, shape, stride: _tensor(storage, offset, shape, stride),
-    "torch._utils._rebuild_tensor_v2": _rebuild_v2,
-    "torch._utils._rebuild_tensor_v3": _rebuild_v3,
+    # The view of a storage (the storage itself, offset, shape, strides), gradients, hooks; then the dtype, and flags.
+    "torch._utils._rebuild_tensor": lambda s, at, shape, strides: _tensor(s, at, shape, strides),
+    "torch._utils._rebuild_tensor_v2": lambda s, at, shape, strides, grad, hooks, flags=None: _tensor(
+        s, at, shape, strides, None, flags
+    ),
+    "torch._utils._rebuild_tensor_v3": lambda s, at, shape, strides, grad, hooks, dtype, flags=None: _tensor(
+        s, at, shape, strides, _dtype(dtype), flags
+    ),
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
-    "torch._utils._rebuild_qtensor": _rebuild_quantized,
+    "torch._utils._rebuild_qtensor": lambda s, at, shape, strides, quantizer, grad, hooks: _tensor(
+        s, at, shape, strides, sealed="it is quantized: its bytes can only be copied"
+    ),
     "torch._utils._rebuild_sparse_tensor": _rebuild_sparse,
     "torch._utils._rebuild_nested_tensor": _rebuild_nested,
     "torch._utils._rebuild_meta_tensor_no_storage": _rebuild_meta,

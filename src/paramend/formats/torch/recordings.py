@@ -46,16 +46,7 @@ class StorageRef:
 
 
 class Recorder:
-    """A vocabulary with the names of another, which records calls of them; the other, read first, checks arguments.
-
-    >>> import pickle
-    >>> from paramend.formats.torch.pickles import unpickle
-    >>> class Words:
-    ...     def names(self): return {"builtins.complex": Name("builtins.complex", complex)}
-    >>> made = unpickle(pickle.dumps([1j], 2), Recorder(Words()), file="x", place="y")[0]
-    >>> made.function, made.arguments, pickle.loads(pickled([made, (2, made)]))
-    (builtins.complex, (0.0, 1.0), [1j, (2, 1j)])
-    """
+    """A vocabulary with the names of another, which records calls of them; the other, read first, checks arguments."""
 
     def __init__(self, words: Vocabulary) -> None:
         self._names = {text: _recording(name) for text, name in words.names().items()}
@@ -84,15 +75,8 @@ def _recording(name: Name) -> Name:
 
 
 def pickled(root: Any, leaves: Mapping[int, Any] | None = None, *, used: set[str] | None = None) -> bytes:
-    """The pickle of what was recorded; a value in several places is written once.
-
-    Args:
-        leaves: what to write for each array in it, which is a scalar that holds a leaf number.
-        used: receives the keys of all storages.
-
-    Raises:
-        BadCheckpoint: a value contains itself, or is nested too deeply.
-    """
+    """The pickle of what was recorded; a value in several places is written once. `leaves` are what to write for each
+    array, a scalar that holds a leaf number; `used` receives the keys of all storages."""
     return b"\x80\x02" + b"".join(_Pickler(leaves or {}, set() if used is None else used).run(root)) + b"."
 
 

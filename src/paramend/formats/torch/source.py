@@ -7,6 +7,7 @@ directory and the pickle; storages are read on demand.
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,13 @@ from paramend.errors import BadCheckpoint, Unsupported
 from paramend.formats.files import OpenFile
 from paramend.formats.limits import shown
 from paramend.formats.source import check_readable, in_numpy
+from paramend.formats.structure import Walk
 from paramend.formats.torch.foreign import check_whole
 from paramend.formats.torch.pickles import unpickle
 from paramend.formats.torch.rebuilds import Tensor, TorchWords
 from paramend.formats.torch.recordings import Rebuilt, Recorder
-from paramend.formats.torch.structure import TorchWalk, children_of, like
 from paramend.formats.torch.writer import TorchWriter
-from paramend.formats.zips.archive import STORED, Archive, Member
-from paramend.formats.zips.source import ZipSource
+from paramend.formats.zips.archive import STORED, Archive, Member, ZipSource
 from paramend.leaves.nested import folded
 from paramend.leaves.origins.origin import Extent
 from paramend.leaves.outlines import Outline, outline
@@ -36,44 +36,26 @@ _LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
 
 WRITER = TorchWriter()
 
+# Tensors that are alike in all of these are one.
+_VIEW = attrgetter("storage.key", "offset", "shape", "stride", "dtype", "conj", "neg", "sealed")
+
 
 class TorchFile(ZipSource):
-    r"""One file of `torch.save` as `Leaves`. Opening reads the zip's directory and the pickle in it.
-
-    Tensors anywhere in nested dicts, lists and tuples are leaves, numbered in the order of the structure.
-
-    Attributes:
-        index: the names; dict keys and list positions, joined by ".".
-        ties: leaf number → the first number of the same tensor, for tensors with several paths, which view the same
-            elements of a storage in the same order.
-        metadata: what else is in the structure, by path: epochs, learning rates, lists of plain values.
-        tensors: of each leaf, which elements of which storage it views.
-        folder: the folder in it that holds everything.
-        carried: the classes of objects that stay in the pickle as they are, unread.
-
-    >>> import tempfile, zipfile
-    >>> path = Path(tempfile.mkdtemp(), "model.pt")
-    >>> tensor = b"ctorch._utils\n_rebuild_tensor_v2\n((X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\0" + (
-    ...     b"0X\3\0\0\0cpuK\2tQK\0K\2\x85K\1\x85\x89ccollections\nOrderedDict\n)RtR")
-    >>> with zipfile.ZipFile(path, "w") as made:
-    ...     made.writestr("model/data.pkl", b"\x80\2}(X\6\0\0\0weight" + tensor + b"X\5\0\0\0epochK\3u.")
-    ...     made.writestr("model/data/0", np.array([1, 2], "float32").tobytes())
-    >>> with TorchFile(path) as file:
-    ...     print(file.index.path(0), file.spec(0), file.read(0).tolist(), file.metadata)
-    weight float32[2] [1.0, 2.0] {'epoch': 3}
-    """
+    """One file of `torch.save` as `Leaves`. Opening reads the zip's directory and the pickle in it. Tensors anywhere in
+    nested dicts, lists and tuples are leaves, numbered in the order of the structure."""
 
     format = "torch"
-    tensors: list[Tensor]
+    tensors: list[Tensor]  # of each leaf, which elements of which storage it views
 
     def _begin(self) -> None:
         _check_kind(self._file)
         self.archive = Archive(self._file)
-        self.folder = _root(self.archive)
+        self.folder = _root(self.archive)  # the folder in it that holds everything
         self._structure = self._unpickled()
         walk = TorchWalk(self._structure, f"{self.path}: data.pkl", room=self._pickle.nbytes)
-        self.index, self.ties = walk.index, walk.ties
+        self.index, self.ties = walk.index, walk.ties  # the names; dict keys and list positions, joined by "."
         self.rows = self.tensors = walk.leaves
+        # What else is in the structure, by path: epochs, learning rates, lists of plain values.
         self.metadata: Mapping[str, Any] = walk.others
 
     def outline(self) -> Outline:
@@ -82,10 +64,7 @@ class TorchFile(ZipSource):
 
     def recorded(self) -> tuple[Any, list[Any]]:
         """The structure with an array of its number for each leaf, and the calls that rebuild leaves: see `recordings`.
-
-        Raises:
-            Unsupported: the pickle holds objects that are carried unread, and cannot be written again.
-        """
+        `Unsupported` if the pickle holds objects that are carried unread."""
         if self.carried:
             raise Unsupported(
                 f"{self.path} also holds objects of {wording.listing(self.carried, 4)}, which are carried unread: they "
@@ -99,7 +78,7 @@ class TorchFile(ZipSource):
             if type(seen) is Rebuilt and isinstance(node, dict):  # a counter, whose entries are in its call
                 seen = seen.arguments[0] if seen.arguments else {}
             fits = isinstance(node, dict) or (type(node) in (list, tuple) and type(seen) is type(node))
-            return zip(children_of(node), children_of(seen), strict=True) if fits else ()
+            return zip(_children(node), _children(seen), strict=True) if fits else ()
 
         def close(pair: tuple[Any, Any], made: list[Any]) -> Any:
             node, seen = pair
@@ -107,9 +86,9 @@ class TorchFile(ZipSource):
                 calls.append(seen)
                 return np.array(len(calls) - 1)
             if type(seen) is Rebuilt and isinstance(node, dict):
-                return Rebuilt(seen.function, (like(node, made, {}),)) if seen.arguments else seen
+                return Rebuilt(seen.function, (_like(node, made, {}),)) if seen.arguments else seen
             if isinstance(node, dict) or (type(node) in (list, tuple) and type(seen) is type(node)):
-                return like(node, made, vars(seen) if type(node) is OrderedDict else {})
+                return _like(node, made, vars(seen) if type(node) is OrderedDict else {})
             return seen
 
         words = Recorder(TorchWords({}))
@@ -207,6 +186,47 @@ class TorchFile(ZipSource):
         width = tensor.bits // 8
         strides = tuple(step * width for step in tensor.stride)
         return np.ndarray(tensor.shape, f"V{width}", self._file.map, start, strides)
+
+
+class TorchWalk(Walk):
+    """The tensors of a structure; `ties` leads from the number of each that occurs again to the first one."""
+
+    kind, separator, shares = Tensor, ".", True
+
+    def __init__(self, root: Any, place: str, *, room: int) -> None:
+        self.ties: dict[int, int] = {}
+        self._first: dict[tuple[Any, ...], int] = {}
+        super().__init__(root, place, room=room)
+
+    def crowded(self, containers: bool) -> str:
+        what = "containers" if containers else "values, or long keys,"
+        return f"the same {what} are in too many places"
+
+    def _leaf(self, names: dict[Any, Any], key: Any, leaf: Tensor) -> None:
+        flaw = leaf.flaw()
+        if flaw:
+            raise self._bad(flaw)
+        super()._leaf(names, key, leaf)
+        number = len(self.leaves) - 1
+        same = (id(leaf),) if leaf.storage is None else _VIEW(leaf)
+        first = self._first.setdefault(same, number)
+        if first != number:
+            self.ties[first] = self.ties[number] = first
+
+
+def _children(node: Any) -> Iterable[Any]:
+    """The values in a container; none in anything else."""
+    return node.values() if isinstance(node, dict) else node if type(node) in (list, tuple) else ()
+
+
+def _like(node: Any, values: list[Any], attributes: Mapping[str, Any]) -> Any:
+    """A container with other values, and with attributes; anything else as it is."""
+    if not isinstance(node, dict):
+        return type(node)(values) if type(node) in (list, tuple) else node
+    made = type(node)(zip(node, values, strict=True))
+    if attributes:
+        vars(made).update(attributes)
+    return made
 
 
 def _check_kind(file: OpenFile) -> None:

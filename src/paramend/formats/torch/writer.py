@@ -26,9 +26,7 @@ _FOLDER = "archive"
 
 class TorchWriter:
     """Lays out files that `torch.load(weights_only=True)` reads: dicts, lists and tuples of tensors and plain values.
-
-    Leaves that are tied are one tensor.
-    """
+    Leaves that are tied are one tensor."""
 
     seals = True
     copies_raw = False
@@ -43,12 +41,7 @@ class TorchWriter:
     def parts(
         self, items: Sequence[Item], metadata: Mapping[str, Any], outline: Outline | None = None
     ) -> Iterator[bytes | LeafBytes]:
-        """The file from its first byte to its last; no leaf may have the path of a container of others.
-
-        >>> item = Item("fc.weight", ("fc.weight",), Spec((2,), "float32"), 8)
-        >>> [part for part in TorchWriter().parts([item], {}) if isinstance(part, LeafBytes)]
-        [LeafBytes(item=0, start=0, stop=8)]
-        """
+        """The file from its first byte to its last; no leaf may have the path of a container of others."""
         zipped = ZipHeaders()
         own = [item.tied in (-1, i) for i, item in enumerate(items)]
         yield from zipped.member(f"{_FOLDER}/data.pkl", _pickle(items, own, outline or outline_of_items(items)))

@@ -8,13 +8,15 @@ all over the file, so each is read when its member is first used: opening reads 
 import struct
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from paramend.errors import BadArgument, BadCheckpoint
-from paramend.formats.files import OpenFile
+from paramend.formats.files import FileSource, OpenFile
 from paramend.formats.limits import shown
+from paramend.leaves.origins.origin import Extent
 from paramend.reports import wording
 
 STORED = 0
@@ -40,26 +42,16 @@ _KNOWN = _DESCRIBED | _UTF8 | 1 << 1 | 1 << 2  # the last two are the level of c
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One file in an archive, as the central directory has it.
+    """One file in an archive, as the central directory has it."""
 
-    Attributes:
-        name: with "/" between folders; checked to stay within the archive.
-        method: how it is compressed; 0 if it is not.
-        packed: its length in the archive.
-        crc: the CRC32 of its bytes.
-        flags: the general purpose bits of the format.
-        header: the offset of its local header.
-        central: the offset of its CRC32 in the central directory.
-    """
-
-    name: str
-    method: int
+    name: str  # with "/" between folders; checked to stay within the archive
+    method: int  # how it is compressed; 0 if it is not
     nbytes: int
-    packed: int
-    crc: int
-    flags: int
-    header: int
-    central: int
+    packed: int  # its length in the archive
+    crc: int  # the CRC32 of its bytes
+    flags: int  # the general purpose bits of the format
+    header: int  # the offset of its local header
+    central: int  # the offset of its CRC32 in the central directory
 
 
 class Offsets(NamedTuple):
@@ -70,20 +62,8 @@ class Offsets(NamedTuple):
 
 
 class Archive:
-    """The members of a zip file by name, in the order of the central directory; folders are left out.
-
-    Raises:
-        BadCheckpoint: it is not a zip file, or one that readers could see in two ways.
-
-    >>> import io, tempfile, zipfile
-    >>> from pathlib import Path
-    >>> path = Path(tempfile.mkdtemp(), "x.zip")
-    >>> with zipfile.ZipFile(path, "w") as made:
-    ...     made.writestr("folder/a.txt", "hello")
-    >>> archive = Archive(OpenFile(path))
-    >>> archive.read("folder/a.txt"), archive.offsets("folder/a.txt")
-    (b'hello', Offsets(start=42, crcs=(14, 63)))
-    """
+    """The members of a zip file by name, in the order of the central directory; folders are left out. `BadCheckpoint`
+    if readers could see it in two ways."""
 
     def __init__(self, file: OpenFile) -> None:
         self.file = file
@@ -123,10 +103,11 @@ class Archive:
             raise self.bad(name, "its bytes do not match their checksum (CRC32)")
         return data
 
-    def touched(self, ranges: Iterable[tuple[int, int]]) -> list[Member]:
-        """The members that hold these ranges of bytes (start, stop); `BadArgument` if one is not within a member."""
+    def touched(self, extents: Iterable[Extent]) -> list[Member]:
+        """The members that hold these bytes of the file; `BadArgument` if an extent is not within a member."""
         found: dict[str, Member] = {}
-        for start, stop in ranges:
+        for extent in extents:
+            start, stop = extent.start, extent.start + extent.nbytes
             if start >= stop:
                 continue
             at = bisect_right(self._headers, start) - 1
@@ -136,20 +117,6 @@ class Archive:
                 raise BadArgument(f"{self.file.path}: the bytes {start:,} to {stop:,} are not within one member")
             found[member.name] = member
         return list(found.values())
-
-    def checksums(self, ranges: Iterable[tuple[int, int]]) -> list[tuple[int, bytes]]:
-        """The writes, as (offset, bytes), that correct the checksums after these ranges of bytes changed.
-
-        Each changed member is read once, in chunks.
-        """
-        out: list[tuple[int, bytes]] = []
-        for member in self.touched(ranges):
-            place = self.offsets(member.name)
-            crc = 0
-            for at in range(place.start, place.start + member.packed, _CHUNK):
-                crc = zlib.crc32(self.file.read(at, min(_CHUNK, place.start + member.packed - at)), crc)
-            out += [(offset, crc.to_bytes(4, "little")) for offset in place.crcs]
-        return out
 
     def _check_apart(self) -> None:
         """Raise if members overlap, or do not begin the file, as far as the central directory tells."""
@@ -166,7 +133,8 @@ class Archive:
         if magic != _LOCAL_MAGIC:
             raise self.bad(member.name, "it has no local header where it should begin")
         start = member.header + _LOCAL.size + name_length + extra_length
-        limit = self._limit(member)
+        follows = bisect_right(self._headers, member.header)
+        limit = self._headers[follows] if follows < len(self._headers) else self._directory
         if start + member.packed > limit:
             raise self.bad(member.name, "it runs into the next member")
         more = self.file.read(member.header + _LOCAL.size, name_length + extra_length)
@@ -198,9 +166,27 @@ class Archive:
                 return at
         raise self.bad(member.name, "the sizes and checksum after it differ from the central directory")
 
-    def _limit(self, member: Member) -> int:
-        at = bisect_right(self._headers, member.header)
-        return self._headers[at] if at < len(self._headers) else self._directory
+
+class ZipSource(FileSource):
+    """A source over one zip file, an `archive` whose members are not compressed where they can be patched."""
+
+    archive: Archive
+
+    def patched_too(self, extents: Sequence[Extent]) -> list[Extent]:
+        members = self.archive.touched(extents)
+        return [Extent(self.path, at, 4) for member in members for at in self.archive.offsets(member.name).crcs]
+
+    def after_patch(self, extents: Sequence[Extent]) -> list[tuple[Path, int, bytes]]:
+        """The writes, as (file, offset, bytes), that correct the checksums after these bytes changed. Each changed
+        member is read once, in chunks."""
+        out: list[tuple[Path, int, bytes]] = []
+        for member in self.archive.touched(extents):
+            place = self.archive.offsets(member.name)
+            crc = 0
+            for at in range(place.start, place.start + member.packed, _CHUNK):
+                crc = zlib.crc32(self._file.read(at, min(_CHUNK, place.start + member.packed - at)), crc)
+            out += [(self.path, offset, crc.to_bytes(4, "little")) for offset in place.crcs]
+        return out
 
 
 def names_in(file: OpenFile) -> Iterator[str]:
@@ -320,10 +306,7 @@ def _widen(
     extra: bytes, nbytes: int, packed: int, header: int, file: OpenFile, name: str, *, lax: bool = False
 ) -> tuple[int, int, int]:
     """Length, length in the archive and offset, from the zip64 field of a header where the narrow fields overflow.
-
-    Args:
-        lax: whether padding that is not an extra field is allowed: some writers align members with it.
-    """
+    `lax` allows padding that is not an extra field: some writers align members with it."""
     wide: bytes | None = None
     at = 0
     while at + 4 <= len(extra):

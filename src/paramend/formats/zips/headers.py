@@ -12,14 +12,7 @@ _DAY = 0x21  # 1 January 1980, the first day of zip's calendar
 
 
 class ZipHeaders:
-    """The headers of a zip file that has grown to `at` bytes. Records are uncompressed and aligned.
-
-    >>> import io, zipfile
-    >>> zipped = ZipHeaders()
-    >>> data = zipped.open("a", 3, crc=0x352441C2) + b"abc" + zipped.close() + zipped.finish()
-    >>> zipfile.ZipFile(io.BytesIO(data)).read("a"), len(data) == zipped.at
-    (b'abc', True)
-    """
+    """The headers of a zip file that has grown to `at` bytes. Records are uncompressed and aligned."""
 
     def __init__(self, alignment: int = ALIGNMENT) -> None:
         self.at = 0

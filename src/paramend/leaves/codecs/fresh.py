@@ -212,6 +212,7 @@ _LAYOUTS: Mapping[str, Callable[[Spec, int | None, tuple[int, int]], Layout]] = 
     "fp4": partial(_bnb4, scheme="fp4"),
     "bnb-int8": _bnb8,
 }
+WRITABLE = tuple(_LAYOUTS)
 
 
 def _scale(weight: Spec) -> str:

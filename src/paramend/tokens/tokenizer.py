@@ -1,0 +1,183 @@
+"""`Tokenizer`: the tokens of a model, in the files beside its weights."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from paramend.anatomy.documents import Change, Document, document_of
+from paramend.anatomy.sections import beside
+from paramend.errors import BadCheckpoint, MissingExtra, Unsupported
+from paramend.tokens.closure import closed, pair_of, text_of
+
+JSON, CONFIG, _MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+# Other files that list the tokens: what `tokenizer.json` was made of.
+_OTHERS = ("*.model", "*.tiktoken", "tekken.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
+_PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
+_DECODER = "added_tokens_decoder"
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """The tokens of a model."""
+
+    files: Mapping[str, Document]  # by their names
+    data: Mapping[str, Any]  # what `tokenizer.json` holds, with the tokens that other files add
+    others: tuple[Path, ...] = ()  # further files that list the tokens, which go when these change
+
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        """Token → its number."""
+        vocab = self.data["model"]["vocab"]
+        words = vocab if isinstance(vocab, Mapping) else {piece: number for number, (piece, *_) in enumerate(vocab)}
+        return {**words, **{entry["content"]: entry["id"] for entry in self.data["added_tokens"]}}
+
+    @cached_property
+    def size(self) -> int:
+        """One more than the last number: that of the next token."""
+        return max(self.ids.values(), default=-1) + 1
+
+    @property
+    def bytewise(self) -> bool:
+        """Whether the characters of tokens stand for bytes."""
+        return "ByteLevel" in json.dumps([self.data.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")])
+
+    @property
+    def texts(self) -> dict[int, bytes]:
+        """The number of each token → what it stands for in a text."""
+        added = {entry["content"] for entry in self.data["added_tokens"]}
+        return {
+            number: token.encode() if token in added else text_of(token, bytewise=self.bytewise)
+            for token, number in self.ids.items()
+        }
+
+    def closed(self, ids: Iterable[int]) -> set[int]:
+        """Tokens, with those that no tokenizer can be without, and those that all of them are made of."""
+        data, model = self.data, self.data["model"]
+        found = {*ids, *(entry["id"] for entry in data["added_tokens"] if entry.get("special"))}
+        found |= {model["unk_id"]} if type(model.get("unk_id")) is int else set()
+        tokens = [model.get("unk_token"), (data.get("padding") or {}).get("pad_token")]
+        for name in (CONFIG, _MAP):
+            tokens += _named(self.files[name].values) if name in self.files else []
+        found |= {self.ids[token] for token in tokens if token in self.ids}
+
+        def note(number: int) -> int:
+            found.add(number)
+            return number
+
+        _processed(data.get("post_processor"), note)
+        return closed(model, found, bytewise=self.bytewise)
+
+    def cut(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens that texts consist of; `MissingExtra` if the package tokenizers is not installed."""
+        try:
+            from tokenizers import Tokenizer as Library  # optional, and slow to import
+        except ImportError:
+            raise MissingExtra("tokenizers is not installed, which cuts texts", hint="pip install tokenizers") from None
+        library = Library.from_str(self.files[JSON].text.decode())
+        return [library.encode(text, add_special_tokens=False).ids for text in texts]
+
+    def renumbered(self, new: Mapping[int, int]) -> list[Document]:
+        """The files after tokens got other numbers; those without one are gone."""
+        model, vocab = dict(self.data["model"]), self.data["model"]["vocab"]
+        if isinstance(vocab, list):
+            model["vocab"] = [entry for number, entry in enumerate(vocab) if number in new]
+        else:
+            model["vocab"] = {token: new[number] for token, number in vocab.items() if number in new}
+        if type(model.get("unk_id")) is int:
+            model["unk_id"] = new[model["unk_id"]]
+        if model.get("merges"):
+            prefix = model.get("continuing_subword_prefix") or ""
+            model["merges"] = [each for each in model["merges"] if _stays(pair_of(each), prefix, model["vocab"])]
+        data = {**self.data, "model": model}
+        data["added_tokens"] = [{**e, "id": new[e["id"]]} for e in data["added_tokens"] if e["id"] in new]
+        if data.get("padding"):
+            data["padding"] = {**data["padding"], "pad_id": new[data["padding"]["pad_id"]]}
+        if data.get("post_processor"):
+            data["post_processor"] = _processed(data["post_processor"], new.__getitem__)
+        return self._with(data)
+
+    def extended(self, tokens: Sequence[str]) -> list[Document]:
+        """The files with more tokens, which get the next numbers."""
+        more = [{"id": self.size + at, "content": token, **_PLAIN} for at, token in enumerate(tokens)]
+        return self._with({**self.data, "added_tokens": [*self.data["added_tokens"], *more]})
+
+    def _with(self, data: Mapping[str, Any]) -> list[Document]:
+        """The files that change if `tokenizer.json` is to hold this."""
+        lines = b"\n" in self.files[JSON].text.strip()
+        text = json.dumps(data, ensure_ascii=False, indent=2 if lines else None)  # as tokenizers itself writes it
+        files = [replace(self.files[JSON], text=text.encode())]
+        if CONFIG in self.files and _DECODER in self.files[CONFIG].values:
+            entries = {str(e["id"]): {key: e[key] for key in e if key != "id"} for e in data["added_tokens"]}
+            files.append(self.files[CONFIG].holding({**self.files[CONFIG].values, _DECODER: entries}))
+        counts = [str(len(each.ids)) for each in (self, replace(self, data=data))]
+        files = [replace(each, shown=(Change(each.name, "tokens", *counts),)) for each in files]
+        return [*files, *(Document(path, path.read_bytes(), b"") for path in self.others)]
+
+    def instead_of(self, other: "Tokenizer") -> list[Document]:
+        """Its files in the places of those of another tokenizer."""
+        old = {path.name: b"" for path in other.others} | {name: each.text for name, each in other.files.items()}
+        new = {path.name: path.read_bytes() for path in self.others} | {n: each.text for n, each in self.files.items()}
+        shown = {JSON: (Change(JSON, "tokens", str(len(other.ids)), str(len(self.ids))),)}
+        folder = other.files[JSON].file.parent
+        return [
+            Document(folder / name, old.get(name, b""), new.get(name, b""), shown=shown.get(name, ()))
+            for name in sorted({*old, *new})
+        ]
+
+
+def tokenizer_of(leaves: Any) -> Tokenizer | None:
+    """The tokenizer beside an opened checkpoint; None for other trees, and where there is none.
+
+    Raises:
+        BadCheckpoint: it is damaged.
+        Unsupported: its tokens are listed, and there is no `tokenizer.json`.
+    """
+    path = getattr(leaves, "path", None)
+    if not isinstance(path, Path):
+        return None
+    files = {name: file for name in (JSON, CONFIG, _MAP) if (file := document_of(leaves, name)) is not None}
+    folder, gone = beside(path).parent, {each.name for each in leaves.texts if not each.text}
+    others = tuple(sorted(file for glob in _OTHERS for file in folder.glob(glob) if file.name not in gone))
+    if JSON not in files:
+        if others:
+            raise Unsupported(
+                f"{others[0].name} lists the tokens of {folder}, and there is no {JSON}",
+                hint=f"transformers.AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})",
+            )
+        return None
+    data = files[JSON].values
+    try:
+        added = files[CONFIG].values.get(_DECODER, {}) if CONFIG in files else {}
+        entries = {int(number): {"id": int(number), **entry} for number, entry in added.items()}
+        entries |= {entry["id"]: entry for entry in data.get("added_tokens") or ()}
+        found = Tokenizer(files, {**data, "added_tokens": [entries[number] for number in sorted(entries)]}, others)
+        _ = found.size, [pair_of(each) for each in (data["model"].get("merges") or ())[:1]]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadCheckpoint(f"{files[JSON].file} is not a tokenizer: {error!r}") from None
+    return found
+
+
+def _stays(pair: tuple[str, str], prefix: str, vocab: Mapping[str, int]) -> bool:
+    return all(each in vocab for each in (*pair, pair[0] + pair[1].removeprefix(prefix)))
+
+
+def _named(values: Mapping[str, Any]) -> Iterator[Any]:
+    """The tokens that a file names by their roles."""
+    for key, value in values.items():
+        if key.endswith(("_token", "_special_tokens")):
+            for each in value if isinstance(value, list) else [value]:
+                yield each.get("content") if isinstance(each, Mapping) else each
+
+
+def _processed(value: Any, new: Callable[[int], int]) -> Any:
+    """A post-processor with other numbers of tokens."""
+    if isinstance(value, list):
+        return [_processed(each, new) for each in value]
+    if not isinstance(value, Mapping):
+        return value
+    made = {key: _processed(each, new) for key, each in value.items()}
+    made |= {key: [each[0], new(each[1])] for key, each in value.items() if key in ("sep", "cls")}
+    return made | ({"ids": [*map(new, value["ids"])]} if "ids" in value else {})
