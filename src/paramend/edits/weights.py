@@ -14,7 +14,7 @@ from paramend.edits.ops import OPS
 from paramend.edits.own import Own
 from paramend.edits.quantized import check_values, refusal
 from paramend.errors import NoMatch, RenameClash, SpecMismatch, Unsupported
-from paramend.leaves.groups import Group, by_rule, groups_of, may_hold_groups
+from paramend.leaves.groups import Group, alone, by_rule, groups_of, may_hold_groups
 from paramend.leaves.leaves import Editable, Index, keys_of
 from paramend.leaves.leaves import Group as Regroup
 from paramend.leaves.origins.origin import Origin
@@ -337,24 +337,17 @@ def weighed(leaves: Editable, *, inputs: bool = False, rule: Codec | None = None
     >>> leaves.index.path(0), str(leaves.spec(0)), leaves.read(0).tolist()
     ('fc/weight', 'float32[1,8]', [[-8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0]])
     """
-    if isinstance(leaves, Weights):
+    if isinstance(leaves, Weights) or (leaves.raw and rule is None):
         return leaves
-    if rule is not None:
-        own = by_rule(leaves, rule)
+    known: dict[Any, Editable] = leaves.__dict__.setdefault("_weighed", {})
+    if (inputs, rule) not in known:
+        own = by_rule(leaves, rule) if rule else []
+        if not leaves.raw:
+            own += [alone(number, each) for number, each in getattr(leaves, "codecs", {}).items()]
         taken = {number for group in own for number in group.numbers}
-        known_ = weighed(leaves, inputs=inputs)
-        others = known_.groups.values() if isinstance(known_, Weights) else ()
-        found = [*(group for group in others if taken.isdisjoint(group.numbers)), *own]
-        return Weights(leaves, found, inputs=inputs, rule=rule) if found else leaves
-    if leaves.raw or not may_hold_groups(leaves):
-        return leaves
-    known: dict[bool, Editable] = leaves.__dict__.setdefault("_weighed", {})
-    if inputs not in known:
-        found = [group for group in groups_of(leaves) if _is_readable(leaves, group)]
-        if inputs:  # what is looked at, and not edited, is shown as it is stored where leaves contradict each other
-            found = [group for group in found if _is_sound(leaves, group)]
-        known[inputs] = Weights(leaves, found, inputs=inputs) if found else leaves
-    return known[inputs]
+        found = [group for group in _stored(leaves, inputs) if taken.isdisjoint(group.numbers)] + own
+        known[inputs, rule] = Weights(leaves, found, inputs=inputs, rule=rule) if found else leaves
+    return known[inputs, rule]
 
 
 def chosen(selector: SelectorLike, leaves: Editable) -> list[int]:
@@ -375,6 +368,15 @@ def chosen(selector: SelectorLike, leaves: Editable) -> list[int]:
         if owner.keys().isdisjoint(numbers):
             raise
         return leaves.index.ordered({owner.get(number, number) for number in numbers})
+
+
+def _stored(leaves: Editable, inputs: bool) -> list[Group]:
+    """The groups of known schemes that can be decoded; of a tree that is looked at, those that are sound."""
+    if leaves.raw or not may_hold_groups(leaves):
+        return []
+    found = [group for group in groups_of(leaves) if _is_readable(leaves, group)]
+    # What is looked at, and not edited, is shown as it is stored where leaves contradict each other.
+    return [group for group in found if _is_sound(leaves, group)] if inputs else found
 
 
 def _is_sound(leaves: Editable, group: Group) -> bool:

@@ -83,9 +83,15 @@ def by_rule(leaves: Named, rule: Rule) -> list[Group]:
     return found
 
 
+def alone(number: int, rule: Rule) -> Group:
+    """The group of one leaf, which holds codes and scales itself."""
+    return Group(Scheme(rule.name, "a tensor with its own scales", ("*",), (), (), rule=rule), number)
+
+
 def may_hold_groups(leaves: Named) -> bool:
-    """Whether names or a configuration suggest groups. For most trees they do not, and that is known at once."""
-    return bool(_named(leaves.index)) or getattr(leaves, "quantization", None) is not None
+    """Whether names, types or a configuration suggest groups. For most trees they do not, and that is known at once."""
+    named = bool(_named(leaves.index)) or getattr(leaves, "quantization", None) is not None
+    return named or bool(getattr(leaves, "codecs", None))
 
 
 def group_of(leaves: Named, number: int) -> Group | None:

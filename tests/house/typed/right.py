@@ -157,7 +157,7 @@ def growing(params: Params, module: nn.Sequential, checkpoint: pm.Checkpoint) ->
     assert_type(pm.vocabulary(checkpoint).extend(["<a>"], init="subwords")[0], pm.Checkpoint)
     assert_type(pm.dequantize(checkpoint, "**/mlp/**", dtype=None)[0], pm.Checkpoint)
     assert_type(pm.quantize(params, "**", scheme="int4", simulate=True)[0], Params)
-    codec = pm.Codec("steps", ("codes", "step"), lambda codes, step: codes * step)
+    codec = pm.Codec("steps", ("codes", "step"), decode=jnp.multiply)
     assert_type(pm.at(params, "fc.codes", codec=codec).multiply(0.5), Params)
     config: pm.Config = pm.config(checkpoint)
     assert_type(config.set({"a.b": 1}), pm.Checkpoint)
