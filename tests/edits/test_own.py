@@ -228,3 +228,44 @@ def test_on_disk(tmp_path, name):
         assert np.array_equal(checkpoint[weight], WEIGHT) and len(checkpoint) == 3
     with pm.open(tmp_path / f"coded-{name}") as checkpoint:
         assert np.array_equal(pm.at(checkpoint, weight, codec=STEPS).one(), WEIGHT) and report.rows[0].max_abs == 0
+    before = path.read_bytes()
+    pm.patch(path, lambda tree: pm.at(tree, weight, codec=STEPS).zero())
+    with pm.open(path, raw=True) as checkpoint:
+        assert not pm.at(checkpoint, weight, codec=STEPS).one().any() and "step" in "".join(checkpoint.paths)
+    pm.undo(path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("scale", [SCALE, SCALE[None], np.float32(0.5).reshape(())])
+def test_kernels_of_int8_beside_a_scale_need_no_rule(scale):
+    params = {"Dense_0": {"kernel": jnp.asarray(KERNEL), "scale": jnp.asarray(scale), "bias": jnp.ones(2)}}
+    at, weight = pm.at(params, "**/kernel"), np.asarray(KERNEL * scale)
+    assert np.array_equal(at.one(), weight) and isinstance(at.one(), jax.Array)
+
+    def value(tree):
+        return np.asarray(tree["Dense_0"]["kernel"] * tree["Dense_0"]["scale"])
+
+    assert not value(at.zero()).any() and np.array_equal(value(at.multiply(0.5)), weight / 2)
+    assert abs(value(at.add(0.5)) - weight - 0.5).max() <= np.max(scale) / 2 * 1.05
+    assert at.zero()["Dense_0"]["kernel"].dtype == jnp.int8
+    floats = pm.dequantize(params, dtype="float32")[0]
+    off = pm.quantize(floats, "**/kernel", scheme="int8", simulate=True)[1].rows[0].max_abs
+    assert 0 < off <= abs(weight).max() / 127
+
+
+def test_modules_of_int8_kernels_keep_their_class():
+    class Dense(eqx.Module):
+        kernel: jax.Array
+        scale: jax.Array
+
+    class Layer(nnx.Module):
+        def __init__(self):
+            self.kernel, self.scale = nnx.Param(jnp.asarray(KERNEL)), nnx.Param(jnp.asarray(SCALE))
+
+    new = pm.at(Dense(jnp.asarray(KERNEL), jnp.asarray(SCALE)), "kernel").multiply(0.5)
+    assert type(new) is Dense and np.array_equal(new.kernel * new.scale, WEIGHT / 2)
+    layer = Layer()
+    assert type(pm.at(layer, "kernel").zero()) is Layer and layer.kernel[...].any()
+    pm.at(layer, "kernel").multiply_(0.5)
+    assert np.array_equal(layer.kernel[...] * layer.scale[...], WEIGHT / 2)
+    assert np.array_equal(pm.dequantize(nnx.state(layer), dtype="float32")[0]["kernel"][...], WEIGHT / 2)
