@@ -64,6 +64,9 @@ if TYPE_CHECKING:
     from paramend.mapping.report import LayoutReport as LayoutReport
     from paramend.mapping.shelf import layout as layout
     from paramend.mapping.shelf import layouts as layouts
+    from paramend.merging.extracting import extract as extract
+    from paramend.merging.folding import fold as fold
+    from paramend.merging.merge import merge as merge
     from paramend.porting.port import port as port
     from paramend.porting.port import port_ as port_
     from paramend.porting.proof import prove as prove
@@ -134,6 +137,9 @@ _LATER = {
         "paramend.mapping.layout": ("Layout",),
         "paramend.mapping.report": ("LayoutReport",),
         "paramend.mapping.shelf": ("layout", "layouts"),
+        "paramend.merging.extracting": ("extract",),
+        "paramend.merging.folding": ("fold",),
+        "paramend.merging.merge": ("merge",),
         "paramend.porting.port": ("port", "port_"),
         "paramend.stacking.stack": ("stack_layers", "unstack_layers"),
         "paramend.tokens.vocabulary": ("vocabulary",),
