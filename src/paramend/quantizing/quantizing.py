@@ -1,7 +1,6 @@
 """Floats as a scheme would have them, or in it: `pm.quantize`."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -19,8 +18,7 @@ from paramend.edits.own import decoded_by, encoded_by
 from paramend.edits.plan import call
 from paramend.edits.weights import Weights
 from paramend.errors import BadArgument, Quantized, SpecMismatch, Unsupported
-from paramend.leaves.codecs.codec import Codec
-from paramend.leaves.codecs.fresh import Layout, check_scheme, codec_for, layout_of
+from paramend.leaves.codecs.fresh import check_scheme, codec_for, layout_of
 from paramend.leaves.groups import groups_of
 from paramend.leaves.leaves import Group
 from paramend.leaves.origins.decoded import decoded
@@ -28,8 +26,8 @@ from paramend.leaves.origins.encoded import encoded
 from paramend.leaves.origins.moved import permute_axes
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.stored import Held, Made
-from paramend.leaves.paths import Label, renamed, text_of, write_path
-from paramend.leaves.rules import Codec as Rule
+from paramend.leaves.paths import Label, renamed, write_path
+from paramend.leaves.rules import Codec
 from paramend.leaves.schemes import WEIGHTS
 from paramend.leaves.specs import Array, Spec
 from paramend.quantizing.choice import named, whole
@@ -46,7 +44,7 @@ def quantize(
     scheme: str = "",
     simulate: bool = False,
     group_size: int | None = None,
-    codec: Rule | None = None,
+    codec: Codec | None = None,
 ) -> tuple[T, QuantizeReport]:
     """A model with weights in a quantised scheme, rounded to the nearest, and the report: how far they are off.
 
@@ -90,15 +88,15 @@ def quantize(
     leaves = editable(model)
     seen = whole(leaves, codec)
     numbers = _chosen(seen, selector)
-    news: list[_New] = [
-        _new(seen, number, scheme, group_size, simulate=simulate) if codec is None else _Ruled(number, codec)
+    news = [
+        _ruled(seen, number, codec) if codec else _new(seen, number, scheme, group_size, simulate=simulate)
         for number in numbers
     ]
     rows = tuple(explained(seen.index.path(new.number), new.row, seen) for new in news)
     said: tuple[str, ...] = ()
     tree: Any
     if simulate and not isinstance(leaves, Checkpoint):
-        values = {new.number: new.values(seen).read() for new in news}
+        values = {new.number: new.values("").read() for new in news}
         tree = leaves.edited({number: call("set", {"value": value}) for number, value in values.items()})
     else:
         tree = leaves.regrouped([new.regrouped(seen, simulate=simulate) for new in news])
@@ -151,41 +149,31 @@ def _hindrance(seen: Weights, number: int, said: str) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class _New(ABC):
+class _New:
     """A weight and the leaves that it becomes.
 
     Attributes:
         number: the number of its leaf.
+        scheme: the name of its scheme.
+        names: the names of the leaves.
+        parts: makes them.
+        values: makes the values that they stand for, in a dtype; "" for that of the weight.
     """
 
     number: int
-
-    @property
-    @abstractmethod
-    def scheme(self) -> str:
-        """The name of its scheme."""
-
-    @abstractmethod
-    def names(self, weight: str) -> Sequence[str]:
-        """The names of the leaves of a weight of some name."""
-
-    @abstractmethod
-    def parts(self, seen: Weights) -> Sequence[Origin]:
-        """The leaves, in the same order."""
-
-    @abstractmethod
-    def values(self, seen: Weights, dtype: str = "") -> Origin:
-        """The values that the leaves stand for, by default in the dtype of the weight."""
+    scheme: str
+    names: Sequence[str]
+    parts: Callable[[], list[Origin]]
+    values: Callable[[str], Origin]
 
     def paths(self, seen: Weights) -> list[tuple[Label, ...]]:
         """The paths of the leaves."""
-        path = seen.index.paths[self.number]
-        return [renamed(path, name) for name in self.names(text_of(path[-1]))]
+        return [renamed(seen.index.paths[self.number], name) for name in self.names]
 
     def row(self, seen: Weights) -> Coded:
         """The row of a report; the weight is read."""
         weight, path = seen.expression(self.number), seen.index.path(self.number)
-        values, norm, off, most = self.values(seen, "float32"), 0.0, 0.0, 0.0
+        values, norm, off, most = self.values("float32"), 0.0, 0.0, 0.0
         for start, stop in values.ranges():
             was = weight.read_range(start, stop).astype(np.float64)
             gap = np.abs(values.read_range(start, stop) - was)
@@ -199,97 +187,17 @@ class _New(ABC):
         """The leaf, which becomes several, or one with the values that they stand for."""
 
         def make(old: Sequence[Any]) -> list[Any]:
-            made = [self.values(seen)] if simulate else list(self.parts(seen))
+            made = [self.values("")] if simulate else self.parts()
             return made if isinstance(old[0], Origin) else [backend(old[0]).beside(e.read(), old[0]) for e in made]
 
         paths = [seen.index.paths[self.number]] if simulate else self.paths(seen)
         return Group((self.number,), tuple(map(keys, paths)), make)
 
 
-@dataclass(frozen=True, eq=False)
-class _Laid(_New):
-    """One in a scheme.
-
-    Attributes:
-        layout: the leaves.
-        codec: how they are made.
-        turned: whether the model has its outputs last, as JAX does.
-    """
-
-    layout: Layout
-    codec: Codec
-    turned: bool
-
-    @property
-    def scheme(self) -> str:
-        return self.codec.scheme
-
-    def names(self, weight: str) -> list[str]:
-        return [name.replace("*", weight) for name in self.layout.names.values()]
-
-    def parts(self, seen: Weights) -> list[Origin]:
-        return list(self._parts(seen.expression(self.number)).values())
-
-    def values(self, seen: Weights, dtype: str = "") -> Origin:
-        weight = seen.expression(self.number)
-        return self._turn(decoded(self.codec, self._parts(weight), dtype or weight.spec.dtype))
-
-    def _parts(self, weight: Origin) -> dict[str, Origin]:
-        """The leaves by role, in the order of the layout."""
-        known: dict[str, Origin] = {role: Held(values) for role, values in self.layout.known.items()}
-        found = known | encoded(self.codec, self._turn(weight), self.layout.specs, known)
-        return {role: found[role] for role in self.layout.names}
-
-    def _turn(self, weight: Origin) -> Origin:
-        return permute_axes(weight, (1, 0)) if self.turned else weight
-
-
-@dataclass(frozen=True, eq=False)
-class _Ruled(_New):
-    """One by a codec of the user's.
-
-    Attributes:
-        rule: the codec.
-    """
-
-    rule: Rule
-
-    @property
-    def scheme(self) -> str:
-        return self.rule.name
-
-    def names(self, weight: str) -> Sequence[str]:
-        return self.rule.called(weight)
-
-    def parts(self, seen: Weights) -> list[Origin]:
-        specs = [backend(each).spec(each) for each in self._made(seen)]
-        return [Made(spec, partial(self._part, seen, place)) for place, spec in enumerate(specs)]
-
-    def values(self, seen: Weights, dtype: str = "") -> Origin:
-        spec, path = seen.spec(self.number), seen.index.path(self.number)
-        values = decoded_by(self.rule, self._made(seen), path)
-        found = backend(values).spec(values)
-        if found.shape != spec.shape:
-            raise SpecMismatch(f"decode of {self.scheme} gives {found}, and the weight is {spec}")
-        return Held(to_numpy(backend(values).cast(values, dtype or spec.dtype)))
-
-    def _part(self, seen: Weights, place: int) -> Array:
-        return to_numpy(self._made(seen)[place])
-
-    def _made(self, seen: Weights) -> list[Any]:
-        """The leaves as `encode` gives them, whole."""
-        path, weight = seen.index.path(self.number), seen.read(self.number)
-        found = encoded_by(self.rule, weight, [None] * len(self.rule.leaves), path)
-        missing = [name for name in self.rule.leaves if name not in found]
-        if missing:
-            raise BadArgument(f"encode of {self.scheme} gives no {' and no '.join(missing)} for {path}")
-        return [found[name] for name in self.rule.leaves]
-
-
-def _new(seen: Weights, number: int, scheme: str, group_size: int | None, *, simulate: bool) -> _Laid:
-    """What a leaf becomes."""
-    spec, path = seen.spec(number), seen.index.path(number)
-    turned = seen.index.pieces(number)[-1] in ("kernel", "w")
+def _new(seen: Weights, number: int, scheme: str, group_size: int | None, *, simulate: bool) -> _New:
+    """What a leaf becomes in a scheme."""
+    spec, path, name = seen.spec(number), seen.index.path(number), seen.index.pieces(number)[-1]
+    turned = name in ("kernel", "w")  # the outputs are last, as in JAX
     if spec.ndim > 2 and (turned or scheme != "fp8-block"):
         raise Unsupported(
             f"{path} is {spec}: which of its axes are inputs is not known", hint="pm.sel(selector).where(ndim=2)"
@@ -300,4 +208,46 @@ def _new(seen: Weights, number: int, scheme: str, group_size: int | None, *, sim
         raise Unsupported(f"{path} is one leaf under several paths, which quantised ones cannot be")
     inner = Spec(spec.shape[::-1], spec.dtype) if turned else spec
     layout = explained(path, layout_of, scheme, inner, group_size)
-    return _Laid(number, layout, codec_for(scheme, layout), turned)
+    codec = codec_for(scheme, layout)
+
+    def turn(weight: Origin) -> Origin:
+        return permute_axes(weight, (1, 0)) if turned else weight
+
+    def parts() -> dict[str, Origin]:
+        known: dict[str, Origin] = {role: Held(values) for role, values in layout.known.items()}
+        found = known | encoded(codec, turn(seen.expression(number)), layout.specs, known)
+        return {role: found[role] for role in layout.names}
+
+    def values(dtype: str) -> Origin:
+        return turn(decoded(codec, parts(), dtype or spec.dtype))
+
+    names = [each.replace("*", name) for each in layout.names.values()]
+    return _New(number, codec.scheme, names, lambda: [*parts().values()], values)
+
+
+def _ruled(seen: Weights, number: int, rule: Codec) -> _New:
+    """What a leaf becomes by a codec of the user's, which makes all leaves at once."""
+    spec, path = seen.spec(number), seen.index.path(number)
+    names = rule.called(seen.index.pieces(number)[-1])
+
+    def made() -> list[Any]:
+        found = encoded_by(rule, seen.read(number), [None] * len(names), path)
+        missing = [name for name in rule.leaves if name not in found]
+        if missing:
+            raise BadArgument(f"encode of {rule.name} gives no {' and no '.join(missing)} for {path}")
+        return [found[name] for name in rule.leaves]
+
+    def parts() -> list[Origin]:
+        specs = [backend(each).spec(each) for each in made()]
+        return [Made(each, partial(lambda place: to_numpy(made()[place]), place)) for place, each in enumerate(specs)]
+
+    def read(dtype: str) -> Array:
+        values = decoded_by(rule, made(), path)
+        if (found := backend(values).spec(values)).shape != spec.shape:
+            raise SpecMismatch(f"decode of {rule.name} gives {found} for {path}, which is {spec}")
+        return to_numpy(backend(values).cast(values, dtype))
+
+    def values(dtype: str) -> Origin:
+        return Made(Spec(spec.shape, dtype or spec.dtype), lambda: read(dtype or spec.dtype))
+
+    return _New(number, rule.name, names, parts, values)
