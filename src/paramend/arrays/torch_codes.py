@@ -12,12 +12,8 @@ from paramend.leaves.rules import Codec
 
 # What the methods are called that give the values, of which the first counts. The second is one of every tensor.
 _DECODING = ("get_original_weight", "dequantize")
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _ROW = 7.874015718698502e-3  # 1/127, as bitsandbytes has it
-
-
-def may_hold(kind: type) -> bool:
-    """Whether leaves of a type may be tensors that hold codes."""
-    return issubclass(kind, torch.Tensor) and kind not in (torch.Tensor, torch.nn.Parameter)
 
 
 def owns(kind: type) -> bool:
@@ -28,8 +24,10 @@ def owns(kind: type) -> bool:
 
 def rule_of(x: Any) -> Codec | None:
     """How the values of a tensor are decoded that holds codes and scales itself; None for any other."""
+    if type(x) in _PLAIN:
+        return None
     if owns(type(x)):
-        return _subclass(type(x))
+        return Codec(type(x).__name__, ("*",), _decode, _encode if hasattr(x, "from_hp") else None)
     if getattr(x, "quant_state", None) is not None and imported("bitsandbytes"):
         return _PARAMS4
     return _INT8 if getattr(x, "SCB", None) is not None else None
@@ -43,11 +41,6 @@ def alike(x: Any, y: Any) -> bool:
 def inner(x: Any) -> dict[str, Any]:
     """The tensors that a tensor is made of, by name."""
     return {name: getattr(x, name) for name in x.__tensor_flatten__()[0]}
-
-
-def _subclass(kind: type) -> Codec:
-    encode = _encode if hasattr(kind, "from_hp") else None
-    return Codec(kind.__name__, ("*",), _decode, encode)
 
 
 @torch.no_grad()
@@ -68,13 +61,17 @@ def _encode(weight: Any, x: Any) -> Mapping[str, Any]:
     try:
         if "granularity" in wanted:
             known["granularity"] = _granularity(x)
+        if "float8_dtype" in wanted:
+            known["float8_dtype"] = x.qdata.dtype
         made = _finite(kind.from_hp(weight, **known), weight)
         why = "" if alike(made, x) else "what it makes is stored otherwise"
+        if "mapping_type" in wanted and x.zero_point is not None and x.zero_point.any():
+            why = "it has zero points"
     except Exception as error:  # of its library, such as kernels that are not there
         why = str(error) or repr(error)
-    if why or ("mapping_type" in wanted and bool(x.zero_point is not None and x.zero_point.any())):
+    if why:
         raise Unsupported(
-            f"{kind.__name__}.from_hp cannot encode it as it is: {why or 'it has zero points'}",
+            f"{kind.__name__}.from_hp cannot encode it as it is: {why}",
             hint="tree, report = pm.dequantize(tree, selector) makes floats of it first",
         )
     return {"*": made}

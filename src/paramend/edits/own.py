@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -85,13 +85,23 @@ class Own:
         found: dict[int, Any]
         if isinstance(self.leaves, Memory):
             found = self._encoded(call, place)
-        else:  # each leaf when it is written
-            found = {n: Made(self.leaves.spec(n), self._later(n, call, place, misfit)) for n in self.group.numbers}
+        else:
+            later = self._later(partial(self._encoded, call, place, misfit))
+            found = {n: Made(self.leaves.spec(n), partial(later, n)) for n in self.group.numbers}
         said = Coding(self.path, self.spec, self.spec, self.scheme, (call,), ("encoded by its codec",), misfit)
         return {number: Call(set_, {"value": value}, coding=said) for number, value in found.items()}
 
-    def _later(self, number: int, call: Call, place: Site, misfit: Misfit) -> Callable[[], Any]:
-        return lambda: to_numpy(self._encoded(call, place, misfit)[number])
+    def _later(self, encoded: Callable[[], dict[int, Any]]) -> Callable[[int], Any]:
+        """Makes a leaf when it is asked for. Smaller ones, which are made with it, are kept until they are."""
+        kept: dict[int, Any] = {}
+
+        def leaf(number: int) -> Any:
+            if number not in kept:
+                size = self.leaves.nbytes(number)
+                kept.update((n, each) for n, each in encoded().items() if self.leaves.nbytes(n) <= size)
+            return to_numpy(kept.pop(number))
+
+        return leaf
 
     def _encoded(self, call: Call, place: Site, misfit: Misfit | None = None) -> dict[int, Any]:
         """The leaves after a call."""
@@ -134,7 +144,7 @@ def floats(weight: Weight | Own, given: Sequence[Any], dtype: str = "") -> Any:
 
 def decoded_by(rule: Codec, given: Sequence[Any], path: str) -> Any:
     """What `decode` makes of some leaves, an array; what it raises names the weight, too."""
-    values = _called(rule.decode, given, f"decode of {rule.name}, for {path}")
+    values = _called(rule.decode, given, f"decode of {rule.name}", path)
     if backend_of(type(values)) is None:
         raise BadArgument(f"decode of {rule.name} gives {shown(values)} for {path}, which is no array")
     return values
@@ -143,7 +153,7 @@ def decoded_by(rule: Codec, given: Sequence[Any], path: str) -> Any:
 def encoded_by(rule: Codec, weight: Any, given: Sequence[Any], path: str) -> dict[str, Any]:
     """What `encode` makes of a weight, by name of the leaf: arrays, of leaves that the rule has."""
     assert rule.encode is not None
-    names, found = rule.leaves, _called(rule.encode, (weight, *given), f"encode of {rule.name}, for {path}")
+    names, found = rule.leaves, _called(rule.encode, (weight, *given), f"encode of {rule.name}", path)
     wrong = (
         "no dict" if not isinstance(found, Mapping) else next((str(name) for name in found if name not in names), "")
     )
@@ -156,9 +166,9 @@ def encoded_by(rule: Codec, weight: Any, given: Sequence[Any], path: str) -> dic
     return dict(found)
 
 
-def _called(function: Callable[..., Any], args: Sequence[Any], said: str) -> Any:
+def _called(function: Callable[..., Any], args: Sequence[Any], said: str, path: str) -> Any:
     try:
-        return function(*args)
+        return explained(path, function, *args)
     except Exception as error:
-        error.add_note(said)
+        error.add_note(f"{said}, for {path}")
         raise

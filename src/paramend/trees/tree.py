@@ -122,12 +122,10 @@ class Tree:
         """Number → how a leaf is decoded that holds codes and scales itself, as tensors of torchao do."""
         if not self._structure.torch:
             return {}
-        from paramend.arrays import torch_codes  # imports torch
+        from paramend.arrays.torch_codes import rule_of  # imports torch
 
-        kinds = set(filter(torch_codes.may_hold, set(map(type, self.values))))
-        coded = [number for number in self.index.numbers if type(self.values[number]) in kinds] if kinds else []
-        found = {number: torch_codes.rule_of(self.values[number]) for number in coded}
-        return {number: rule for number, rule in found.items() if rule is not None}
+        found = ((number, rule_of(self.values[number])) for number in self.index.numbers)
+        return {number: rule for number, rule in found if rule is not None}
 
     @property
     def ties(self) -> Mapping[int, int]:
