@@ -28,7 +28,6 @@ ARGS = {
     "fill": (1,),
     "set": (np.ones(3),),
     "add": (1,),
-    "project_out": (np.ones(8), 1.0, 0),
     "multiply": (2,),
     "clip": (0, 1),
     "apply": (abs,),

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pickle
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -140,6 +141,13 @@ def test_zeros_are_codes_and_scales_stay(model, tmp_path):
     changed = [name for name in old if old[name] != new[name]]
     assert len(changed) == 1 and changed[0].rpartition(".")[2] in ("weight", "weight_packed", "qweight")
     assert not np.signbit(floats(tmp_path / "out")[UP]).any()
+
+
+def test_a_checkpoint_that_was_looked_at_can_be_pickled(model):
+    with pm.open(model[0]) as checkpoint:
+        paths = checkpoint.paths
+        again = pickle.loads(pickle.dumps(checkpoint))
+        assert again.paths == paths and np.array_equal(again[UP], checkpoint[UP])
 
 
 def test_what_must_be_encoded_is_refused_where_that_is_asked(model):

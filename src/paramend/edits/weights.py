@@ -5,19 +5,22 @@ from functools import cached_property, partial
 from typing import Any, cast
 
 from paramend.anatomy.quantization import stated
+from paramend.arrays.initializers import NOWHERE, Site
 from paramend.arrays.registry import backend
 from paramend.edits import coding, moves
 from paramend.edits.call import Call, Coding, explained
 from paramend.edits.memory import Memory, editable
 from paramend.edits.ops import OPS
+from paramend.edits.own import Own
 from paramend.edits.quantized import check_values, refusal
 from paramend.errors import NoMatch, RenameClash, SpecMismatch, Unsupported
-from paramend.leaves.groups import Group, groups_of, may_hold_groups
+from paramend.leaves.groups import Group, alone, by_rule, groups_of, may_hold_groups
 from paramend.leaves.leaves import Editable, Index, keys_of
 from paramend.leaves.leaves import Group as Regroup
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.stored import Held
 from paramend.leaves.paths import write_path
+from paramend.leaves.rules import Codec
 from paramend.leaves.specs import Spec, dtype_name
 from paramend.leaves.weights import Weight, labels_of, weight_of
 from paramend.selectors.renames import Keys, Rename, keys
@@ -35,15 +38,19 @@ class Weights(Editable):
     Attributes:
         stored: the leaves as they are stored.
         groups: number of a payload → the leaves of its weight.
+        rule: the user's codec, by which some of them are one.
 
     Raises:
         RenameClash: another leaf has the name of a weight.
     """
 
-    def __init__(self, stored: Editable, groups: Iterable[Group], *, inputs: bool = False) -> None:
+    def __init__(
+        self, stored: Editable, groups: Iterable[Group], *, inputs: bool = False, rule: Codec | None = None
+    ) -> None:
         self.stored = stored
+        self.rule = rule
         self.groups = {cast(int, group.payload): group for group in groups}
-        self._weights: dict[int, Weight] = {}
+        self._weights: dict[int, Weight | Own] = {}
         paths = dict(stored.index.paths)
         for payload, group in self.groups.items():
             paths[payload] = labels_of(stored, group)
@@ -88,11 +95,14 @@ class Weights(Editable):
     def as_stored(self, raw: bool = True) -> Any:
         return self.stored.as_stored(raw)
 
-    def weight(self, payload: int) -> Weight:
+    def weight(self, payload: int) -> Weight | Own:
         """A quantised weight; `SpecMismatch` if its leaves and the configuration disagree."""
+        group = self.groups[payload]
+        if payload not in self._weights and group.scheme.rule is not None:
+            self._weights[payload] = Own(self._index.path(payload), group, group.scheme.rule, self.stored)
         if payload not in self._weights:
             says = partial(stated, self.quantization)
-            self._weights[payload] = weight_of(self.stored, self.groups[payload], self.stored.expression, says)
+            self._weights[payload] = weight_of(self.stored, group, self.stored.expression, says)
         return self._weights[payload]
 
     def spec(self, number: int) -> Spec:
@@ -124,7 +134,8 @@ class Weights(Editable):
     def read(self, number: int) -> Any:
         if number not in self.groups:
             return self.stored.read(number)
-        return self.stored.as_given(self.weight(number).origin().read(), number)
+        weight = self.weight(number)
+        return weight.read() if isinstance(weight, Own) else self.stored.as_given(weight.origin().read(), number)
 
     def fetch(self, number: int, index: Any = None) -> Any:
         if number not in self.groups:
@@ -176,7 +187,7 @@ class Weights(Editable):
             return made
         from paramend.edits.decoding import floated  # most edits keep what they find
 
-        weights = weighed(made if isinstance(made, Editable) else editable(made))
+        weights = weighed(made if isinstance(made, Editable) else editable(made), rule=self.rule)
         assert isinstance(weights, Weights)
         chosen = {number: weights.weight(number) for number in cast_}
         kept = [group for number, group in weights.groups.items() if number not in cast_]
@@ -204,6 +215,10 @@ class Weights(Editable):
         why = self.refusal(number)
         if why:
             check_values(self.stored, [number], f"cannot take {call}, since {why}")
+        if isinstance(weight, Own):
+            pieces = self._index.pieces(self.ties.get(number, number))
+            place = Site(pieces, out_first=self._index.separator == ".") if call.op.placed else NOWHERE
+            return weight.coded(call, place, OPS["set"])
         compute = partial(self.stored.computing, path=weight.path, pieces=self._index.pieces(number))
         found = coding.coded(weight, call, compute, OPS, shares=self._shares(number, call, calls))
         roles = {group.role(each): each for each in group.numbers}
@@ -239,11 +254,11 @@ class Weights(Editable):
 
     def _shares(self, number: int, call: Call, calls: Mapping[int, Call]) -> bool:
         """Whether a weight has a scale of scales in common with others that do not take the same factor."""
-        codec, path = self.weight(number).codec, self._index.pieces(number)
+        weight, path = self.weight(number), self._index.pieces(number)
         fused = next((set_ for set_ in _FUSED if len(path) > 1 and path[-2] in set_), None)
-        if "global" not in codec.fields or fused is None:
+        if isinstance(weight, Own) or "global" not in weight.codec.fields or fused is None:
             return False
-        mine = self.weight(number).parts["global"].read().tobytes()
+        mine = weight.parts["global"].read().tobytes()
         for other in self.groups:
             there = self._index.pieces(other)
             alike = there[:-2] == path[:-2] and there[-2:-1] != path[-2:-1] and there[-2] in fused
@@ -256,7 +271,7 @@ class Weights(Editable):
         """The calls on stored leaves that move whole blocks of a weight."""
         weight, group = self.weight(number), self.groups[number]
         after = explained(weight.path, call.spec, weight.spec)
-        if call.op.name in ("take", "permute"):
+        if call.op.name in ("take", "permute") and isinstance(weight, Weight):
             found = coding.taken(weight, *moves.places_of(weight.spec, call.op.name, call.args))
             if found is not None:
                 said = Coding(
@@ -275,7 +290,7 @@ class Weights(Editable):
         raise refusal(
             self.stored,
             [group],
-            f"{weight.path} cannot take {call}: codes in {weight.codec.scheme} move in whole blocks, along an axis "
+            f"{weight.path} cannot take {call}: codes in {weight.scheme} move in whole blocks, along an axis "
             "that they are stored by",
             hints=["tree, report = pm.dequantize(tree, selector) makes floats of it first"],
         )
@@ -309,10 +324,18 @@ class Weights(Editable):
         prefix = last[: len(last) - len(new)]
         length = len(paths[number]) - 1
         found: dict[int, Keys] = {}
+        mine = keys_of(paths[number])
         for each in group.numbers:
+            theirs = keys_of(paths[each])
+            shared = next((at for at, (one, two) in enumerate(zip(mine, theirs, strict=False)) if one != two), 0)
+            if 0 < shared < len(mine) - 1:  # boxes of one leaf, such as kernel/value and scale/value
+                inside = [(key, at) for at, key in enumerate(theirs)][shared:]
+                found[each] = [*path[: len(path) - len(mine) + shared], *inside]
+                continue
             name, *below = keys_of(paths[each][length:])
             own = name if new == old else name.replace(old, new, 1)
-            if new != old and (old not in name and (group.role(each) in ("payload", "scale"))):
+            needed = each == group.payload or not group.companions[each].optional
+            if new != old and (old not in name and needed):
                 raise refusal(
                     self.stored,
                     [group],
@@ -332,7 +355,7 @@ class Weights(Editable):
         return self.stored.labelled(inside, rest)
 
 
-def weighed(leaves: Editable, *, inputs: bool = False) -> Editable:
+def weighed(leaves: Editable, *, inputs: bool = False, rule: Codec | None = None) -> Editable:
     """The leaves with each quantised weight as one, unless they are taken as they are stored.
 
     Weights that cannot be decoded stay several leaves: those in schemes without a codec, those of which a part is
@@ -341,6 +364,7 @@ def weighed(leaves: Editable, *, inputs: bool = False) -> Editable:
     Args:
         leaves: a tree or a checkpoint.
         inputs: whether scales of the inputs of a weight, which its values do not depend on, are leaves of their own.
+        rule: a codec of the user's, which goes before what is known, and also takes leaves as they are stored.
 
     >>> from paramend.edits.memory import Memory, editable
     >>> import numpy as np
@@ -349,15 +373,17 @@ def weighed(leaves: Editable, *, inputs: bool = False) -> Editable:
     >>> leaves.index.path(0), str(leaves.spec(0)), leaves.read(0).tolist()
     ('fc/weight', 'float32[1,8]', [[-8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0]])
     """
-    if leaves.raw or isinstance(leaves, Weights) or not may_hold_groups(leaves):
+    if isinstance(leaves, Weights) or (leaves.raw and rule is None):
         return leaves
-    known: dict[bool, Editable] = leaves.__dict__.setdefault("_weighed", {})
-    if inputs not in known:
-        found = [group for group in groups_of(leaves) if _is_readable(leaves, group)]
-        if inputs:  # what is looked at, and not edited, is shown as it is stored where leaves contradict each other
-            found = [group for group in found if _is_sound(leaves, group)]
-        known[inputs] = Weights(leaves, found, inputs=inputs) if found else leaves
-    return known[inputs]
+    known: dict[Any, Editable] = leaves.__dict__.setdefault("_weighed", {})
+    if (inputs, rule) not in known:
+        own = by_rule(leaves, rule) if rule else []
+        if not leaves.raw:
+            own += [alone(number, each) for number, each in getattr(leaves, "codecs", {}).items()]
+        taken = {number for group in own for number in group.numbers}
+        found = [group for group in _stored(leaves, inputs) if taken.isdisjoint(group.numbers)] + own
+        known[inputs, rule] = Weights(leaves, found, inputs=inputs, rule=rule) if found else leaves
+    return known[inputs, rule]
 
 
 def chosen(selector: SelectorLike, leaves: Editable) -> list[int]:
@@ -404,6 +430,15 @@ def carried(leaves: Editable, rule: Rename) -> dict[int, Keys]:
         for number, path in rule.over(seen.index).items():
             found |= seen.carried(number, keys(path))
     return found
+
+
+def _stored(leaves: Editable, inputs: bool) -> list[Group]:
+    """The groups of known schemes that can be decoded; of a tree that is looked at, those that are sound."""
+    if leaves.raw or not may_hold_groups(leaves):
+        return []
+    found = [group for group in groups_of(leaves) if _is_readable(leaves, group)]
+    # What is looked at, and not edited, is shown as it is stored where leaves contradict each other.
+    return [group for group in found if _is_sound(leaves, group)] if inputs else found
 
 
 def _is_sound(leaves: Editable, group: Group) -> bool:

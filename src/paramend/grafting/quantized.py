@@ -8,6 +8,7 @@ from typing import Any
 from paramend.arrays.registry import backend
 from paramend.edits.decoding import keys
 from paramend.edits.memory import Memory
+from paramend.edits.own import Own, floats
 from paramend.edits.quantized import check_values
 from paramend.edits.weights import Weights, weighed
 from paramend.errors import ParamendError
@@ -46,7 +47,11 @@ def adapted(target: Any, source: Any, options: Options) -> tuple[Any, dict[str, 
     for number, origin in pairs.items():
         weight = ours.weight(number) if isinstance(ours, Weights) and number in here else None
         given = theirs.weight(origin) if isinstance(theirs, Weights) and origin in there else None
-        if (weight is None and given is None) or (weight and given and _equal(weight, given)):
+        if (
+            (weight is None and given is None)
+            or isinstance(weight, Own)
+            or (weight and given and _equal(weight, given))
+        ):
             continue
         if (weight is None and _group(target, number)) or (given is None and _group(source, origin)):
             continue  # of a scheme that cannot be decoded
@@ -76,15 +81,14 @@ def _editable(leaves: Any) -> Editable:
     return leaves if isinstance(leaves, Editable) else Memory(leaves.root)
 
 
-def _equal(one: Weight, other: Weight) -> bool:
+def _equal(one: Weight, other: Weight | Own) -> bool:
     specs = ({role: part.spec for role, part in weight.parts.items()} for weight in (one, other))
     return one.group.scheme is other.group.scheme and next(specs) == next(specs)
 
 
-def _floats(weight: Weight, given: Any) -> list[Any]:
+def _floats(weight: Weight | Own, given: Any) -> list[Any]:
     """The float leaf that a weight becomes."""
-    values = weight.origin()
-    return [values] if isinstance(given[0], Origin) else [backend(given[0]).beside(values.read(), given[0])]
+    return [floats(weight, given)]
 
 
 def _codes(parts: Mapping[str, Origin], given: Any) -> list[Any]:

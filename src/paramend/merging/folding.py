@@ -10,6 +10,7 @@ from paramend.checkpoints.assemble import origin_of
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.tying import untie as untied
 from paramend.edits.memory import editable
+from paramend.edits.own import Own
 from paramend.edits.plan import call
 from paramend.edits.quantized import check_values
 from paramend.edits.weights import Weights, weighed
@@ -291,7 +292,7 @@ class _Folding:
             return base
         return Combined(base, change.passes, change.view, dtype)
 
-    def _coded(self, number: int) -> Weight | None:
+    def _coded(self, number: int) -> Weight | Own | None:
         """The quantised weight that a leaf is, of whose values the sum is made; its blocks that change are encoded."""
         leaves = self.leaves
         return leaves.weight(number) if isinstance(leaves, Weights) and number in leaves.groups else None
