@@ -217,6 +217,16 @@ def test_nothing_is_guessed():
     assert (found.heads, found.hidden, found.mlp) == ({"query": 7, "key_value": None, "head_dim": None}, 2, None)
 
 
+@pytest.mark.parametrize("turn", [1, -1])
+def test_widths_that_differ_are_none_of_the_model(turn):
+    layers = [{"mlp": {"up_proj": {"weight": np.ones((width, 4))}}} for width in (6, 8)[::turn]]
+    blocks = {"model": {"layers": layers}, "mtp": {"embed_tokens": {"weight": np.ones((5, 4))}}}
+    tree = dict([*blocks.items(), ("embed_tokens", {"weight": np.ones((9, 4))})][::turn])
+    found = pm.anatomy(tree)
+    assert (found.mlp, found.vocabulary, found.hidden) == (None, 9, 4)
+    assert pm.anatomy(tree, {"intermediate_size": [6, 8][::turn]}).mlp is None
+
+
 def test_flax_parameters():
     layer = {"self_attn": {"q_proj": {"kernel": np.ones((8, 12))}, "o_proj": {"kernel": np.ones((12, 8))}}}
     layer |= {"mlp": {"up_proj": {"kernel": np.ones((8, 10))}, "down_proj": {"kernel": np.ones((10, 8))}}}

@@ -173,9 +173,10 @@ def test_copies_are_leaves_of_their_own():
         ([], "BadArgument", "0 experts would be left"),
         (3, "BadArgument", "is not a list"),
         ("01", "BadArgument", "is not a list"),
-        ({0: [1]}, "BadArgument", "1 is not among the keys"),
+        ({0: [1]}, "BadArgument", "the keys of ids are without 1"),
         ({0: [1], 1: [1, 2]}, "BadArgument", "would have 1, 2 experts"),
         ({0: [1], 1: [1], 2: [1]}, "BadArgument", "2 is no layer with experts: 0, 1"),
+        ({"a": [1]}, "BadArgument", "'a' is no layer with experts: 0, 1"),
     ],
 )
 def test_what_no_layer_can_have(ids, error, said):
@@ -226,7 +227,7 @@ def test_blocks_that_predict_further_tokens(tmp_path):
     with written(tmp_path / "a", tree, QWEN | {"num_nextn_predict_layers": 1}) as old:
         new, _ = pm.experts(old).keep([3, 1])
         assert experts_of(new, 2) == [23, 21]
-        with pytest.raises(pm.errors.BadArgument, match="'mtp' is not among"):
+        with pytest.raises(pm.errors.BadArgument, match="without 'mtp'"):
             pm.experts(old).keep({0: [1], 1: [1]})
         for key in ("mtp", 2):
             new, _ = pm.experts(old).keep({0: [1, 2], 1: [1, 3], key: [0, 1]})
@@ -358,6 +359,7 @@ def test_a_module_stays_a_module():
     ("args", "after", "first"),
     [
         (["--keep", "3,1"], 2, [3, 1]),
+        (["--keep", "3,0-1"], 3, [3, 0, 1]),
         (["--drop", '{"0": [0], "1": [1]}'], 3, [1, 2, 3]),
         (["--duplicate", "2"], 8, [0, 0, 1, 1, 2, 2, 3, 3]),
     ],
@@ -374,7 +376,8 @@ def test_the_command(tmp_path, args, after, first):
 
 def test_the_command_says_what_is_wrong(tmp_path):
     written(tmp_path / "a", mixture(), QWEN).close()
-    for args, said in (([], "One of --keep"), (["--keep", "x"], "is not a list"), (["--keep", "{"], "is not JSON")):
+    wrong = {"x": "'x' is neither", "3-1": "'3-1' is neither", "{": "is not JSON", '{"a": [1]}': "'a'"}
+    for args, said in (([], "One of --keep"), *((["--keep", text], said) for text, said in wrong.items())):
         done = run("experts", tmp_path / "a", *args, "--dry-run")
         assert done.exit_code == 2 and said in done.stderr
 

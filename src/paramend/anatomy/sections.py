@@ -23,6 +23,8 @@ SIDES: Mapping[str, tuple[str, ...]] = {
 }
 # Keys that count the blocks that predict further tokens. They are numbered after the last layer.
 BLOCKS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers", "mtp_num_hidden_layers", "num_mtp_modules")
+# Names above such blocks, where they are numbered apart.
+MTP = ("mtp", "mtp_layers", "mtp_block")
 # Words in the paths of parts of a multimodal model that are not its text model.
 SENSES = ("vision", "visual", "image", "audio", "speech", "vit")
 # A configuration is a few kilobytes; larger files are none.

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from paramend.anatomy.beside import EMBEDDINGS
+from paramend.anatomy.beside import EMBEDDINGS, in_layer
 from paramend.anatomy.entries import words
 from paramend.leaves.paths import number_of
 
@@ -59,15 +59,17 @@ def sizes_of(section: Mapping[str, Any], leaves: Iterable[Leaf], side: str = "")
     """
     leaves = list(leaves)
     found = dict(_said(section, side))
-    table = next((leaf.shape for leaf in leaves if len(leaf.shape) == 2 and {*EMBEDDINGS} & {*leaf.path[-2:-1]}), None)
-    if table is not None:
-        found = {"vocabulary": table[0], "hidden": table[1]} | found
+    tables = [leaf for leaf in leaves if len(leaf.shape) == 2 and {*EMBEDDINGS} & {*leaf.path[-2:-1]}]
+    if tables:
+        vocabulary, hidden = min(tables, key=lambda leaf: in_layer(leaf.path)).shape
+        found = {"vocabulary": vocabulary, "hidden": hidden} | found
     lengths: dict[str, list[int]] = {}
     for leaf in leaves:
         for name, length in _lengths(leaf, found.get("hidden", 0)):
             lengths.setdefault(name, []).append(length)
-    if lengths.get("wide") or lengths.get("wide twice"):
-        found.setdefault("mlp", lengths["wide"][0] if "wide" in lengths else lengths["wide twice"][0] // 2)
+    wide = {*lengths.get("wide", ()), *(length // 2 for length in lengths.get("wide twice", ()))}
+    if len(wide) == 1:
+        found.setdefault("mlp", wide.pop())
     heads = {name: found.pop(name, 0) for name in ("heads", "head_dim", "kv_heads")}
     attends = any(_ATTENDS.search(piece) for leaf in leaves for piece in leaf.path)
     return found | {name: size for name, size in _heads(section, lengths, **heads).items() if size and attends}
