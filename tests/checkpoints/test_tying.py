@@ -144,6 +144,15 @@ def test_a_stored_head_keeps_its_values(tmp_path):
     assert np.array_equal(untied["lm_head.weight"], model.lm_head.weight.detach().numpy())
 
 
+def test_a_head_that_is_no_head():
+    tree = {"wte": {"weight": np.ones((3, 2))}, "norm": {"weight": np.ones(2)}}
+    for verb in (pm.tie, pm.untie):
+        with pytest.raises(SpecMismatch, match=r"norm/weight .* and wte/weight .* cannot be one"):
+            verb(tree, head="norm.weight")
+        with pytest.raises(BadArgument, match="is no path"):
+            verb(tree, head="")
+
+
 def test_state_dicts_share_a_tensor():
     state = {"wte.weight": torch.ones(3, 2), "lm_head.weight": torch.ones(3, 2), "norm": torch.ones(2)}
     tied, _ = pm.tie(state)

@@ -341,8 +341,10 @@ def test_a_single_file_leaves_the_configuration(tmp_path):
 def test_a_module_stays_a_module():
     model = make("mixtral", torch.float32).train()
     model.model.embed_tokens.weight.requires_grad_(False)
+    model.generation_config.temperature = 0.25
     state = torch.random.get_rng_state()
     new, _ = pm.experts(model).keep([1, 2])
+    assert new.generation_config.temperature == 0.25 and new.generation_config is not model.generation_config
     assert torch.equal(torch.random.get_rng_state(), state)
     assert type(new) is type(model)
     assert new.training
@@ -428,6 +430,15 @@ def test_single_files_of_other_formats(tmp_path, suffix):
         assert experts_of(flat, 1) == [12, 10]
     else:
         assert sorted(found["model"]["layers"]["1"]["mlp"]["experts"]) == ["0", "1"]
+
+
+def test_kernels_of_all_experts_count_them_first():
+    experts = {"up": {"kernel": np.arange(45.0).reshape(3, 5, 3)}, "down": {"kernel": np.ones((3, 3, 5))}}
+    layer = {"gate": {"kernel": np.arange(15).reshape(5, 3)}, "experts": experts}
+    tree, _ = pm.experts({"params": {"layers_0": {"moe": layer}}}).keep([2, 0])
+    new = tree["params"]["layers_0"]["moe"]
+    assert np.array_equal(new["experts"]["up"]["kernel"], experts["up"]["kernel"][[2, 0]])
+    assert np.array_equal(new["gate"]["kernel"], layer["gate"]["kernel"][:, [2, 0]])
 
 
 def test_trees_of_lists_and_dicts():

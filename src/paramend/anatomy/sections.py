@@ -139,3 +139,14 @@ def _parts(config: Any) -> Iterator[Mapping[str, Any]]:
         yield config
         for part in config.values():
             yield from _parts(part)
+
+
+def enter(config: Any, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Write what changed into the configuration of a model."""
+    for key, value in new.items():
+        if key in old and old[key] == value:
+            continue
+        if isinstance(value, dict) and hasattr(getattr(config, key, None), "to_dict"):
+            enter(getattr(config, key), old[key], value)
+        else:
+            setattr(config, key, value)
