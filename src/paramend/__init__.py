@@ -47,11 +47,15 @@ if TYPE_CHECKING:
     from paramend.growth.deepening import deepen_ as deepen_
     from paramend.growth.experts import experts as experts
     from paramend.growth.liveness import check_live as check_live
+    from paramend.growth.narrowing import narrow as narrow
     from paramend.growth.upcycling import upcycle as upcycle
+    from paramend.growth.widening import widen as widen
+    from paramend.growth.widening import widen_ as widen_
     from paramend.growth.writers import residual_writers as residual_writers
     from paramend.growth.zeroing import init_zero_ as init_zero_
     from paramend.journal.undo import history as history
     from paramend.journal.undo import undo as undo
+    from paramend.leaves.rules import Codec as Codec
     from paramend.leaves.specs import Spec as Spec
     from paramend.mapping.joining import concat as concat
     from paramend.mapping.joining import interleave as interleave
@@ -60,6 +64,9 @@ if TYPE_CHECKING:
     from paramend.mapping.report import LayoutReport as LayoutReport
     from paramend.mapping.shelf import layout as layout
     from paramend.mapping.shelf import layouts as layouts
+    from paramend.merging.extracting import extract as extract
+    from paramend.merging.folding import fold as fold
+    from paramend.merging.merge import merge as merge
     from paramend.porting.port import port as port
     from paramend.porting.port import port_ as port_
     from paramend.porting.proof import prove as prove
@@ -109,7 +116,9 @@ _LATER = {
         "paramend.growth.deepening": ("deepen", "deepen_"),
         "paramend.growth.experts": ("experts",),
         "paramend.growth.liveness": ("check_live",),
+        "paramend.growth.narrowing": ("narrow",),
         "paramend.growth.upcycling": ("upcycle",),
+        "paramend.growth.widening": ("widen", "widen_"),
         "paramend.growth.writers": ("residual_writers",),
         "paramend.growth.zeroing": ("init_zero_",),
         "paramend.checkpoints.patching": ("patch",),
@@ -120,6 +129,7 @@ _LATER = {
         "paramend.rewriting.provenance": ("record",),
         "paramend.rewriting.verification": ("verify_record",),
         "paramend.selectors.selector": ("Selector", "SelectorLike", "sel"),
+        "paramend.leaves.rules": ("Codec",),
         "paramend.leaves.specs": ("Spec",),
         "paramend.grafting.inserting": ("insert",),
         "paramend.grafting.parts": ("part",),
@@ -127,6 +137,9 @@ _LATER = {
         "paramend.mapping.layout": ("Layout",),
         "paramend.mapping.report": ("LayoutReport",),
         "paramend.mapping.shelf": ("layout", "layouts"),
+        "paramend.merging.extracting": ("extract",),
+        "paramend.merging.folding": ("fold",),
+        "paramend.merging.merge": ("merge",),
         "paramend.porting.port": ("port", "port_"),
         "paramend.stacking.stack": ("stack_layers", "unstack_layers"),
         "paramend.tokens.vocabulary": ("vocabulary",),

@@ -70,8 +70,8 @@ def test_the_shell_took_a_pattern_for_names_of_files(folder):
     ("args", "message"),
     [
         (["history", M, "--html", "x"], "show, diff, delete, rename, apply, config, and "),
-        (["diff", M, M, "--stats"], "show has it."),
-        (["convert", M, "o.npz", "--in-place"], "apply, config, insert, zero, fill, set, and 6 more have it."),
+        (["diff", M, M, "--stats"], "show, merge have it."),
+        (["convert", M, "o.npz", "--in-place"], "apply, config, insert, "),
         (["fill", M, "**", "--value", "3"], "It is an argument, without a name: paramend fill PATH SELECTOR... VALUE"),
         (["zero", M, "--selector", "**"], "It is an argument, without a name: paramend zero PATH SELECTOR..."),
         (["zero", M, "**", "--frob"], "No such option '--frob'."),

@@ -239,6 +239,7 @@ def example_reports():
         pm.port({"a": {"kernel": np.ones((2, 2))}}, {"b.weight": np.ones((2, 2))})[1],
         port_refused().report,
         pm.deepen(layers, layers="layers[*]", order=[0, 1, 1], identity=None)[1],
+        pm.widen({f"Dense_{n}": {"kernel": np.ones((2, 2))} for n in range(2)}, features={"Dense_0": 3})[1],
         pm.experts(mixture).keep([1])[1],
         pm.vocabulary({"wte": {"weight": np.ones((2, 2))}}).keep([1])[1],
         pm.frozen(params, pm.freeze(optax.adam(1e-3), "a")),

@@ -9,6 +9,7 @@ import pytest
 from paramend import errors
 from paramend.edits.ops import OPS
 from paramend.leaves.schemes import SCHEMES
+from paramend.merging.methods import METHODS
 from paramend.recipes.verbs import VERBS
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -68,12 +69,26 @@ def schemes_table() -> str:
     return "\n".join(rows)
 
 
+def methods_table() -> str:
+    rows = ["| method | what it does | base | models | settings |", "|---|---|---|---|---|"]
+    for row in METHODS.values():
+        least, most = row.models
+        base = {"needed": "yes", "taken": "may be", "refused": ""}[row.base]
+        settings = [name if default is None else f"{name}={default}" for name, default in row.takes.items()]
+        rows.append(
+            f"| `{row.name}` | {row.says} | {base} | {least}{'' if least == most else ' or more'} | "
+            f"{', '.join(f'`{each}`' for each in settings)} |"
+        )
+    return "\n".join(rows)
+
+
 TABLES = {
     "ops": ("reference.md", ops_table),
     "steps": ("reference.md", steps_table),
     "errors": ("reference.md", errors_table),
     "commands": ("cli.md", commands_table),
     "schemes": ("quantised.md", schemes_table),
+    "methods": ("merging.md", methods_table),
 }
 
 

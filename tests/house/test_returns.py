@@ -48,6 +48,7 @@ def test_edits_return_none():
 
 SURGERIES = {
     "deepen_": lambda model: pm.deepen_(model, order=[0, 1, 1]),
+    "widen_": lambda model: pm.widen_(model, features={"0": 4}),
     "freeze_": lambda model: pm.freeze_(model, "0.*"),
     "graft_": lambda model: pm.graft_(model, net()),
     "graft_optimizer_": lambda model: pm.graft_optimizer_(stepped(model), stepped(model)),

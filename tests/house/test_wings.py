@@ -23,6 +23,7 @@ FLOORS = [
     {"rewriting"},
     {"checkpoints"},
     {"grafting", "growth", "stacking", "evidence", "quantizing", "tokens"},
+    {"merging"},
     {"recipes"},
     {"testing", "lessons", "demo", "ablation", "porting"},
     {"cli"},

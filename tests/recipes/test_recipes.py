@@ -116,6 +116,8 @@ DATA = {
     "shape": st.lists(st.integers(0, 9), max_size=3),
     "count": st.integers(0, 9),
     "from": TEXTS,
+    "source": TEXTS | st.lists(TEXTS, min_size=1, max_size=2),
+    "scale": NUMBERS,
     "leaf": st.just("a/b"),
     "except": SELECTORS | st.lists(SELECTORS, min_size=1, max_size=2),
     "where": st.fixed_dictionaries({}, optional={"ndim": st.integers(0, 4), "dtype": st.just("float")}).filter(bool),
@@ -147,9 +149,9 @@ def steps(draw, verbs=tuple(VERBS)):
         return verb.example
     if verb.short and draw(st.booleans()):
         return {verb.name: at}
-    body = {"at": at}
+    body = {"at": at} if verb.keys[0].name == "at" else {}
     either = draw(st.sampled_from(verb.one_of)) if verb.one_of else None
-    for key in verb.keys[1:]:
+    for key in verb.keys[len(body) :]:
         source = DATA.get(key.name, DATA["count"])
         source = source.get(verb.name, source.get("")) if isinstance(source, dict) else source
         wanted = key.required or key.name == either or (key.name not in verb.one_of and draw(st.booleans()))
@@ -683,7 +685,7 @@ def test_what_is_wrong_with_an_exception_is_said_with_its_address(tree):
 
 # ---- three engines -----------------------------------------------------------------------------------------------
 
-KEEPS = [name for name, verb in VERBS.items() if not verb.changes and not verb.any_of]
+KEEPS = [name for name, verb in VERBS.items() if not verb.changes and verb.keys[0].name == "at"]
 LEAVES = {"layers/0/w": (4, 3), "layers/1/w": (4, 3), "layers/0/b": (3,), "layers/1/b": (3,)}
 PLACES = {"layers/*/w": (4, 3), "layers/[-1]/w": (4, 3), "**/b": (3,), "layers/0/b": (3,)}
 

@@ -184,3 +184,20 @@ def values(family: Family) -> Mapping[str, float]:
         # The third is a parameter without a module, as in fused experts.
         found |= {f"{path}/{{weight,kernel,scale}}": family.value, f"{path}/bias": 0.0, path: family.value}
     return found
+
+
+# The modules whose weights have their inputs first, as transformers' Conv1D stores them, by model type.
+_CONV1D = ("c_attn", "q_attn", "c_fc", "c_proj")
+CONV1D: Mapping[str, tuple[str, ...]] = dict.fromkeys(
+    ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"), _CONV1D
+)
+# Model types whose fused experts have their inputs first; PEFT knows it of all but one, whose module does not say so.
+INPUTS_FIRST = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter", "llama4", "llama4_text")
+UNSAID = ("llama4", "llama4_text")
+# Model types whose fused gates and inputs take turns.
+INTERLEAVED = ("gpt_oss",)
+# The projections of an expert that a fused leaf holds one after the other, each with the names that families give it.
+EXPERTS: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "gate_up_proj": (("gate_proj", "w1"), ("up_proj", "w3")),
+    "down_proj": (("down_proj", "w2"),),
+}

@@ -26,7 +26,7 @@ from paramend.edits.plan import Plan
 from paramend.errors import BadArgument, BadCheckpoint, Unsupported
 from paramend.formats.gathered import Gathered
 from paramend.formats.shards import Shards
-from paramend.formats.source import Chunked, Overlapping, Sealed, Source
+from paramend.formats.source import Chunked, Overlapping, Released, Sealed, Source
 from paramend.journal.exchange import NewFiles, WholeFiles, check_replaceable
 from paramend.journal.ranges import OpenRanges, Ranges
 from paramend.journal.store import UndoStore
@@ -39,6 +39,7 @@ from paramend.piecewise.rows import survey
 from paramend.piecewise.spool import Spool
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
+from paramend.rewriting.files import operands
 
 
 def patch(
@@ -230,6 +231,10 @@ class _Patch:
 
     def _change(self, target: OpenRanges, followers: "list[_Follower]", meter: Meter) -> None:
         descriptors = dict(zip(target.files, target.descriptors, strict=True))
+        if any(operands(row) for row in self.plan.changed):  # which may be made of what is in these files
+            for file in self.source.files if isinstance(self.source, Shards) else ():
+                if file.path in descriptors and isinstance(file, Released):
+                    file.hold()
         change_all(descriptors, self.source, self.work, meter)
         for file, extents in followers:
             for name, start, data in file.after_patch(extents):

@@ -1,8 +1,8 @@
 """`paramend apply`: a recipe applied to a checkpoint; `paramend config`: its configuration read and edited."""
 
 import json
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from paramend.checkpoints.config import config as config_of
 from paramend.cli import _ui
 from paramend.cli.opening import open_checkpoint
 from paramend.cli.options import DRY_TOO, EDITS, takes
-from paramend.cli.writing import edit_checkpoint
+from paramend.cli.writing import carry_out, edit_checkpoint
 from paramend.errors import BadRecipe
-from paramend.recipes.recipe import Recipe
+from paramend.recipes.recipe import Recipe, document_at
 
 
 class _Unmet(_ui.Refusal):
@@ -27,9 +27,9 @@ class _Unmet(_ui.Refusal):
 
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=click.Path(path_type=Path), required=False)
 @takes(*EDITS, html=DRY_TOO)
-def apply(recipe: Path, path: Path, **given: Any) -> None:
+def apply(recipe: Path, path: Path | None, **given: Any) -> None:
     """Apply a recipe to a checkpoint.
 
     RECIPE is a YAML or JSON file of steps; PATH is a file or a directory. With -o, PATH is only read; OUT gets the
@@ -37,15 +37,38 @@ def apply(recipe: Path, path: Path, **given: Any) -> None:
     and checksums over them, and steps must keep shape, dtype and path. Every step is checked before anything is
     written, and all problems are listed with their addresses in the recipe.
 
+    RECIPE may be a configuration of mergekit as well, which names its models itself: PATH is left out then.
+
     Exit status: 0 done; 1 only expectations of the recipe failed; 2 anything else is wrong with the recipe, an
     unreadable or damaged file, or an OUT that cannot be written.
     """
+    data = document_at(recipe).data
+    if isinstance(data, Mapping) and "merge_method" in data:
+        _merge(data, recipe, path, **given)
+        return
+    if path is None:
+        raise click.UsageError("PATH is needed: what the recipe is applied to.")
     try:
         edit_checkpoint(path, partial(Recipe.apply_file, recipe), **given)
     except BadRecipe as error:
         if all(problem.code == "expect" for problem in error.problems):
             raise _Unmet(str(error)) from error
         raise
+
+
+def _merge(
+    data: Mapping[str, Any], file: Path, path: Path | None, *, in_place: bool, record: bool, **given: Any
+) -> None:
+    """Carry out a configuration of mergekit."""
+    from paramend.merging.mergekit import merge_configured  # most recipes are our own
+
+    if path is not None or in_place or (given["out"] is None and not given["dry_run"]):
+        raise click.UsageError("A configuration of mergekit names its models: -o OUT is needed, without PATH.")
+    with ExitStack() as opened:
+        first, new, _ = merge_configured(
+            data, file.name, file.parent, lambda path: opened.enter_context(open_checkpoint(path))
+        )
+        carry_out(new.plan, first.path, given.pop("out"), record="" if record else None, **given)
 
 
 def keyed(ctx: click.Context, option: click.Parameter, given: tuple[str, ...]) -> dict[str, Any] | None:

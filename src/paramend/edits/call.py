@@ -18,6 +18,8 @@ from paramend.edits.runs import native
 from paramend.errors import NoMatch, OutOfRange, SpecMismatch, Unsupported
 from paramend.leaves.codecs.encoding import Misfit
 from paramend.leaves.origins.origin import Origin
+from paramend.leaves.origins.stored import Stored
+from paramend.leaves.origins.texts import shortened
 from paramend.leaves.specs import Spec
 
 T = TypeVar("T")
@@ -225,8 +227,8 @@ def _short(value: Any) -> str:
         return repr(value)
     if isinstance(value, LowRank):
         return " @ ".join(map(_short, value))
-    if isinstance(value, Origin):  # a leaf of another file
-        return str(value.spec)
+    if isinstance(value, Origin):  # a leaf of another file, or one that is made
+        return str(value.spec) if isinstance(value, Stored) else shortened(str(value))
     if backend_of(type(value)) is None:
         return repr(value) if callable(value) else shown(value)
     spec = backend(value).spec(value)

@@ -67,8 +67,8 @@ def coded(
             )
         misfit = None if call.op.name == "zero" else Misfit(blocks=codec.fields["scale"].spec.size)
         # All values are new, and so may a scale of scales be that no other weight has.
-        fresh = whole and not call.op.reads and not keep and not shares and "global" in codec.fields
-        kept = {role: part for role, part in parts.items() if not fresh or role not in (*codec.encodes, "global")}
+        fresh = whole and not call.op.reads and not keep and not shares and bool(codec.top)
+        kept = {role: part for role, part in parts.items() if not fresh or role not in (*codec.encodes, codec.top)}
         specs, values = {role: part.spec for role, part in parts.items()}, compute(weight.origin("float32"), call)
         found = encoded(codec, values, specs, kept, keep=keep, free=not (shares or keep), misfit=misfit)
     there = Coding(weight.path, weight.spec, weight.spec, codec.scheme, (call,), (how,), misfit)

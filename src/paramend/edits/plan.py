@@ -101,7 +101,6 @@ class Row:
         """The row as data that JSON can hold."""
         more: dict[str, Any] = {"renamed_from": self.was, "inserted_from": self.added, "origin": str(self.made)}
         more |= {"overflowed": self.damage.overflowed, "lost": self.damage.lost}
-        more |= self.coding.to_dict() if self.coding else {}
         return {
             "path": self.path,
             "dtype": self.spec.dtype,
@@ -110,7 +109,9 @@ class Row:
             "dtype_before": self.before.dtype,
             "shape_before": list(self.before.shape),
             "edits": [_said(call) for call in self.calls],
-        } | {name: value for name, value in more.items() if value}
+            **{name: value for name, value in more.items() if value},
+            **(self.coding.to_dict() if self.coding else {}),
+        }
 
 
 def _said(edit: Call) -> str:

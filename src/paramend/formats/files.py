@@ -39,12 +39,13 @@ class OpenFile:
         self._closed = False
         self._map: mmap.mmap | None = None
         self._handle: _Handle | None = _Handle(open_regular(self.path, holds=holds))
+        self._kept: _Handle | None = None
         self._place = Path(os.path.abspath(self.path))  # noqa: PTH100 - the program may go to another folder
         self.stat = os.fstat(self._handle.number)
 
     def __getstate__(self) -> dict[str, Any]:
         # A descriptor means nothing in another process, and is soon reused for another file in this one.
-        return {**self.__dict__, "_handle": None, "_map": None}
+        return {**self.__dict__, "_handle": None, "_kept": None, "_map": None}
 
     @property
     def size(self) -> int:
@@ -53,12 +54,16 @@ class OpenFile:
 
     def close(self) -> None:
         self._closed = True
-        self._map = None
+        self._map = self._kept = None
         self.release()
 
     def release(self) -> None:
         """Close the descriptor until the file is read again: of many files only a few need to be open."""
-        self._handle = None
+        self._handle = self._kept
+
+    def hold(self) -> None:
+        """Keep the descriptor until the file is closed: whoever changes the file goes on reading it."""
+        self._kept = self._held()
 
     def fileno(self) -> int:
         return self._held().number

@@ -51,6 +51,9 @@ class SafetensorsFile(FileSource):
     def release(self) -> None:
         self._file.release()
 
+    def hold(self) -> None:
+        self._file.hold()
+
     def refusal(self, number: int) -> str:
         dtype = self.spec(number).dtype
         if dtype.startswith("raw<"):

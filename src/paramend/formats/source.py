@@ -167,6 +167,9 @@ class Released(Protocol):
     def release(self) -> None:
         """Close the descriptor."""
 
+    def hold(self) -> None:
+        """Keep the descriptor from now on: whoever changes the file goes on reading it."""
+
 
 def check_readable(leaves: Leaves, number: int) -> None:
     """Raise `Unsupported`, with the reason, for a leaf that cannot be read as an array."""

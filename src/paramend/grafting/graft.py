@@ -13,9 +13,10 @@ from paramend.grafting import engine
 from paramend.grafting.numbers import Counted, is_state, left_in_file, with_numbers
 from paramend.grafting.options import Dtype, Mismatch, Missing, Options, Place, Renames, Unused
 from paramend.grafting.quantized import adapted
-from paramend.grafting.report import Ends, GraftReport, GraftRow
+from paramend.grafting.report import GraftReport, GraftRow
 from paramend.leaves.leaves import Editable, Leaves
 from paramend.leaves.specs import AnyTree, Spec
+from paramend.reports.ends import Ends
 from paramend.selectors.selector import SelectorLike
 from paramend.trees.lookup import find_kind
 

@@ -1,6 +1,5 @@
 """The report of a graft: which leaves were copied and which not."""
 
-import weakref
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -9,6 +8,7 @@ from paramend.leaves.specs import Spec
 from paramend.pages.page import Column, Page
 from paramend.pages.paged import Paged
 from paramend.reports import wording
+from paramend.reports.ends import Ends
 from paramend.reports.report import Line, Section
 
 PARTS = ("copied", "fresh", "mismatched", "unused")
@@ -64,36 +64,6 @@ class GraftRow:
     def size(self) -> int:
         """The number of scalars of the leaf at `path`."""
         return Spec(self.shape, self.dtype).size
-
-
-class Ends:
-    """The models that a graft was between, for as long as someone else holds them."""
-
-    def __init__(self, target: Any = None, source: Any = None) -> None:
-        self._refs = tuple(map(_weak, (target, source)))
-
-    @property
-    def target(self) -> Any:
-        """What was grafted into, or None."""
-        return self._refs[0]()
-
-    @property
-    def source(self) -> Any:
-        """What was grafted from, or None."""
-        return self._refs[1]()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Ends, ()  # another process has other models
-
-    def __deepcopy__(self, memo: object) -> "Ends":
-        return self
-
-
-def _weak(subject: Any) -> Any:
-    try:
-        return weakref.ref(subject)
-    except TypeError:  # dicts
-        return lambda: None
 
 
 @dataclass(repr=False)

@@ -97,7 +97,7 @@ class Configured:
                 setattr(config, name, getattr(module.config, name, None))
         else:
             enter(config, old, new)
-        made = _blank(cls, config)
+        made = blank(cls, config)
         made.load_state_dict(state, assign=True)
         if hasattr(made, "tie_weights"):
             made.tie_weights()
@@ -106,7 +106,7 @@ class Configured:
         return made, said
 
 
-def _blank(cls: Any, config: Any) -> Any:
+def blank(cls: Any, config: Any) -> Any:
     """A module of a class whose leaves are about to be replaced; the global generator is as it was."""
     import torch
 

@@ -286,6 +286,10 @@ class Editable(Leaves):
 
     raw = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the view of its weights, which is found out again."""
+        return {name: value for name, value in vars(self).items() if name != "_weighed"}
+
     def as_stored(self, raw: bool = True) -> Self:
         """The same leaves, taken as they are stored or not."""
         if self.raw == raw:
@@ -340,7 +344,7 @@ class Editable(Leaves):
         """Whether a leaf has no values here and now: it is traced, or abstract."""
         return False
 
-    def beside(self, values: Any, number: int) -> Any:
+    def as_given(self, values: Any, number: int) -> Any:
         """A numpy array as users get it: of the library and on the devices of a leaf."""
         return values
 

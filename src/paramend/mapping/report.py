@@ -28,25 +28,27 @@ class Moved:
 
 @dataclass(frozen=True, repr=False)
 class LayoutReport(Report):
-    """What a layout did with a tree, or `pm.insert` or `pm.part`.
+    """What a layout did with a tree, or `pm.insert`, `pm.part` or `pm.fold`.
 
     Attributes:
-        layout: the name of the layout; "insert" or "part".
+        layout: the name of the layout; "insert", "part" or "fold".
         rows: the leaves that were made, put in or taken out.
         kept: the paths of the leaves that stayed as they were; of a part, of those that were left out.
         did: what was done to the rows and to those kept.
+        said: what else is to be said, line by line.
     """
 
     layout: str
     rows: tuple[Moved, ...]
     kept: tuple[str, ...]
     did: tuple[str, str] = ("made", "kept")
+    said: tuple[str, ...] = ()
 
     def headline(self) -> str:
         """How many leaves became how many."""
         (did, rest), made = self.did, wording.plural(len(self.rows), "leaf", "leaves")
         of = f" of {len({path for row in self.rows for path in row.sources}):,}" if did == "made" else ""
-        return f"{self.layout or 'layout'}: {made} {did}{of}, {len(self.kept):,} {rest}"
+        return "\n".join((f"{self.layout or 'layout'}: {made} {did}{of}, {len(self.kept):,} {rest}", *self.said))
 
     def sections(self) -> list[Section]:
         made = [Line((row.path, shortened(row.origin)), (str(row.spec),), row.spec.size) for row in self.rows]
@@ -59,4 +61,5 @@ class LayoutReport(Report):
             for row in self.rows
         ]
         (did, rest) = self.did
-        return {"layout": self.layout, did: rows, rest.replace(" ", "_"): list(self.kept)}
+        found: dict[str, Any] = {"layout": self.layout, did: rows, rest.replace(" ", "_"): list(self.kept)}
+        return found | ({"said": list(self.said)} if self.said else {})

@@ -142,7 +142,10 @@ def change(descriptor: int, source: Source, work: Work, meter: Meter) -> None:
     """Write the new elements of a leaf into an open file, which holds the old ones."""
     row, extent = work.row, work.extent
     row.damage.clear()
-    for edit, place, where in zip(row.calls, row.places, work.regions, strict=bool(work.regions)):
+    calls = list(zip(row.calls, row.places, work.regions, strict=bool(work.regions)))
+    deaf = [n for n, (edit, _, _) in enumerate(calls) if not edit.op.reads and edit.index is None]
+    # What it replaces is not written before: its operand may be made of what is there.
+    for edit, place, where in calls[deaf[-1] if deaf else 0 :]:
         _change_slice(descriptor, extent, replace(edit, index=None), where, row, place, meter)
     if work.regions:
         return

@@ -119,6 +119,36 @@ def upcycle(tree: Any, given: Given, donors: Donors) -> Any:
     )[0]
 
 
+def widen(tree: Any, given: Given, donors: Donors) -> Any:
+    """A model with longer axes."""
+    from paramend.growth import widening  # as above
+
+    return widening.widen(_whole(tree), **given)[0]
+
+
+def narrow(tree: Any, given: Given, donors: Donors) -> Any:
+    """A model with some places of its axes."""
+    from paramend.growth import narrowing  # as above
+
+    keep = {axis: what for axis, what in given.items() if axis not in ("features", "by")} | given.get("features", {})
+    if given.get("by", "norm") == "norm":
+        return narrowing.narrow(_whole(tree), keep)[0]
+    scores = donors.open(given["by"])
+    if not isinstance(scores, Checkpoint):
+        hint = 'np.savez("scores.npz", mlp=scores)'
+        raise BadArgument(f"{given['by']} holds one array, without the name of an axis", hint=hint)
+    return narrowing.narrow(_whole(tree), keep, by=dict(scores.items()))[0]
+
+
+def fold(tree: Any, given: Given, donors: Donors) -> Any:
+    """A model with adapters added to its weights."""
+    from paramend.merging import folding  # as above
+
+    options = dict(given)
+    sources = [donors.place(name, tree) for name in options.pop("source")]
+    return folding.fold(_whole(tree), sources, **options)[0]
+
+
 def vocabulary(tree: Any, given: Given, donors: Donors) -> Any:
     """A model with some of its tokens, or more."""
     from paramend.tokens import vocabulary as of  # as above
@@ -127,6 +157,16 @@ def vocabulary(tree: Any, given: Given, donors: Donors) -> Any:
     ((name, value),) = ((key, each) for key, each in given.items() if key != "init")
     value = donors.open(value) if name == "transplant" else value
     return getattr(of.vocabulary(_whole(tree)), name)(value, **how)[0]
+
+
+def merge(tree: Any, given: Given, donors: Donors) -> Any:
+    """A model made of several, of which the tree is the first."""
+    from paramend.merging import merge as of  # as above
+
+    how = dict(given)
+    models = [tree, *(donors.model(name, tree) for name in how.pop("source"))]
+    base = donors.model(how.pop("base"), tree) if "base" in how else None
+    return of.merge(models, base=base, **how)[0]
 
 
 def _whole(tree: Any) -> Any:

@@ -33,8 +33,20 @@ class Donors:
         self._folder = Path(folder)
         self._open: dict[Path, Array | Checkpoint] = {}
 
+    def place(self, name: str, tree: Any = None) -> Path:
+        """Where a file is: in the folder of the recipe, or else in that of the checkpoint, as records say it."""
+        here = self._folder / name
+        return here if here.exists() or not isinstance(tree, Checkpoint) else Path(tree.path).absolute().parent / name
+
+    def model(self, name: str, tree: Any) -> Checkpoint:
+        """A checkpoint."""
+        found = self.open(str(self.place(name, tree).absolute()))
+        if not isinstance(found, Checkpoint):
+            raise BadArgument(f"{name} holds one array, not a model", hint="source: [tuned.safetensors]")
+        return found
+
     def open(self, name: str) -> Array | Checkpoint:
-        path = self._folder / name
+        path = self.place(name)
         if path not in self._open:
             self._open[path] = read_npy(path) if path.suffix == ".npy" else open_checkpoint(path, raw=self._raw)
         return self._open[path]

@@ -100,11 +100,7 @@ class Recipe:
         <fix.yaml: 1 step>
         """
         path = Path(path)
-        try:
-            text = _bytes_of(path).decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise BadRecipe(path.name, [Problem("$", f"byte {error.start}: the text is not UTF-8")]) from None
-        return cls._of(read(text, path.name), path.name, path.parent)
+        return cls._of(document_at(path), path.name, path.parent)
 
     @classmethod
     def parse(cls, text: str) -> "Recipe":
@@ -161,7 +157,7 @@ class Recipe:
         if isinstance(found, Checkpoint) and isinstance(tree, Checkpoint):
             made = isinstance(tree.source, Gathered)  # of other leaves, of which the recipe says nothing
             alone = not (made or tree.plan.changed or tree.plan.deleted or tree.texts)
-            told = self._told(raw=self._raw or tree.raw) if alone else ""
+            told = self._told(Path(tree.path), raw=self._raw or tree.raw) if alone else ""
             found = found.planned(found.plan, told).as_stored(tree.raw)
         return found  # type: ignore[no-any-return]
 
@@ -197,13 +193,21 @@ class Recipe:
         raw = self._raw or getattr(tree, "raw", False) is True
         return run(self._steps, tree, Donors(self._folder, raw=raw), raw=raw)
 
-    def _told(self, *, raw: bool) -> str:
-        """The recipe as a record stores it: file names without the folders of this machine."""
+    def _told(self, edited: Path, *, raw: bool) -> str:
+        """The recipe as a record stores it: files as seen from the checkpoint, without the folders of this machine."""
+        home = edited.absolute().parent
+
+        def said(name: Any) -> Any:
+            if isinstance(name, list):
+                return list(map(said, name))
+            path = self._folder / name if (self._folder / name).exists() else home / name
+            near = os.path.relpath(path, home)
+            return near if Path(near).parts.count("..") < 2 else path.name
+
         steps = self.to_dict()["steps"]
-        bodies = [body for step in steps for body in step.values() if isinstance(body, dict) and "from" in body]
-        for body in bodies:
-            body["from"] = Path(body["from"]).name
-        return str(Recipe(steps, raw=raw)) if bodies or raw else str(self)
+        for body in (body for step in steps for body in step.values() if isinstance(body, dict)):
+            body |= {key: said(body[key]) for key in ("from", "source", "base") if key in body}
+        return str(Recipe(steps, raw=raw))
 
     def _refuse(self, problems: Sequence[Problem]) -> None:
         if problems:
@@ -230,6 +234,14 @@ class Recipe:
 
     def __hash__(self) -> int:
         return hash(str(self))
+
+
+def document_at(path: Path) -> Document:
+    """What a YAML or JSON file holds; `BadRecipe` if it is neither, `CannotRead` if there is none."""
+    try:
+        return read(_bytes_of(path).decode("utf-8-sig"), path.name)
+    except UnicodeDecodeError as error:
+        raise BadRecipe(path.name, [Problem("$", f"byte {error.start}: the text is not UTF-8")]) from None
 
 
 def _bytes_of(path: Path) -> bytes:

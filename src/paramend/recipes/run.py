@@ -63,7 +63,7 @@ def check_in_place(
     with suppress(Enough), searching(_SECONDS):
         for step in steps:
             at = _Attempt(step, leaves, donors, f"$.steps[{step.number}]")
-            if step.verb.changes:
+            if step.verb.changes or step.verb.make is not None:
                 what = "shape and dtype stay" if step.verb.op else "the structure stays"
                 hint = "recipe.apply(tree) gives a new tree"
                 at.problems.add(at.address, f"{step.verb.name}: in place {what}", hint, "unsupported")

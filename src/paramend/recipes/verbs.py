@@ -1,7 +1,7 @@
 """The table of steps: verbs with the keys that each takes. Edits come from the table of ops."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from paramend.anatomy.documents import json_value
@@ -122,6 +122,14 @@ def _values(data: Any) -> dict[str, Any]:
     return {TEXT.read(key): json_value(key, value) for key, value in data.items()}
 
 
+def _shares(data: Any) -> Any:
+    return [NUMBER.read(each) for each in data] if isinstance(data, list | tuple) else NUMBER.read(data)
+
+
+def _kept(data: Any) -> Any:
+    return data if type(data) is int else SIZES.read(data)
+
+
 def _experts(data: Any) -> Any:
     if isinstance(data, Mapping):
         return {str(layer): SIZES.read(ids) for layer, ids in data.items()}
@@ -149,15 +157,27 @@ NEW_PATH = TEXT.named("a path", "layers/<n>/w")
 PATHS = Value("a list of paths", _texts, {"type": "array", "minItems": 1, "items": TEXT.schema}, example="layers/<n>/w")
 
 
+KEPT = Value("how many places stay, or which ones", _kept, SIZES.schema, example="0,1")
+WIDTHS = {
+    "hidden": "the residual width",
+    "mlp": "the width of the feed-forward layers",
+    "heads": "the number of query heads",
+    "kv_heads": "the number of heads of keys and values",
+}
 EXPERTS = Value(
     "experts, or a map from layers to those of each",
     _experts,
     {"anyOf": [SIZES.schema, {"type": "object", "additionalProperties": SIZES.schema}]},
     example="0,1",
 )
+SOURCES = Value("a path, or a list of them", _texts, SELECTOR.schema, example="adapter/")
 IDS = SIZES.named("a list of numbers", "0,1,2")
 TOKENS = PATHS.named("a list of texts", "<a>")
 VALUES = Value("a map of keys and values", _values, {"type": "object", "minProperties": 1})
+FILES = replace(PATHS, says="a list of checkpoints", example="tuned.safetensors")
+SHARES = Value(
+    "a number, or one for each model", _shares, {"anyOf": [NUMBER.schema, {"type": "array", "items": NUMBER.schema}]}
+)
 
 _HEAD = Key("head", TEXT.named("a path", "lm_head.weight"), "the path of the head's weight, if it is not a usual one")
 _KEEP = Key("keep", TEXT.named("a text", "embedding"), "whose values stay if they differ: `embedding` or `head`")
@@ -169,7 +189,10 @@ _AT = Key("at", SELECTOR, "which leaves: a selector, or a list of them", require
 _EXCEPT = Key("except", SELECTOR, "which of them are left out: a selector, or a list of them")
 _WHERE = Key("where", WHERE, "only leaves whose specs fit: ndim, dtype, shape, min_size, max_size")
 _INDEX = Key("index", INDEX, 'the slice of each leaf that changes, such as -1 or "0:4"')
-_INTO = "the path of the new leaf, or for `split` a list of them, with the wildcards of `at`"
+_INTO = (
+    "the path of the new leaf, or for `split` a list of them, with the wildcards of `at`; for `fold`: `embedding`, if "
+    "a tied head and its embedding shall both change"
+)
 _RENAME = Key("rename", RENAMES, "path → path in the result, with the wildcards of the first")
 _ALONG = Key("axis", AXIS, AXIS.says)
 _FROM = Key("from", TEXT, "the .npy file or checkpoint that the values come from, relative to the recipe's folder")
@@ -290,6 +313,66 @@ VERBS: dict[str, Verb] = {
             any_of=("set", "delete"),
         ),
         Verb(
+            "merge",
+            "the values become those of several models: of the tree, the first one, and of others",
+            (
+                Key(
+                    "source",
+                    FILES,
+                    "the other models, relative to the recipe's folder or the checkpoint's",
+                    required=True,
+                ),
+                Key("how", TEXT, "the method, by default `linear`"),
+                Key("weights", SHARES, "how much each model counts, that of the tree first"),
+                Key("base", TEXT, "the model that all come from, for methods that need it"),
+                Key(
+                    "t", NUMBER, "for `slerp` how far from the first to the second, for `nearswap` the greatest change"
+                ),
+                *(
+                    Key(name, SHARES, says)
+                    for name, says in (
+                        ("density", "the share of changes that stay"),
+                        ("gamma", "for `breadcrumbs`, the share of changes that go because they are the largest"),
+                        ("epsilon", "for `della`, how far chances are from the density"),
+                    )
+                ),
+                Key("seed", SEED, "of what `dare` and `della` leave to chance"),
+                Key("scale", NUMBER, "a factor of the change of the base"),
+                Key("at", VALUES, "selector → settings for its leaves; the first that matches a leaf counts"),
+                Key("convention", TEXT, "`paper`, `mergekit` or `peft`"),
+                Key("missing", TEXT, "`keep`: leaves that are in some models only stay as they are"),
+                Key("stats", TEXT, "statistics of batches: those of the `first` model, or their `mean`"),
+            ),
+            make=changes.merge,
+            selects=False,
+        ),
+        Verb(
+            "widen",
+            "axes of a model become longer, and it computes what it did",
+            (
+                *(Key(name, NATURAL.named("a number", "64"), says) for name, says in WIDTHS.items()),
+                Key("features", VALUES, "path of a layer → how many features it is to have"),
+                Key("method", TEXT, "`tile`, `split` or `zero`"),
+            ),
+            changes=True,
+            make=changes.widen,
+            selects=False,
+        ),
+        Verb(
+            "narrow",
+            "axes of a model keep some of their places",
+            (
+                *(Key(name, KEPT, says) for name, says in WIDTHS.items()),
+                Key("layers", KEPT, "the layers"),
+                Key("vocabulary", KEPT, "the tokens"),
+                Key("features", VALUES, "path of a layer → the features that stay"),
+                Key("by", TEXT, "`norm`, or the file with scores of axes"),
+            ),
+            changes=True,
+            make=changes.narrow,
+            selects=False,
+        ),
+        Verb(
             "experts",
             "a mixture has some of its experts, or each several times, with router and configuration",
             (
@@ -314,6 +397,18 @@ VERBS: dict[str, Verb] = {
             ),
             changes=True,
             make=changes.upcycle,
+            selects=False,
+        ),
+        Verb(
+            "fold",
+            "adapters are added to the weights that they change",
+            (
+                Key("source", SOURCES, "the adapters, relative to the recipe's folder", required=True),
+                Key("scale", NUMBER, "a further factor of all terms"),
+                Key("into", TEXT, _INTO),
+            ),
+            changes=True,
+            make=changes.fold,
             selects=False,
         ),
         Verb(

@@ -83,7 +83,7 @@ def _matched(
     keys: list[Any] = [id(entry.parameter) for entry in new]
     old_keys: list[Any] = [id(entry.parameter) for entry in earlier]
     if isinstance(old, Mapping) or not set(keys) & set(old_keys):
-        keys, old_keys = _names(optimizer.param_groups, modules[0]), list(names or _names(groups, modules[1]))
+        keys, old_keys = names_of(optimizer.param_groups, modules[0]), list(names or names_of(groups, modules[1]))
         if old_keys and (len(old_keys) != len(earlier) or len(set(old_keys)) != len(old_keys)):
             raise BadArgument(
                 f"{wording.plural(len(set(old_keys)), 'name')} for the "
@@ -121,7 +121,7 @@ def _refuse_order(keys: list[Any], old_keys: list[Any], groups: Any, old_groups:
     )
 
 
-def _names(groups: Any, module: Any) -> list[Any]:
+def names_of(groups: Any, module: Any) -> list[Any]:
     """The names of the parameters in groups, if the groups or a module know them; else an empty list."""
     parameters = [p for group in groups for p in group["params"]]
     if parameters and all(isinstance(p, str) for p in parameters):  # as torch.distributed writes state dicts

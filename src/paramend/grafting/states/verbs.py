@@ -11,8 +11,10 @@ from paramend.grafting import engine
 from paramend.grafting.numbers import Counted
 from paramend.grafting.options import Options, Unused
 from paramend.grafting.report import GraftReport
+from paramend.grafting.states.widened import widened, widened_torch
 from paramend.leaves.specs import AnyTree
 from paramend.reports.wording import described
+from paramend.resize.widths import Widths
 from paramend.trees.tree import Tree
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ Carried: TypeAlias = Literal["error", "keep"]
 def graft_opt_state(
     state: T,
     old_state: AnyTree,
-    report: GraftReport | None = None,
+    report: GraftReport | Widths | None = None,
     *,
     unused: Unused | None = None,
     mismatch: Carried = "error",
@@ -39,6 +41,11 @@ def graft_opt_state(
     copied, so is theirs; if the parameter stayed fresh, or was frozen before, they are as `tx.init` made them. Counts
     go on, so schedules do too; hyperparameters of `optax.inject_hyperparams` stay those of the new state. All moments
     of a parameter are carried together or not at all.
+
+    **After `pm.widen` or `pm.narrow`**, by its report: the parameters have the same paths, and moments the shapes of
+    the new ones. They follow the gradients: of places that have k copies, first moments are divided by k and second
+    ones by k², and those of what reads the copies stay, so that a step after the growth is the growth of a step, if
+    rates follow `row.rate`. The first moments of new places are zero.
 
     **Without a report** the parameters are the same, by path: for thawing, refreezing and resuming. The earlier state
     may be that of `tx` before it was wrapped in `pm.freeze`, or of a `pm.freeze` of other leaves, or be part of another
@@ -59,7 +66,7 @@ def graft_opt_state(
         state: the state to start warm, from `tx.init(params)` of the new parameters: of optax, also under `pm.freeze`,
             or an `nnx.Optimizer`.
         old_state: the state of the earlier run, of the same kind of optimizer; it may be read from a file.
-        report: the report of `pm.graft` on the parameters; None if their names are the same.
+        report: the report of `pm.graft`, `pm.widen` or `pm.narrow` on the parameters; None if their names are the same.
         unused: when the earlier state has moments with no place here: "error" or "ok". The default is "error" after a
             graft, and "ok" without a report.
         mismatch: without a report, when a moment does not have the shape that `tx.init` gave it: "error"; "keep" keeps
@@ -93,6 +100,8 @@ def graft_opt_state(
     (1, [0.0, 0.0], True)
     """
     Options(unused=unused or "error")  # checks it
+    if isinstance(report, Widths):
+        old_state, report = widened(old_state, report), None
     if not isinstance(report, GraftReport | None):
         raise BadArgument(
             f"the third argument must be the report of a graft, and this is {described(report)}",
@@ -152,7 +161,7 @@ def _by_path(state: Any, old_state: Any, unused: "Unused", mismatch: str) -> tup
 def graft_optimizer_(
     optimizer: "torch.optim.Optimizer | nnx.Optimizer[Any]",
     old: "torch.optim.Optimizer | nnx.Optimizer[Any] | Mapping[str, object]",
-    report: GraftReport | None = None,
+    report: GraftReport | Widths | None = None,
     *,
     target: AnyTree | None = None,
     source: AnyTree | None = None,
@@ -174,11 +183,14 @@ def graft_optimizer_(
     is as the optimizer starts; and a fresh parameter has no state, so it starts with its first step. Groups with their
     hyperparameters stay those of the new optimizer. All or nothing.
 
+    **After `pm.widen` or `pm.narrow`**, by its report, as in `pm.graft_opt_state`; hyperparameters stay the new ones.
+
     Args:
         optimizer: what to change, made for the parameters of the new module.
         old: the optimizer of the old module, of the same class; or its state dict, if it was made of
             `named_parameters()`; of an `nnx.Optimizer` also `nnx.state(old)`, a dict or a file of it.
-        report: the report of `pm.graft_(module, old_module)` or `pm.graft`; None if the parameters are the same.
+        report: the report of `pm.graft_(module, old_module)`, `pm.graft`, `pm.widen` or `pm.narrow`; None if the
+            parameters are the same.
         target: the new module, if the report does not know it: after pickling, or after a graft of a state dict.
             Without a report, the module that names the parameters of `optimizer`.
         source: the old module, likewise, which names those of `old` if that is an optimizer.
@@ -215,6 +227,8 @@ def graft_optimizer_(
     ([1, 1], 0.5)
     """
     Options(unused=unused or "error")  # checks it
+    if isinstance(report, Widths):
+        return _wider_(optimizer, old, report, (target, source), unused or "ok")
     if report is None:
         return _by_name_(optimizer, old, (target, source), names, unused or "ok")
     unused = unused or "error"
@@ -254,6 +268,19 @@ def _by_name_(
     from paramend.grafting.states import carry_torch  # imports torch
 
     return carry_torch.carry_optimizer_(optimizer, old, modules, names, unused)
+
+
+def _wider_(optimizer: Any, old: Any, report: Widths, modules: tuple[Any, Any], unused: Unused) -> GraftReport:
+    """The report, after an optimizer has taken over moments of parameters that were not as wide."""
+    if not hasattr(optimizer, "param_groups"):
+        return _by_name_(optimizer, widened(old, report), modules, None, unused)
+    ends = (None, None) if report.ends is None else (report.ends.target, report.ends.source)
+    target, source = (given if given is not None else known for given, known in zip(modules, ends, strict=True))
+    settings = [dict(group) for group in optimizer.param_groups]
+    done = _by_name_(optimizer, widened_torch(old, report, source), (target, None), None, unused)
+    for group, mine in zip(optimizer.param_groups, settings, strict=True):
+        group.update(mine)
+    return done
 
 
 def carry_opt_state(

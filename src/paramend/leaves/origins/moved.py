@@ -110,9 +110,11 @@ class Joined(Origin):
         if len(numbers) == 1 and self.how != "stack":
             return self._piece(int(numbers[0]), box, place)
         found = np.empty(shape_of(box), numpy_dtype(self.spec.dtype))
+        pieces: dict[tuple[int, bytes], Array] = {}  # the same part may come several times
         for number in numbers.tolist():
             here = part == number
-            piece = self._piece(number, box, place[here])
+            key = id(self.parts[number]), place[here].tobytes()
+            piece = pieces[key] if key in pieces else pieces.setdefault(key, self._piece(number, box, place[here]))
             at = evenly(np.flatnonzero(here))
             where = slice(at.start, at.stop, at.step) if isinstance(at, range) else at
             found[(slice(None),) * self.axis + (where,)] = piece
