@@ -214,6 +214,11 @@ def test_groups_stay_groups(tmp_path, ids, said):
             pm.experts(old).keep(ids)
 
 
+def test_all_experts_stay_whatever_their_groups_are(tmp_path):
+    with written(tmp_path / "a", mixture(count=2), GROUPED | {"n_routed_experts": 2}) as old:
+        assert pm.experts(old).keep([0, 1])[1].after == 2
+
+
 def test_groups_that_copies_would_change(tmp_path):
     with (
         written(tmp_path / "a", mixture(count=8), GROUPED) as old,

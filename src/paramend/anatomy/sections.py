@@ -118,6 +118,14 @@ def part_at(config: Mapping[str, Any], place: Sequence[str]) -> Any:
     return part
 
 
+def kind_at(config: Mapping[str, Any], place: Sequence[str]) -> str:
+    """The model type of a section; "" for a part that sees or hears under the name of the whole model."""
+    own, whole = part_at(config, place).get("model_type"), config.get("model_type")
+    if any(word in key for key in place for word in SENSES):
+        return str(own or "") if own != whole else ""
+    return str(own or whole or "")
+
+
 def model_type(config: Mapping[str, Any], n: int, where: Sequence[str] = ()) -> str | None:
     """The model type of the section that counts n layers."""
     places = sections_of(config, n, where)

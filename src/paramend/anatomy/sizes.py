@@ -1,7 +1,7 @@
 """Sizes: the widths and counts of a model, by its configuration and the shapes of its leaves."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from paramend.anatomy.beside import EMBEDDINGS, in_layer
@@ -67,9 +67,8 @@ def sizes_of(section: Mapping[str, Any], leaves: Iterable[Leaf], side: str = "")
     for leaf in leaves:
         for name, length in _lengths(leaf, found.get("hidden", 0)):
             lengths.setdefault(name, []).append(length)
-    wide = {*lengths.get("wide", ()), *(length // 2 for length in lengths.get("wide twice", ()))}
-    if len(wide) == 1:
-        found.setdefault("mlp", wide.pop())
+    if wide := _only([*lengths.get("wide", ()), *(length // 2 for length in lengths.get("wide twice", ()))]):
+        found.setdefault("mlp", wide)
     heads = {name: found.pop(name, 0) for name in ("heads", "head_dim", "kv_heads")}
     attends = any(_ATTENDS.search(piece) for leaf in leaves for piece in leaf.path)
     return found | {name: size for name, size in _heads(section, lengths, **heads).items() if size and attends}
@@ -115,11 +114,16 @@ def _heads(
         return {"heads": heads, "head_dim": sum(latent) or head_dim, "kv_heads": kv_heads or heads}
     dim = head_dim or lengths.get("of heads", [0])[0]
     if inner and not heads:
-        heads = inner[0] // dim if dim else 0
+        heads = _only(inner) // dim if dim else 0
     elif inner and heads * dim not in inner:
-        dim = inner[0] // heads
+        dim = _only(inner) // heads
     if keys and kv_heads * dim not in keys:
-        kv_heads = keys[0] // dim if dim else 0
+        kv_heads = _only(keys) // dim if dim else 0
     elif dim and heads and fused and (heads + 2 * kv_heads) * dim not in fused and not keys:
-        kv_heads = (fused[0] // dim - heads) // 2
+        kv_heads = max(_only(fused) // dim - heads, 0) // 2
     return {"heads": heads, "head_dim": dim, "kv_heads": kv_heads}
+
+
+def _only(lengths: Sequence[int]) -> int:
+    """The one that all are; 0 if layers differ."""
+    return lengths[0] if len({*lengths}) == 1 else 0

@@ -183,7 +183,7 @@ class Experts(Generic[T]):
         if times > 1 and mixture.top_k is None:
             raise Unsupported("nothing says how many experts a token goes to, which would change too")
         recounted(model.config, mixture, count, times)  # for its error, before anything is made
-        for each in set(map(tuple, ids)):
+        for each in set(map(tuple, ids)) - {tuple(range(mixture.count))}:
             _check_groups(model.config, mixture, each, times)
         of = {block.path: each for block, each in zip(mixture.blocks, ids, strict=True)}
 

@@ -17,7 +17,7 @@ _SIZES = ("num_embeddings", "out_features", "vocab_size")
 def documents_of(module: Any) -> Iterator[Document]:
     """The configurations of a module, as the files that they are saved as."""
     for name, attribute in FILES.items():
-        own = getattr(module, attribute, None)
+        own: Any = getattr(module, attribute, None)
         if hasattr(own, "to_json_string"):
             text = own.to_json_string(use_diff=False).encode()
             yield Document(Path(name), text, text)
@@ -29,8 +29,8 @@ def follow(module: Any, texts: Sequence[Document], sizes: Mapping[int, int], new
         enter(getattr(module, FILES[text.name]), json.loads(text.before), text.values)
     for each in module.modules():
         weight = getattr(each, "weight", None)
-        found = {name: sizes[size] for name in _SIZES if (size := getattr(each, name, None)) in sizes}
-        found = {name: size for name, size in found.items() if weight is None or len(weight) == size}
+        sized = {name: sizes.get(getattr(each, name, -1)) for name in _SIZES}
+        found = {name: size for name, size in sized.items() if size and (weight is None or len(weight) == size)}
         for name, size in found.items():
             setattr(each, name, size)
         if found and getattr(each, "padding_idx", None) is not None:
