@@ -38,7 +38,6 @@ ARGS = {
     "reshape": ((-1,),),
     "take": ([0],),
     "permute": ([0],),
-    "project_out": (np.ones(4),),
 }
 
 

@@ -245,12 +245,9 @@ class Weights(Editable):
                 together = call.op.name == "multiply" and calls.get(other) is call
                 if self._units(other) != self._units(number) and not together:
                     path, leaf = self._index.path(number), self.stored.index.path(each)
-                    raise refusal(
-                        self.stored,
-                        [self.groups[number]],
-                        f"{path} cannot take {call}: {leaf} is a part of {self._index.path(other)}, too",
-                        hints=["tree, report = pm.dequantize(tree, selector) makes floats of both first"],
-                    )
+                    said = f"{path} cannot take {call}: {leaf} is a part of {self._index.path(other)}, too"
+                    way = "tree, report = pm.dequantize(tree, selector) makes floats of both first"
+                    raise refusal(self.stored, [self.groups[number]], said, [way])
 
     def _shares(self, number: int, call: Call, calls: Mapping[int, Call]) -> bool:
         """Whether a weight has a scale of scales in common with others that do not take the same factor."""
@@ -407,11 +404,7 @@ def chosen(selector: SelectorLike, leaves: Editable) -> list[int]:
 
 
 def members(selector: SelectorLike, leaves: Editable) -> Sequence[int]:
-    """The stored leaves that a selector means, one for each path: all of a quantised weight that it names.
-
-    Raises:
-        NoMatch: there is no such leaf.
-    """
+    """The stored leaves that a selector means, one for each path: all of a quantised weight; `NoMatch` for none."""
     seen = weighed(leaves)
     try:
         numbers = resolve_paths(selector, seen)

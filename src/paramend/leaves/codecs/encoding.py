@@ -162,9 +162,7 @@ def scales_for(
         zero = middle(codec) if "zero" in codec.fields else 0
         limit = codec.codes.high - zero
         greatest = np.maximum(bounds.high, bounds.low * np.float32(limit / (codec.codes.low - zero)))
-    if (
-        not even and codec.zeros is not None
-    ):  # GPTQ's first version has no zero point of 0, so that the last codes count
+    if not even and codec.zeros is not None:  # the first version of GPTQ has no zero point of 0
         codes = codec.codes.high - max(codec.zeros.low, codec.codes.low)
         greatest = np.maximum(greatest, bounds.high * np.float32(limit / codes))
     found["scale"] = codec.scaling.fitted(greatest, limit, field.spec, there)
