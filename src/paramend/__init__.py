@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from paramend.growth.zeroing import init_zero_ as init_zero_
     from paramend.journal.undo import history as history
     from paramend.journal.undo import undo as undo
+    from paramend.leaves.rules import Codec as Codec
     from paramend.leaves.specs import Spec as Spec
     from paramend.mapping.joining import concat as concat
     from paramend.mapping.joining import interleave as interleave
@@ -128,6 +129,7 @@ _LATER = {
         "paramend.rewriting.provenance": ("record",),
         "paramend.rewriting.verification": ("verify_record",),
         "paramend.selectors.selector": ("Selector", "SelectorLike", "sel"),
+        "paramend.leaves.rules": ("Codec",),
         "paramend.leaves.specs": ("Spec",),
         "paramend.grafting.inserting": ("insert",),
         "paramend.grafting.parts": ("part",),

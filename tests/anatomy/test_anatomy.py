@@ -189,6 +189,20 @@ def test_blocks_that_predict_further_tokens(names, blocks, config):
     assert (found.layers["count"], found.layers["where"]) == (2, "model.layers")
 
 
+def test_a_part_that_sees_has_not_the_kinds_of_the_text():
+    kind, block = "qwen3_5_moe", {"attn.qkv.weight": np.ones((6, 2)), "mlp.fc1.weight": np.ones((4, 2))}
+    text = {"layers.0.mlp.up_proj.weight": np.ones((4, 2)), "embed_tokens.weight": np.ones((9, 2))}
+    tree = {f"model.visual.blocks.{i}.{name}": value for i in range(4) for name, value in block.items()}
+    tree |= {f"model.language_model.{name}": value for name, value in text.items()}
+    config = {"model_type": kind, "vision_config": {"model_type": kind, "depth": 4, "hidden_size": 2}}
+    config["text_config"] = {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
+    parts = pm.anatomy(tree, config).parts
+    assert (parts["vision"]["layers"]["kinds"], parts["text"]["layers"]["kinds"]) == (
+        ["attention"] * 4,
+        ["full_attention"],
+    )
+
+
 def test_names_and_shapes_alone():
     layer = {"attn": {"q_norm": {"weight": np.ones(4)}, "o_proj": {"weight": np.ones((8, 12))}}}
     layer["attn"]["k_proj"] = {"weight": np.ones((4, 8))}
@@ -215,6 +229,23 @@ def test_nothing_is_guessed():
     new = {"model_type": "new", "num_hidden_layers": 2, "hidden_size": 2, "num_attention_heads": 7}
     found = pm.anatomy({"x": [{"attn": {"mix": np.ones((2, 2))}}] * 2}, new)
     assert (found.heads, found.hidden, found.mlp) == ({"query": 7, "key_value": None, "head_dim": None}, 2, None)
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_widths_that_differ_are_none_of_the_model(turn):
+    layers = [
+        {
+            "mlp": {"up_proj": {"weight": np.ones((width, 4))}},
+            "self_attn": {"k_proj": {"weight": np.ones((width - 4, 4))}},
+        }
+        for width in (6, 8)[::turn]
+    ]
+    blocks = {"model": {"layers": layers}, "mtp": {"embed_tokens": {"weight": np.ones((5, 4))}}}
+    tree = dict([*blocks.items(), ("embed_tokens", {"weight": np.ones((9, 4))})][::turn])
+    found = pm.anatomy(tree)
+    assert (found.mlp, found.vocabulary, found.hidden) == (None, 9, 4)
+    found = pm.anatomy(tree, {"intermediate_size": [6, 8][::turn], "head_dim": 2, "num_attention_heads": 2})
+    assert (found.mlp, found.heads) == (None, {"query": 2, "key_value": None, "head_dim": 2})
 
 
 def test_flax_parameters():

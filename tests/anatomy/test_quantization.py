@@ -1,8 +1,14 @@
 """What configurations say of one quantised weight."""
 
+import json
+
+import ml_dtypes
+import numpy as np
 import pytest
 
+import paramend as pm
 from paramend.anatomy.quantization import stated
+from paramend.anatomy.recoding import renamed
 from paramend.leaves.codecs.stated import Stated
 
 UP = "model.layers.0.mlp.up_proj"
@@ -70,3 +76,63 @@ def test_ignore_lists(key, entry, module, ignored):
 
 def test_a_module_that_dynamic_leaves_out_is_ignored():
     assert stated(DYNAMIC, "a.mlp.gate").ignored == "-:.*gate"
+
+
+LISTED = ["lm_head", "model.layers.1.mlp", "gate", "re:.*norm$", "visual.blocks"]
+NAMES = {
+    "lm_head": "lm_head",
+    "model.layers.1.mlp.up": "text.layers.1.ffn.up",
+    "model.layers.1.mlp.down": "text.layers.1.ffn.down",
+    "model.layers.1.moe.gate": "text.layers.1.moe.router",
+    "model.norm": "text.final",
+    "model.layers.0.mlp.up": "text.layers.0.mlp.up",
+}
+
+
+def test_lists_of_modules_have_their_new_names():
+    config = {"quant_method": "compressed-tensors", "ignore": LISTED}
+    config["config_groups"] = {"a": {"targets": ["Linear", "model.layers.0.mlp.up"], "weights": INT4}}
+    new = renamed("config.json", {"quantization_config": config}, NAMES)["quantization_config"]
+    kept = ["lm_head", "text.layers.1.ffn", "gate", "re:.*norm$", "visual.blocks"]
+    assert new["ignore"] == [*kept, "text.layers.1.moe.router", "text.final"]
+    assert new["config_groups"]["a"]["targets"] == ["Linear", "text.layers.0.mlp.up"]
+    for old, now in NAMES.items():
+        assert bool(stated(config, old).ignored) == bool(stated(new, now).ignored)
+
+
+def test_patterns_of_gptqmodel_get_new_names_beside_them():
+    config = {"quant_method": "gptq", "dynamic": {"-:.*gate": {}}}
+    new = renamed("config.json", {"quantization_config": config}, NAMES)["quantization_config"]
+    assert stated(new, "text.layers.1.moe.router").ignored and not stated(new, "text.layers.1.ffn.up").ignored
+
+
+def test_a_rename_and_a_part_of_a_checkpoint_take_the_lists_along(tmp_path):
+    codes = {"weight": np.ones((4, 4), ml_dtypes.float8_e4m3fn), "weight_scale_inv": np.ones((1, 1), "float32")}
+    leaves = {f"model.up.{name}": leaf for name, leaf in codes.items()} | {"model.gate.weight": np.ones((4, 4), "f4")}
+    pm.save(leaves, tmp_path / "model.safetensors")
+    config = {"quant_method": "fp8", "modules_to_not_convert": ["model.gate"]}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    with pm.open(tmp_path) as checkpoint:
+        pm.at(checkpoint, "model.**").rename("text.model.**").save(tmp_path / "a")
+        pm.part(checkpoint, "**", rename={"model.**": "**"})[0].save(tmp_path / "b")
+        layout = pm.Layout([{"from": "model.**", "to": "net.**"}], name="net")
+        layout.to(checkpoint)[0].save(tmp_path / "d")
+        pm.part(checkpoint, "model.up.weight", rename={"model.up.weight": "x.weight"})[0].save(tmp_path / "c")
+    lists = [json.loads((tmp_path / out / "config.json").read_text())["quantization_config"] for out in "abd"]
+    assert [each["modules_to_not_convert"] for each in lists] == [["text.model.gate"], ["gate"], ["net.gate"]]
+    with pm.open(tmp_path / "c", raw=True) as stored:
+        assert sorted(stored.paths) == ["x.weight", "x.weight_scale_inv"]
+
+
+def test_floats_that_are_inserted_join_the_list(tmp_path):
+    leaves = {"up.weight": np.ones((4, 4), ml_dtypes.float8_e4m3fn), "up.weight_scale_inv": np.ones((1, 1), "f4")}
+    pm.save(leaves, tmp_path / "model.safetensors")
+    config = {"quant_method": "fp8", "modules_to_not_convert": ["lm_head"]}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    with pm.open(tmp_path) as model:
+        floats, codes = {"mtp.weight": np.ones((4, 4), "f4")}, {f"x.{name}": leaf for name, leaf in leaves.items()}
+        pm.insert(pm.insert(model, floats, "**")[0], codes, "x.up.weight")[0].save(tmp_path / "out")
+    with pm.open(tmp_path / "out") as made:
+        assert made.paths == ["up.weight", "mtp.weight", "x.up.weight"]
+    found = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert found["modules_to_not_convert"] == ["lm_head", "mtp"]

@@ -115,6 +115,24 @@ def test_different_values_are_not_lost(tmp_path):
         pm.tie(checkpoint, keep="both")
 
 
+def test_the_embedding_of_a_block_that_predicts_further_tokens_is_another(tmp_path):
+    values = {
+        name: np.full((4, 2), n, "float32") for n, name in enumerate(("lm_head.weight", "model.embed_tokens.weight"))
+    }
+    for block in ("model.layers.2", "mtp"):
+        copies = {f"{block}.{name}.weight": np.full((4, 2), 7, "float32") for name in ("embed_tokens", "lm_head")}
+        for names in ([*copies, *values], [*values, *copies]):  # files have leaves in any order
+            tree = {name: (values | copies)[name] for name in names}
+            tied, _ = pm.tie(tree, keep="embedding")
+            assert set(tree) - set(tied) == {"lm_head.weight"}
+            untied, _ = pm.untie(tied, head="lm_head.weight")
+            assert untied["lm_head.weight"].tolist() == [[1, 1]] * 4
+            pm.save(tied, tmp_path / "model.safetensors", force=True)
+            (tmp_path / "config.json").write_text('{"tie_word_embeddings": true}')
+            with pytest.raises(NoMatch, match=r"tied to model\.embed_tokens\.weight"):
+                pm.open(tmp_path / "model.safetensors")["lm_head.weight"]
+
+
 def test_a_stored_head_keeps_its_values(tmp_path):
     """transformers reads a head that is there and differs, whatever the configuration says."""
     model = made("gpt2", tie_word_embeddings=False)
@@ -124,6 +142,15 @@ def test_a_stored_head_keeps_its_values(tmp_path):
     untied, report = pm.untie(pm.open(tmp_path / "old"))
     assert not report.rows and pm.config(untied)["tie_word_embeddings"] is False
     assert np.array_equal(untied["lm_head.weight"], model.lm_head.weight.detach().numpy())
+
+
+def test_a_head_that_is_no_head():
+    tree = {"wte": {"weight": np.ones((3, 2))}, "norm": {"weight": np.ones(2)}}
+    for verb in (pm.tie, pm.untie):
+        with pytest.raises(SpecMismatch, match=r"norm/weight .* and wte/weight .* cannot be one"):
+            verb(tree, head="norm.weight")
+        with pytest.raises(BadArgument, match="is no path"):
+            verb(tree, head="")
 
 
 def test_state_dicts_share_a_tensor():

@@ -1,4 +1,4 @@
-"""Examples of what the functions of demo/ give."""
+"""Examples of what the functions of demo/ give, which import jax."""
 
 import numpy as np
 

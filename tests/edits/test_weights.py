@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pickle
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -142,6 +143,13 @@ def test_zeros_are_codes_and_scales_stay(model, tmp_path):
     assert not np.signbit(floats(tmp_path / "out")[UP]).any()
 
 
+def test_a_checkpoint_that_was_looked_at_can_be_pickled(model):
+    with pm.open(model[0]) as checkpoint:
+        paths = checkpoint.paths
+        again = pickle.loads(pickle.dumps(checkpoint))
+        assert again.paths == paths and np.array_equal(again[UP], checkpoint[UP])
+
+
 def test_what_must_be_encoded_is_refused_where_that_is_asked(model):
     folder, _scheme = model
     with pm.open(folder) as checkpoint:
@@ -232,3 +240,103 @@ def test_a_plan_says_how(model):
         assert f"add(1.0) ({scheme}: encoded anew, with scales by the greatest magnitude of each block (amax))" in text
         assert "codes of 0" in str(pm.at(checkpoint, UP).zero().plan)
         assert "by its scales" in str(pm.at(checkpoint, UP).multiply(2.0).plan)
+
+
+def test_a_report_has_the_distance_of_all_that_was_encoded(model, tmp_path):
+    """Also where it is 0."""
+    folder, scheme = model
+    with pm.open(folder) as checkpoint:
+        (row,) = pm.at(checkpoint, UP).clip(-1e6, 1e6).save(tmp_path / "out").to_dict()["changed"]
+    assert row["relative_l2"] == row["max_abs"] == row["blocks_encoded"] == 0 and row["scheme"] == scheme
+    assert bytes_of(folder) == bytes_of(tmp_path / "out")
+
+
+def test_the_first_version_of_gptq_holds_positive_values_without_a_zero_point_of_0(tmp_path):
+    leaves = {"qweight": np.full((4, 8), 0x33333333, np.int32), "qzeros": np.full((1, 1), 0x12345677, np.int32)}
+    leaves["scales"] = np.ones((1, 8), np.float16)
+    pm.save({f"fc.{name}": leaf for name, leaf in leaves.items()}, tmp_path / "model.safetensors")
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "checkpoint_format": "gptq"}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    with pm.open(tmp_path) as checkpoint:
+        filled = pm.at(checkpoint, "fc.weight").fill(0.5)
+        assert np.allclose(filled["fc.weight"], 0.5, rtol=1e-3)
+
+
+def nested(values, scale):
+    """Codes of nf4 whose scales are codes: map[code] · `scale` + 0.02."""
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [4, 64]}
+    state |= {"nested_blocksize": 256, "nested_offset": 0.02}
+    leaves = {"": np.full((128, 1), 0xFF, np.uint8), ".absmax": values, ".quant_map": np.zeros(16, "float32")}
+    leaves |= {".nested_absmax": np.array([scale], "float32")}
+    leaves |= {".nested_quant_map": np.linspace(-1, 1, 255, dtype="float32").repeat([1] * 254 + [2])}
+    leaves |= {".quant_state.bitsandbytes__nf4": np.frombuffer(json.dumps(state).encode(), np.uint8)}
+    return {f"fc.weight{name}": leaf for name, leaf in leaves.items()}
+
+
+def test_scales_of_scales_of_bitsandbytes_grow_where_a_block_needs_it():
+    tree = nested(np.array([254, 127, 0, 127], np.uint8), 0.01)
+    assert np.allclose(pm.at(tree, "fc.weight").one()[:, 0], [0.03, 0.02, 0.01, 0.02])
+    filled = pm.at(tree, "fc.weight").fill(0.5)
+    assert np.allclose(pm.at(filled, "fc.weight").one(), 0.5, rtol=1e-6)
+    with pytest.raises(pm.errors.Unsupported, match="near enough"):  # 0.02 is added to all scales
+        pm.at(tree, "fc.weight").multiply(1e-4)
+    smaller = pm.at(tree, "fc.weight")[1].add(-0.01)
+    assert smaller["fc.weight.nested_absmax"] == tree["fc.weight.nested_absmax"]
+    assert np.allclose(pm.at(smaller, "fc.weight").one()[:, 0], [0.03, 0.01, 0.01, 0.02])
+
+
+def test_parameters_are_counted_as_weights(model):
+    folder, _scheme = model
+    with pm.open(folder) as checkpoint:
+        assert pm.param_count(checkpoint) == 2 * 256 * 384 + 4 and pm.param_count(checkpoint, UP) == 256 * 384
+
+
+def test_stacked_codes_of_a_scheme_of_matrices_are_refused_by_name():
+    tree = pm.quantize({"fc": {"weight": torch.from_numpy(WEIGHT)}}, "**", scheme="gptq")[0]["fc"]
+    stacked = {"fc": {name: torch.stack([leaf, leaf]) for name, leaf in tree.items()}}
+    with pytest.raises(pm.errors.SpecMismatch, match="one of matrices"):
+        pm.at(stacked, "fc.weight").zero()
+
+
+def test_blocks_whose_scales_are_not_finite():
+    scales = np.full((2, 4, 1), 127, np.uint8)
+    scales[0, 0] = 255  # 2^128, as the library has it
+    experts = {"gate_up_proj_blocks": np.full((2, 4, 1, 16), 0x22, np.uint8), "gate_up_proj_scales": scales}
+    zero = pm.at({"experts": experts}, "experts/gate_up_proj").zero()
+    assert not pm.at(zero, "experts/gate_up_proj").one().any()
+    assert zero["experts"]["gate_up_proj_scales"][1].tolist() == [[127]] * 4
+    tree = {"weight": np.ones((4, 4), ml_dtypes.float8_e4m3fn), "weight_scale_inv": np.full((1, 1), np.nan, "f4")}
+    row = pm.at(pm.at({"fc": tree}, "fc/weight")[0].zero(), "fc/weight").one()
+    assert not row[0].any() and np.isnan(row[1:]).all()
+    four = {"weight_packed": np.full((1, 8), 0x22, np.uint8), "weight_scale": np.ones((1, 1), ml_dtypes.float8_e4m3fn)}
+    four["weight_global_scale"] = np.zeros(1, "float32")
+    with pytest.raises(pm.errors.Unsupported, match="scales of scales"):
+        pm.at({"fc": four}, "fc/weight").zero()
+
+
+def test_nan_that_stays_is_no_distance(tmp_path):
+    codes = np.ones((4, 4), ml_dtypes.float8_e4m3fn)
+    codes[0, 0] = np.nan
+    pm.save({"fc.weight": codes, "fc.weight_scale_inv": np.ones((1, 1), "float32")}, tmp_path / "m.safetensors")
+    with pm.open(tmp_path / "m.safetensors") as checkpoint:
+        (row,) = pm.at(checkpoint, "fc.weight").add(1.0).save(tmp_path / "out.safetensors").to_dict()["changed"]
+    assert row["relative_l2"] == row["max_abs"] == 0
+
+
+def test_a_leaf_that_two_weights_share_does_not_change_for_one():
+    codes, scale = torch.ones(4, 4).to(torch.float8_e4m3fn), torch.full((1, 1), 2.0)
+    whole = {name: {"weight": codes, "weight_scale_inv": scale} for name in "ab"}
+    assert pm.at(pm.at(whole, "a.weight").add(1.0), "b.weight").one()[0, 0] == 3
+    scales = {name: {"weight": codes.clone(), "weight_scale_inv": scale} for name in "ab"}
+    payload = {name: {"weight": codes, "weight_scale_inv": scale.clone()} for name in "ab"}
+    for tree, edit in (
+        (scales, lambda at: at.multiply(3.0)),
+        (scales, lambda at: at.add(1.0)),
+        (payload, lambda at: at.zero()),
+        (payload, lambda at: at.fill(1.0)),
+    ):
+        with pytest.raises(Quantized, match=r"is a part of b\.weight, too"):
+            edit(pm.at(tree, "a.weight"))
+    assert not pm.at(pm.at(scales, "a.weight").zero(), "a.weight").one().any()
+    both = pm.at(scales, "{a,b}.weight").multiply(3.0)
+    assert [pm.at(both, f"{name}.weight").one()[0, 0] for name in "ab"] == [6, 6]

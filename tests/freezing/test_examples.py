@@ -1,4 +1,4 @@
-"""Examples of what the functions of freezing/ give."""
+"""Examples of what the functions of freezing/ give, which import jax."""
 
 import numpy as np
 

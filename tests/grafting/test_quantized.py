@@ -192,3 +192,15 @@ def test_a_module_takes_values_of_codes():
     module = torch.nn.Linear(200, 256, bias=False)
     pm.graft_(module, {name.rpartition(".")[2]: x for name, x in stored(FP8).items() if ".fc." in name})
     assert np.array_equal(module.weight.detach().numpy(), pm.at(stored(FP8), WEIGHT).one())
+
+
+@pytest.mark.parametrize("scheme", ["int4", "gptq", "awq", "nf4", "bnb-int8", "nvfp4"])
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_values_become_codes_of_schemes_with_leaves_that_stay(scheme, on_disk, tmp_path):
+    first, second = (np.random.default_rng(n).standard_normal((64, 128)).astype("float32") for n in (0, 1))
+    target = pm.quantize({"fc.weight": first}, "**", scheme=scheme)[0]
+    target, source = sides(tmp_path, on_disk, target, {"fc.weight": second})
+    tree, report = pm.graft(target, source)
+    found = np.asarray(pm.dequantize(tree, dtype="float32")[0]["fc.weight"])
+    off = np.linalg.norm(found - second) / np.linalg.norm(second)
+    assert off < 0.14 and report.to_dict()["encoded"]["fc.weight"]["relative_l2"] == pytest.approx(off, abs=5e-3)

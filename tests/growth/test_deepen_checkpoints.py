@@ -206,7 +206,7 @@ def test_the_command(folder, tmp_path, options, order):
         (["--blocks", "1", "--stack", "2", "-o", "OUT"], "One of --blocks"),
         (["--blocks", "1"], "-o OUT is needed"),
         (["--blocks", "0", "-o", "OUT"], "--blocks 0"),
-        (["--order", "0,x", "-o", "OUT"], "not a list of layers"),
+        (["--order", "0,x", "-o", "OUT"], "'x' is neither a number nor a range"),
         (["--order", "0,7", "-o", "OUT"], "names layer 7"),
         (["--drop", "9", "-o", "OUT"], "no layer 9"),
         (["--blocks", "1", "--identity", "a=b", "-o", "OUT"], "not SELECTOR=VALUE"),

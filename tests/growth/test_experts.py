@@ -173,9 +173,10 @@ def test_copies_are_leaves_of_their_own():
         ([], "BadArgument", "0 experts would be left"),
         (3, "BadArgument", "is not a list"),
         ("01", "BadArgument", "is not a list"),
-        ({0: [1]}, "BadArgument", "1 is not among the keys"),
+        ({0: [1]}, "BadArgument", "the keys of ids are without 1"),
         ({0: [1], 1: [1, 2]}, "BadArgument", "would have 1, 2 experts"),
         ({0: [1], 1: [1], 2: [1]}, "BadArgument", "2 is no layer with experts: 0, 1"),
+        ({"a": [1]}, "BadArgument", "'a' is no layer with experts: 0, 1"),
     ],
 )
 def test_what_no_layer_can_have(ids, error, said):
@@ -213,6 +214,11 @@ def test_groups_stay_groups(tmp_path, ids, said):
             pm.experts(old).keep(ids)
 
 
+def test_all_experts_stay_whatever_their_groups_are(tmp_path):
+    with written(tmp_path / "a", mixture(count=2), GROUPED | {"n_routed_experts": 2}) as old:
+        assert pm.experts(old).keep([0, 1])[1].after == 2
+
+
 def test_groups_that_copies_would_change(tmp_path):
     with (
         written(tmp_path / "a", mixture(count=8), GROUPED) as old,
@@ -226,7 +232,7 @@ def test_blocks_that_predict_further_tokens(tmp_path):
     with written(tmp_path / "a", tree, QWEN | {"num_nextn_predict_layers": 1}) as old:
         new, _ = pm.experts(old).keep([3, 1])
         assert experts_of(new, 2) == [23, 21]
-        with pytest.raises(pm.errors.BadArgument, match="'mtp' is not among"):
+        with pytest.raises(pm.errors.BadArgument, match="without 'mtp'"):
             pm.experts(old).keep({0: [1], 1: [1]})
         for key in ("mtp", 2):
             new, _ = pm.experts(old).keep({0: [1, 2], 1: [1, 3], key: [0, 1]})
@@ -340,8 +346,10 @@ def test_a_single_file_leaves_the_configuration(tmp_path):
 def test_a_module_stays_a_module():
     model = make("mixtral", torch.float32).train()
     model.model.embed_tokens.weight.requires_grad_(False)
+    model.generation_config.temperature = 0.25
     state = torch.random.get_rng_state()
     new, _ = pm.experts(model).keep([1, 2])
+    assert new.generation_config.temperature == 0.25 and new.generation_config is not model.generation_config
     assert torch.equal(torch.random.get_rng_state(), state)
     assert type(new) is type(model)
     assert new.training
@@ -358,6 +366,7 @@ def test_a_module_stays_a_module():
     ("args", "after", "first"),
     [
         (["--keep", "3,1"], 2, [3, 1]),
+        (["--keep", "3,0-1"], 3, [3, 0, 1]),
         (["--drop", '{"0": [0], "1": [1]}'], 3, [1, 2, 3]),
         (["--duplicate", "2"], 8, [0, 0, 1, 1, 2, 2, 3, 3]),
     ],
@@ -374,7 +383,8 @@ def test_the_command(tmp_path, args, after, first):
 
 def test_the_command_says_what_is_wrong(tmp_path):
     written(tmp_path / "a", mixture(), QWEN).close()
-    for args, said in (([], "One of --keep"), (["--keep", "x"], "is not a list"), (["--keep", "{"], "is not JSON")):
+    wrong = {"x": "'x' is neither", "3-1": "'3-1' is neither", "{": "is not JSON", '{"a": [1]}': "'a'"}
+    for args, said in (([], "One of --keep"), *((["--keep", text], said) for text, said in wrong.items())):
         done = run("experts", tmp_path / "a", *args, "--dry-run")
         assert done.exit_code == 2 and said in done.stderr
 
@@ -425,6 +435,15 @@ def test_single_files_of_other_formats(tmp_path, suffix):
         assert experts_of(flat, 1) == [12, 10]
     else:
         assert sorted(found["model"]["layers"]["1"]["mlp"]["experts"]) == ["0", "1"]
+
+
+def test_kernels_of_all_experts_count_them_first():
+    experts = {"up": {"kernel": np.arange(45.0).reshape(3, 5, 3)}, "down": {"kernel": np.ones((3, 3, 5))}}
+    layer = {"gate": {"kernel": np.arange(15).reshape(5, 3)}, "experts": experts}
+    tree, _ = pm.experts({"params": {"layers_0": {"moe": layer}}}).keep([2, 0])
+    new = tree["params"]["layers_0"]["moe"]
+    assert np.array_equal(new["experts"]["up"]["kernel"], experts["up"]["kernel"][[2, 0]])
+    assert np.array_equal(new["gate"]["kernel"], layer["gate"]["kernel"][:, [2, 0]])
 
 
 def test_trees_of_lists_and_dicts():

@@ -160,7 +160,9 @@ def test_tied_heads_stay_tied():
         ({"experts": 2, "top_k": 3}, "BadArgument", "top_k=3 of experts=2"),
         ({"experts": 0, "top_k": 0}, "BadArgument", "cannot be chosen"),
         ({"experts": 2, "top_k": 1, "drop": 1.5}, "BadArgument", "no share"),
+        ({"experts": 2, "top_k": 1, "drop": "a"}, "BadArgument", "no share"),
         ({"experts": 2, "top_k": 1, "seed": -1}, "BadArgument", "negative"),
+        ({"experts": 2, "top_k": 1, "seed": 1.5}, "BadArgument", "not a list of whole numbers"),
         ({"experts": 2, "top_k": 1, "router": "copy"}, "BadArgument", "neither 'random' nor an array"),
         ({"experts": 2, "top_k": 1, "router": np.ones((2, 3))}, "SpecMismatch", "2 experts of 16 inputs need"),
     ],
@@ -219,17 +221,27 @@ def test_a_step_of_a_recipe(saved, tmp_path):
         assert pm.config(found)["num_local_experts"] == 2
 
 
-def test_a_mixture_trains_on_from_where_the_dense_model_stood():
+@pytest.mark.slow
+def test_a_deeper_mixture_trains_on_from_where_the_dense_model_stood(tmp_path):
+    def trained(model, steps):
+        optimizer, losses = torch.optim.AdamW(model.parameters(), 1e-3), []
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = model(TOKENS, labels=TOKENS).loss
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
     model = dense("llama", torch.float32)
-    dense_loss = model(TOKENS, labels=TOKENS).loss.item()
-    new, _ = pm.upcycle(model, experts=4, top_k=2)
-    optimizer = torch.optim.AdamW(new.parameters(), 1e-3)
-    losses = []
-    for _ in range(5):
-        optimizer.zero_grad()
-        loss = new(TOKENS, labels=TOKENS).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert abs(losses[0] - dense_loss) < 1e-3
-    assert losses == sorted(losses, reverse=True)
+    before = trained(model, 10)
+    model.save_pretrained(tmp_path / "old")
+    made, _ = pm.upcycle(pm.open(tmp_path / "old"), experts=4, top_k=2)
+    made, _ = pm.deepen(made, order=pm.depth.blocks(2, count=2))
+    made.save(tmp_path / "new")
+    new, said = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "new", output_loading_info=True)
+    assert not said["missing_keys"] and not said["unexpected_keys"] and new.config.num_hidden_layers == 4
+    stood = model(TOKENS, labels=TOKENS).loss.item()
+    after = trained(new, 50)
+    assert abs(after[0] - stood) < 1e-4
+    assert max(after) < before[0] and after[-1] < stood / 2

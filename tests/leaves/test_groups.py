@@ -157,9 +157,10 @@ def test_groups_of_modules_of_every_framework():
 def test_boxes_of_one_value_are_leaves():
     params = {"fc": {"kernel": {"value": np.ones((4, 8), "int8")}, "scale": {"value": np.ones(8)}}}
     assert told(Tree(params)) == [("int8", {"fc/kernel/value": "payload", "fc/scale/value": "scale"})]
-    with pytest.raises(pm.errors.Quantized):
-        pm.at(params, "**/kernel/value").zero()
-    assert list(pm.at(params, "fc/**").rename("dense/**")) == ["dense"]
+    assert not pm.at(params, "**/kernel/value").zero()["fc"]["kernel"]["value"].any()
+    renamed = pm.at(params, "fc/**").rename("dense/**")
+    assert pm.at(renamed, "**").paths == ["dense/kernel/value"]
+    assert renamed["dense"]["scale"]["value"] is params["fc"]["scale"]["value"]
 
 
 def test_a_list_of_one_scale_is_a_scale():

@@ -1,4 +1,4 @@
-"""Examples of what the functions of lessons/ give."""
+"""Examples of what the functions of lessons/ give, which import jax."""
 
 import tempfile
 from pathlib import Path

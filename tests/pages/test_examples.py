@@ -1,4 +1,4 @@
-"""Examples of what the functions of pages/ give."""
+"""Examples of what the functions of pages/ give, which import matplotlib."""
 
 from paramend.pages.drawing import draw
 from paramend.pages.page import Page

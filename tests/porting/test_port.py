@@ -570,3 +570,16 @@ def test_rules_that_are_none():
     rules = [{"from": "x.weight", "to": "b/kernel"}]
     tree, _ = pm.port(TWINS, PAIR, rules=rules)
     assert tree["b"]["kernel"].tolist() == PAIR["x.weight"].tolist()
+
+
+@pytest.mark.parametrize("scheme", ["fp8-channel", "int4", "nf4", "bnb-int8"])
+def test_quantised_weights_are_decoded(scheme, tmp_path):
+    weights = {"a": torch.randn(64, 128, generator=torch.Generator().manual_seed(0)), "b": torch.ones(8, 64)}
+    state = {f"{name}.weight": weight for name, weight in weights.items()}
+    state = pm.quantize(state, "a.weight", scheme=scheme)[0]
+    values = pm.dequantize(state, dtype="float32")[0]["a.weight"].numpy()
+    target = {name: {"kernel": np.zeros(weight.shape[::-1], "float32")} for name, weight in weights.items()}
+    save_file(state, tmp_path / "model.safetensors")
+    for source in (state, pm.open(tmp_path / "model.safetensors")):
+        tree, report = pm.port(target, source)
+        assert np.array_equal(tree["a"]["kernel"], values.T) and len(report.copied) == 2

@@ -154,6 +154,22 @@ def test_kept_tokens_have_their_rows_and_logits(tmp_path, tied):
     close(new(after[None]).logits, model(before[None]).logits[..., kept])
 
 
+def test_a_module_follows():
+    model = model_of(40, pad_token_id=30, eos_token_id=[2, 31], bos_token_id=1)
+    model.generation_config.suppress_tokens = [7, 33]
+    new, report = pm.vocabulary(model).keep([20, 33])
+    kept, texts = [1, 2, 20, 30, 31, 33], torch.tensor([[0, 2, 5, 1]])
+    assert [*report.ids] == kept and (new.config.vocab_size, model.config.vocab_size) == (6, 40)
+    assert (new.config.eos_token_id, new.config.pad_token_id) == ([1, 4], 3)
+    assert new.generation_config.suppress_tokens == [5]
+    embedding, head = new.model.embed_tokens, new.lm_head
+    assert (embedding.num_embeddings, embedding.padding_idx, head.out_features) == (6, 3, 6)
+    old = torch.tensor(kept)[texts]
+    close(new(texts).logits, model(old).logits[..., kept])
+    new(texts, labels=texts).loss.backward()
+    assert pm.vocabulary(model).pad(64)[0](old, labels=old).logits.shape[-1] == 64
+
+
 @pytest.mark.numeric
 @pytest.mark.parametrize("family", [each for each in FAMILIES if each.id != "vit"])
 def test_every_family_computes_the_logits_of_kept_tokens(tmp_path, family):

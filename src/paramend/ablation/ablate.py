@@ -15,6 +15,7 @@ from paramend.edits.quantized import check_values
 from paramend.edits.weights import Weights, weighed
 from paramend.errors import BadArgument
 from paramend.leaves.leaves import Editable, unique
+from paramend.leaves.rules import Codec
 from paramend.leaves.specs import Scalar
 from paramend.reports import wording
 from paramend.selectors.grammar import captures_of
@@ -39,6 +40,7 @@ def ablate(
     jit: bool | None = None,
     batch: int = 0,
     raw: bool = False,
+    codec: Codec | None = None,
     order: int | None = None,
 ) -> AblationReport:
     """The report of the model's score without each target in turn.
@@ -61,6 +63,7 @@ def ablate(
         jit: whether JAX traces the score, once for the whole sweep. None: only if the leaves are JAX arrays.
         batch: how many targets `vmap` maps a traced score over at once; 0 for one after the other.
         raw: whether leaves are taken as they are stored. Without it, targets with quantised weights are refused.
+        codec: a `pm.Codec`, by which leaves that stand beside each other are one weight.
         order: deprecated: `order=2` is `pairs=True`.
 
     Returns:
@@ -88,7 +91,7 @@ def ablate(
             raise BadArgument(f"order={order!r} is neither 1 nor 2", hint="pairs=True")
         warnings.warn("pm.ablate(..., order=2) is now pairs=True", DeprecationWarning, stacklevel=2)
         pairs = order == 2
-    leaves = weighed(editable(tree, raw=raw))
+    leaves = weighed(editable(tree, raw=raw), rule=codec)
     chosen = {name: _chosen(leaves, name, selector) for name, selector in named(leaves, targets).items()}
     stage = _stage(leaves, score, jit, batch)
     groups = [(name,) for name in chosen] + (list(combinations(chosen, 2)) if pairs else [])

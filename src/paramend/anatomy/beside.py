@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from paramend.anatomy.sections import config_beside, counted
+from paramend.anatomy.sections import MTP, config_beside, counted
 from paramend.formats.source import Source
 from paramend.leaves.leaves import Index
 from paramend.leaves.paths import Names, number_of, text_of
@@ -17,6 +17,11 @@ HEADS = {"lm_head", "embed_out", "proj_out", "output_projection", "vocab_project
 _LAST_HEADS = {"output", "decoder"}  # heads if nothing but the name of the weight follows
 EMBEDDINGS = ("embed_tokens", "wte", "shared", "word_embeddings", "tok_embeddings", "embed_in", "tokens_embed")
 WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining", "Seq2Seq")
+
+
+def in_layer(path: tuple[str, ...]) -> bool:
+    """Whether a path leads into a layer or a block: those that predict further tokens hold copies of tables."""
+    return any(number_of(piece) is not None or piece in MTP for piece in path)
 
 
 def mark_blocks(source: Source, path: Path) -> None:
@@ -47,7 +52,9 @@ def absent_head(text: str, index: Index, path: Path) -> tuple[str, str] | None:
     head = next((piece for piece in pieces if piece in HEADS), None)
     if head is None and len(pieces) > 1 and pieces[-2] in _LAST_HEADS:
         head = pieces[-2]
-    by_name = {index.pieces(number)[-2:-1]: number for number in reversed(index.numbers)}
+    by_name: dict[tuple[str, ...], int] = {}
+    for number in sorted(index.numbers, key=lambda number: in_layer(index.pieces(number))):
+        by_name.setdefault(index.pieces(number)[-2:-1], number)
     shared = next((by_name[name,] for name in EMBEDDINGS if (name,) in by_name), None)
     if head is None and pieces[-2:-1] == ["embed_tokens"] and ("shared",) in by_name:
         head, shared = "embed_tokens", by_name["shared",]  # of an encoder or a decoder

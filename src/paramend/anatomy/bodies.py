@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from paramend.anatomy.entries import entries, entry_of
 from paramend.anatomy.parts import parts_of
 from paramend.anatomy.schedules import DENSE, SPARSE, schedules_of
-from paramend.anatomy.sections import counted, part_at, sections_of, side_of
+from paramend.anatomy.sections import MTP, counted, kind_at, part_at, sections_of, side_of
 from paramend.anatomy.sizes import Leaf, sizes_of
 from paramend.leaves.paths import number_of
 
@@ -18,11 +18,10 @@ _MIXERS = {
     "linear_attn": "linear_attention",
     "mamba": "linear_attention",
     "A_log": "linear_attention",
-    **dict.fromkeys(("self_attn", "attention", "attn", "SelfAttention", "q_proj"), "attention"),
+    **dict.fromkeys(("self_attn", "self_attention", "attention", "attn", "SelfAttention", "q_proj"), "attention"),
 }
 _PREDICTS = {"eh_proj", "enorm", "hnorm"}  # of a block that predicts further tokens
 _LISTED = ("layer_types", "layers_block_type")  # lists that tell kinds as transformers calls them
-MTP = ("mtp", "mtp_layers", "mtp_block")  # above such blocks
 
 
 class Run(Protocol):
@@ -98,7 +97,7 @@ class Body:
 
     @property
     def model_type(self) -> str:
-        return str(self.section.get("model_type") or self.config.get("model_type") or "")
+        return kind_at(self.config, self.place)
 
     @cached_property
     def sizes(self) -> dict[str, int]:

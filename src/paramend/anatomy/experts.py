@@ -59,7 +59,7 @@ _ROUTER = re.compile(
     r"|(?:moe/)?router_bias"
 )
 _ROWS = re.compile(r"experts/mlp/(?:w1|v1|w2)")
-_LAST_AXIS = re.compile(r".*/(?:kernel|moe_statics/\w+)|moe_statics/\w+")
+_LAST_AXIS = re.compile(r"(?!experts/).*/kernel|(?:.*/)?moe_statics/\w+")
 _ROUTED = re.compile(r"(?:moe/)?(?:gate|router)/.+")
 _SHARED = re.compile(r"shared?_(?:experts?|mlp)(?:_gate)?")
 # What numbered layers are called, where other numbers come before them.

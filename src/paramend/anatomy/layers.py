@@ -9,7 +9,7 @@ from typing import Any
 from paramend.anatomy.entries import CYCLES, LISTS, NAMING, OTHERS, entries, entry_of, moved
 from paramend.anatomy.moves import Move, check_places
 from paramend.anatomy.schedules import COMMON, FULL, LAST_FULL, SCHEDULES, Schedule, schedules_of
-from paramend.anatomy.sections import BLOCKS, COUNTS, SENSES, SIDES, counts_of, part_at, sections_of, side_of
+from paramend.anatomy.sections import BLOCKS, COUNTS, SENSES, SIDES, counts_of, kind_at, part_at, sections_of, side_of
 from paramend.errors import BadArgument, Unsupported
 
 # Keys that scale layers by their number or by the number of layers: a copy would get another scale than its source.
@@ -112,16 +112,15 @@ def followed(config: Mapping[str, Any], move: Move) -> tuple[dict[str, Any], lis
     said: list[str] = []
     for place in places:
         section = Section(place, part_at(new, place), kinds=[[] for _ in range(move.n)])
-        outer = None if any(word in key for key in place for word in SENSES) else config.get("model_type")
-        kind = section.part.get("model_type") or outer
+        kind = kind_at(config, place)
         _count(section, move)
         if not move.trivial:
-            _refuse(section.part, str(kind), move)
-            _follow_schedules(section, str(kind), move)
+            _refuse(section.part, kind, move)
+            _follow_schedules(section, kind, move)
             _follow_entries(section, move)
             _follow_stages(section, move)
-            _refuse_numbers(section, str(kind), move)
-            _refuse_last(section, str(kind))
+            _refuse_numbers(section, kind, move)
+            _refuse_last(section, kind)
         if place != places[-1]:
             said += section.said
         else:

@@ -129,8 +129,6 @@ def part_config(
     if part.name == _TEXT and found:
         said += _names(part, paths, renamed, ("model",) if found.endswith(WITH_HEAD) else ())
     shared = {key: config[key] for key in _SHARED if config.get(key) is not None and key not in inner}
-    if "." in str(shared.get("quantization_config")):
-        said.append("quantization_config is that of the whole model: check the names in it")
     dtypes = {key: config[key] for key in _DTYPES if key in config}
     new = {key: value for key, value in inner.items() if key not in (*(_DTYPES if dtypes else ()), "architectures")}
     new |= ({"architectures": [found]} if found else {}) | shared | dtypes

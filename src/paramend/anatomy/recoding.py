@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from paramend.anatomy.quantization import FILES, IGNORE, named_by, names, part_of, texts_of
+from paramend.anatomy.quantization import FILES, IGNORE, named_by, names, part_of, stated, texts_of
 from paramend.errors import Unsupported
 from paramend.formats.jsontext import CONFIG
 from paramend.leaves.groups import methods_of
@@ -54,6 +54,49 @@ def _leave_out(config: Any, modules: Sequence[str], floats: Sequence[str]) -> No
     for key in [key for key in IGNORE if isinstance(config.get(key), list)] or [usual]:
         listed = list(floats) if config.get(key) is None else config[key]
         config[key] = [*listed, *(each for each in modules if not any(names(e, each) for e in texts_of(listed)))]
+
+
+def listed(file: str, values: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
+    """What one of `FILES` holds after modules came that are not quantised."""
+    new = copy.deepcopy(dict(values))
+    part = part_of(new, dict(FILES)[file])
+    if part is not None and modules:
+        _leave_out(part, modules, [])
+    return new
+
+
+def renamed(file: str, values: Mapping[str, Any], moved: Mapping[str, str]) -> dict[str, Any]:
+    """What one of `FILES` holds after modules got other names: its lists of modules have these.
+
+    Args:
+        file: its name.
+        values: what it holds.
+        moved: every module → its name then.
+
+    >>> config = {"quantization_config": {"quant_method": "fp8", "modules_to_not_convert": ["mtp", "re:a.*"]}}
+    >>> found = renamed("config.json", config, {"mtp.fc": "model.mtp.fc", "a.x": "b.x", "c": "c"})
+    >>> found["quantization_config"]["modules_to_not_convert"]
+    ['model.mtp', 're:a.*', 'b.x']
+    """
+    new = copy.deepcopy(dict(values))
+    part: Any = part_of(new, dict(FILES)[file])
+    if part is None:
+        return new
+    below: dict[str, dict[str, None]] = {}  # a module, or what it is in → its names then
+    for old, now in moved.items():
+        for end in (len(old), *(found.start() for found in re.finditer(r"\.", old))):
+            if now.endswith(old[end:]):
+                below.setdefault(old[:end], {})[now[: len(now) - len(old) + end]] = None
+    ignored = [now for old, now in moved.items() if old != now and stated(part, old).ignored]
+    groups = [each for each in (part.get("config_groups") or {}).values() if isinstance(each, dict)]
+    for holder, keys in ((part, IGNORE), *((group, ("targets",)) for group in groups)):
+        for key in keys:
+            if isinstance(holder.get(key), list):
+                holder[key] = list(dict.fromkeys(now for entry in holder[key] for now in below.get(entry, [entry])))
+    missing = [module for module in ignored if not stated(part, module).ignored]
+    if missing:  # those that a pattern named
+        _leave_out(part, missing, [])
+    return new
 
 
 def quantised(

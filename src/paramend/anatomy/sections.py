@@ -23,6 +23,8 @@ SIDES: Mapping[str, tuple[str, ...]] = {
 }
 # Keys that count the blocks that predict further tokens. They are numbered after the last layer.
 BLOCKS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers", "mtp_num_hidden_layers", "num_mtp_modules")
+# Names above such blocks, where they are numbered apart.
+MTP = ("mtp", "mtp_layers", "mtp_block")
 # Words in the paths of parts of a multimodal model that are not its text model.
 SENSES = ("vision", "visual", "image", "audio", "speech", "vit")
 # A configuration is a few kilobytes; larger files are none.
@@ -116,6 +118,14 @@ def part_at(config: Mapping[str, Any], place: Sequence[str]) -> Any:
     return part
 
 
+def kind_at(config: Mapping[str, Any], place: Sequence[str]) -> str:
+    """The model type of a section; "" for a part that sees or hears under the name of the whole model."""
+    own, whole = part_at(config, place).get("model_type"), config.get("model_type")
+    if any(word in key for key in place for word in SENSES):
+        return str(own or "") if own != whole else ""
+    return str(own or whole or "")
+
+
 def model_type(config: Mapping[str, Any], n: int, where: Sequence[str] = ()) -> str | None:
     """The model type of the section that counts n layers."""
     places = sections_of(config, n, where)
@@ -137,3 +147,14 @@ def _parts(config: Any) -> Iterator[Mapping[str, Any]]:
         yield config
         for part in config.values():
             yield from _parts(part)
+
+
+def enter(config: Any, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Write what changed into the configuration of a model."""
+    for key, value in new.items():
+        if key in old and old[key] == value:
+            continue
+        if isinstance(value, dict) and hasattr(getattr(config, key, None), "to_dict"):
+            enter(getattr(config, key), old[key], value)
+        else:
+            setattr(config, key, value)

@@ -1,10 +1,10 @@
 """Sizes: the widths and counts of a model, by its configuration and the shapes of its leaves."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from paramend.anatomy.beside import EMBEDDINGS
+from paramend.anatomy.beside import EMBEDDINGS, in_layer
 from paramend.anatomy.entries import words
 from paramend.leaves.paths import number_of
 
@@ -59,15 +59,16 @@ def sizes_of(section: Mapping[str, Any], leaves: Iterable[Leaf], side: str = "")
     """
     leaves = list(leaves)
     found = dict(_said(section, side))
-    table = next((leaf.shape for leaf in leaves if len(leaf.shape) == 2 and {*EMBEDDINGS} & {*leaf.path[-2:-1]}), None)
-    if table is not None:
-        found = {"vocabulary": table[0], "hidden": table[1]} | found
+    tables = [leaf for leaf in leaves if len(leaf.shape) == 2 and {*EMBEDDINGS} & {*leaf.path[-2:-1]}]
+    if tables:
+        vocabulary, hidden = min(tables, key=lambda leaf: in_layer(leaf.path)).shape
+        found = {"vocabulary": vocabulary, "hidden": hidden} | found
     lengths: dict[str, list[int]] = {}
     for leaf in leaves:
         for name, length in _lengths(leaf, found.get("hidden", 0)):
             lengths.setdefault(name, []).append(length)
-    if lengths.get("wide") or lengths.get("wide twice"):
-        found.setdefault("mlp", lengths["wide"][0] if "wide" in lengths else lengths["wide twice"][0] // 2)
+    if wide := _only([*lengths.get("wide", ()), *(length // 2 for length in lengths.get("wide twice", ()))]):
+        found.setdefault("mlp", wide)
     heads = {name: found.pop(name, 0) for name in ("heads", "head_dim", "kv_heads")}
     attends = any(_ATTENDS.search(piece) for leaf in leaves for piece in leaf.path)
     return found | {name: size for name, size in _heads(section, lengths, **heads).items() if size and attends}
@@ -113,11 +114,16 @@ def _heads(
         return {"heads": heads, "head_dim": sum(latent) or head_dim, "kv_heads": kv_heads or heads}
     dim = head_dim or lengths.get("of heads", [0])[0]
     if inner and not heads:
-        heads = inner[0] // dim if dim else 0
+        heads = _only(inner) // dim if dim else 0
     elif inner and heads * dim not in inner:
-        dim = inner[0] // heads
+        dim = _only(inner) // heads
     if keys and kv_heads * dim not in keys:
-        kv_heads = keys[0] // dim if dim else 0
+        kv_heads = _only(keys) // dim if dim else 0
     elif dim and heads and fused and (heads + 2 * kv_heads) * dim not in fused and not keys:
-        kv_heads = (fused[0] // dim - heads) // 2
+        kv_heads = max(_only(fused) // dim - heads, 0) // 2
     return {"heads": heads, "head_dim": dim, "kv_heads": kv_heads}
+
+
+def _only(lengths: Sequence[int]) -> int:
+    """The one that all are; 0 if layers differ."""
+    return lengths[0] if len({*lengths}) == 1 else 0

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from paramend.anatomy.beside import EMBEDDINGS, HEADS, WITH_HEAD
+from paramend.anatomy.beside import EMBEDDINGS, HEADS, WITH_HEAD, in_layer
 from paramend.anatomy.entries import words
 
 KEY = "tie_word_embeddings"
@@ -105,12 +105,14 @@ def tiable(config: Mapping[str, Any], paths: Paths) -> dict[Pieces, Pieces]:
 
 def embedding_of(paths: Paths) -> int | None:
     """The number of the embedding of tokens; None if it has none of the usual names."""
-    named = {path[-2]: n for n, path in [*paths.items()][::-1] if len(path) > 1 and path[-1] in _WEIGHTS}
-    return next((named[name] for name in ("shared", *EMBEDDINGS, "embeddings") if name in named), None)
+    names = ("shared", *EMBEDDINGS, "embeddings")
+    named = {n: path for n, path in paths.items() if path[-1] in _WEIGHTS and {*path[-2:-1]} & {*names}}
+    return min(named, key=lambda n: (in_layer(named[n]), names.index(named[n][-2])), default=None)
 
 
 def head_of(paths: Paths) -> int | None:
     """The number of the weight of the head that gives logits; None if it is not stored."""
     named = {n: path[:-1] for n, path in paths.items() if path[-1] in _WEIGHTS}
-    inner = [n for n, path in named.items() if path[-2:] in (("predictions", "decoder"), ("lm_head", "decoder"))]
-    return next(iter([*inner, *(n for n, path in named.items() if HEADS.intersection(path[-1:]))]), None)
+    heads = [n for n, path in named.items() if path[-2:] in (("predictions", "decoder"), ("lm_head", "decoder"))]
+    heads += [n for n, path in named.items() if HEADS.intersection(path[-1:])]
+    return min(heads, key=lambda n: in_layer(named[n]), default=None)

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from paramend.arrays import torch_codes
+from paramend.errors import Unsupported
 from paramend.leaves.specs import Spec, numpy_dtype
 
 # torch and numpy cannot share memory of these dtypes: they are passed as integers of the same width.
@@ -25,7 +27,10 @@ def spec(x: Any) -> Spec:
 def refusal(x: Any) -> str:
     if x.is_quantized:
         return f"it is quantized ({x.dtype})"
-    if getattr(x, "quant_state", None) is not None:  # Params4bit
+    if torch_codes.owns(type(x)):
+        return f"{type(x).__name__} holds codes and scales, of which pm.dequantize makes floats"
+    coded = hasattr(x, "SCB") and x.dtype == torch.int8  # Int8Params
+    if coded or getattr(x, "quant_state", None) is not None:  # Params4bit
         return "it holds codes of bitsandbytes, and their scales are no leaf"
     return "it is on the meta device and has no values" if x.is_meta else ""
 
@@ -62,6 +67,9 @@ def full(x: Any, value: Any) -> Any:
 def like(value: Any, x: Any) -> Any:
     """The values as a tensor with the device, memory format and `requires_grad` of `x`. For `x` on the meta device, the
     result is on the default device."""
+    if torch_codes.alike(value, x):
+        twin = value.detach().clone()
+        return torch.nn.Parameter(twin, x.requires_grad) if isinstance(x, torch.nn.Parameter) else twin
     home = torch.get_default_device() if x.is_meta else x.device
     return _new(x, lambda: torch.empty_like(x, device=home).copy_(_tensor(value, x, home)))
 
@@ -178,6 +186,8 @@ def concat(tensors: Any, axis: int) -> Any:
 
 
 def numpy(x: Any) -> np.ndarray[Any, Any]:
+    if torch_codes.owns(type(x)):
+        raise Unsupported(f"a leaf is no array: {refusal(x)}", hint="tree, report = pm.dequantize(tree)")
     x = x.detach().cpu().contiguous()
     name = str(x.dtype).removeprefix("torch.")
     if name == "bfloat16" or name.startswith("float8"):
@@ -222,7 +232,11 @@ def memory(x: Any) -> tuple[str, np.ndarray[Any, Any]] | None:
 
 def assign(x: Any, value: Any) -> None:
     with torch.no_grad():
-        x.copy_(value)
+        if not torch_codes.alike(value, x):
+            x.copy_(value)
+            return
+        for name, part in torch_codes.inner(x).items():
+            part.copy_(getattr(value, name))
 
 
 def storage(x: Any) -> object:

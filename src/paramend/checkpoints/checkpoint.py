@@ -307,7 +307,13 @@ class Checkpoint(Editable):
         return self.relocated(moved)
 
     def relocated(self, moves: Mapping[int, Sequence[tuple[str, int | None]]]) -> "Checkpoint":
-        return self.planned(self.plan.renamed(moves))
+        made = self.planned(self.plan.renamed(moves))
+        if not quantization_of(self.path, self.texts):
+            return made
+        from paramend.edits.decoding import modules, renamed  # most checkpoints are not quantised
+
+        moved = {module: new for n in self.index.numbers for module, new in [modules(self, [n]) + modules(made, [n])]}
+        return cast("Checkpoint", renamed(made, moved))
 
     def expression(self, number: int) -> Origin:
         from paramend.piecewise.rows import expression  # not needed to look at a checkpoint

@@ -102,9 +102,13 @@ class _Work:
         self.pairs, self.tied = tiable(config, paths), dict(anatomy(model).tied)
         if head is not None:
             one = tuple(map(text_of, labels(head)))
+            if not any(one):
+                raise BadArgument(f"head={head!r} is no path", hint='head="lm_head.weight"')
             if one[-1] == "kernel":
                 raise Unsupported(f"{head} would hold the embedding transposed", hint='head="lm_head.weight"')
             self.pairs = self.tied = dict.fromkeys([one], next(iter(self.pairs.values()))) if self.pairs else {}
+            if one in self.numbers and self.pairs:
+                self._check_specs(one, self.pairs[one])
         elif kind is not None and kind not in KNOWN:
             said = f"it is not known that {KEY} ties the head of a {kind!r} model, and nothing else"
             raise Unsupported(said, hint='head="lm_head.weight", if it does')
@@ -118,11 +122,17 @@ class _Work:
         """Raise if a weight cannot become another."""
         leaves, (a, b) = self.leaves, (self.numbers[one], self.numbers[of])
         check_whole(leaves, (a, b), "be tied")
-        both = f"{self._text(one)} {leaves.spec(a)} and {self._text(of)} {leaves.spec(b)}"
-        if leaves.spec(a) != leaves.spec(b):
-            raise SpecMismatch(f"{both} cannot be one weight")
+        both = self._check_specs(one, of)
         if keep is None and not self.shared(one, of) and self._digest(a) != self._digest(b):
             raise SpecMismatch(f"{both} hold different values", hint='keep="embedding" or keep="head"')
+
+    def _check_specs(self, one: Path, of: Path) -> str:
+        """What two weights are; raise if they cannot be one."""
+        first, other = (self.leaves.spec(self.numbers[path]) for path in (one, of))
+        both = f"{self._text(one)} {first} and {self._text(of)} {other}"
+        if first != other:
+            raise SpecMismatch(f"{both} cannot be one weight")
+        return both
 
     def _digest(self, number: int) -> bytes:
         found = blake2b()

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from paramend.cli.opening import open_checkpoint
-from paramend.cli.options import makes
+from paramend.cli.options import makes, numbers
 from paramend.cli.recipe import keyed
 from paramend.cli.writing import write_made
 from paramend.growth import depth, numbered
@@ -17,15 +17,6 @@ from paramend.growth.depth import Order, order_of
 from paramend.growth.experts import experts as experts_of
 from paramend.growth.upcycling import upcycle as upcycled
 from paramend.recipes.donors import read_npy
-
-
-def _numbers(ctx: click.Context, option: click.Parameter, text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is not a list of layers; write 0,1,1,2") from None
 
 
 def _values(ctx: click.Context, option: click.Parameter, given: tuple[str, ...]) -> Any:
@@ -59,8 +50,8 @@ _ORDERS: dict[str, Callable[[int, Any], Order]] = {
 @click.option("--stack", type=int, metavar="TIMES", help="Put TIMES copies of the whole stack on each other (G_stack).")
 @click.option("--interleave", type=int, metavar="TIMES", help="Put TIMES copies of each layer in its place.")
 @click.option("--overlap", type=int, metavar="DROP", help="All but the last DROP, then all but the first (SOLAR).")
-@click.option("--drop", callback=_numbers, metavar="LAYERS", help="Leave layers out: 3,4.")
-@click.option("--order", callback=_numbers, metavar="LAYERS", help="The old layer of each new one: 0,1,1,2.")
+@click.option("--drop", callback=numbers, metavar="LAYERS", help="Leave layers out: 3,4.")
+@click.option("--order", callback=numbers, metavar="LAYERS", help="The old layer of each new one: 0,1,1,2.")
 @click.option(
     "--layers", metavar="LAYERS", help="Which layers, such as 'model.layers[*]', if the model has several lists."
 )
@@ -106,14 +97,14 @@ def deepen(path: Path, layers: str | None, identity: Any, config: dict[str, Any]
 def _ids(ctx: click.Context, option: click.Parameter, text: str | None) -> Any:
     """Experts, or a map from layers to those of each."""
     if text is None or not text.lstrip().startswith("{"):
-        return _numbers(ctx, option, text)
+        return numbers(ctx, option, text)
     try:
         return json.loads(text)
     except ValueError as error:
         raise click.BadParameter(f"{text!r} is not JSON: {error}") from None
 
 
-_IDS = '0,3,5, or as JSON for each layer: \'{"0": [3, 5], "1": [0, 5]}\''
+_IDS = '0,3,8-15, or as JSON for each layer: \'{"0": [3, 5], "1": [0, 5]}\''
 
 
 @click.command()

@@ -1,5 +1,6 @@
 """The options that commands have in common, each told to click once."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,20 @@ def takes(*names: str, **words: str) -> Decorator:
         return command
 
     return add
+
+
+def numbers(ctx: click.Context, option: click.Parameter, text: str | None) -> list[int] | None:
+    """Whole numbers, and ranges of them, each with its end."""
+    if text is None:
+        return None
+    found: list[int] = []
+    for part in text.split(","):
+        ends = re.fullmatch(r"\s*(-?\d+)(?:-(\d+))?\s*", part)
+        first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (0, -1)
+        if last < first:
+            raise click.BadParameter(f"{part!r} is neither a number nor a range of them; write 0,3,5-7")
+        found += range(first, last + 1)
+    return found
 
 
 def _rules(ctx: click.Context, option: click.Parameter, given: tuple[str, ...]) -> dict[str, str | None]:

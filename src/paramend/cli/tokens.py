@@ -7,23 +7,20 @@ from typing import Any
 import click
 
 from paramend.cli.opening import open_checkpoint
-from paramend.cli.options import makes
+from paramend.cli.options import makes, numbers
 from paramend.cli.writing import write_made
 from paramend.tokens.vocabulary import vocabulary as vocabulary_of
 
 
 def _ids(ctx: click.Context, option: click.Parameter, text: str | None) -> Any:
     """Numbers and ranges of them, or what a JSON file holds: a list, or a map of counts."""
-    if text is None:
-        return None
     try:
-        if Path(text).is_file():
-            found = json.loads(Path(text).read_text(encoding="utf-8"))
-            return {int(key): count for key, count in found.items()} if isinstance(found, dict) else found
-        ends = [[int(end) for end in part.split("-", 1)] for part in text.split(",")]
+        if text is None or not Path(text).is_file():
+            return numbers(ctx, option, text)
+        found = json.loads(Path(text).read_text(encoding="utf-8"))
+        return {int(key): count for key, count in found.items()} if isinstance(found, dict) else found
     except (ValueError, OSError) as error:
         raise click.BadParameter(f"{text!r} is neither 0-99,105 nor a file of JSON: {error}") from None
-    return [number for end in ends for number in range(end[0], end[-1] + 1)]
 
 
 @click.command()

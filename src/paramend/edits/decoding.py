@@ -5,12 +5,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from paramend.anatomy import recoding
 from paramend.anatomy.counts import retyped
 from paramend.anatomy.documents import document_of
 from paramend.anatomy.quantization import FILES
-from paramend.anatomy.recoding import dequantised
-from paramend.arrays.registry import backend
 from paramend.edits.memory import editable
+from paramend.edits.own import Own
+from paramend.edits.own import floats as float_of
 from paramend.edits.plan import call
 from paramend.errors import Unsupported
 from paramend.formats.jsontext import CONFIG
@@ -27,7 +28,7 @@ Change = Callable[[str, dict[str, Any]], dict[str, Any] | None]
 
 
 def floated(
-    stored: Editable, weights: Mapping[int, Weight], kept: Sequence[Group], dtypes: Mapping[int, str]
+    stored: Editable, weights: Mapping[int, Weight | Own], kept: Sequence[Group], dtypes: Mapping[int, str]
 ) -> tuple[Any, tuple[str, ...]]:
     """A tree or a checkpoint with some weights as floats, and what is to be said of the files beside it.
 
@@ -45,12 +46,12 @@ def floated(
 
     def make(number: int, given: Sequence[Any]) -> list[Any]:
         weight, dtype = weights[number], dtypes[number]
-        values = weight.origin("float32" if _is_half(weight, dtype) else dtype)
+        wide = "float32" if _is_half(weight, dtype) else dtype
         if isinstance(given[0], Origin):
-            return [values]
+            return [float_of(weight, given, wide)]
         one = tuple(stored.ties.get(each, each) for each in weight.group.numbers)
         if one not in made:
-            made[one] = [backend(given[0]).beside(values.read(), given[0])]
+            made[one] = [float_of(weight, given, wide)]
         return made[one]
 
     groups = [
@@ -70,14 +71,14 @@ def floated(
 
 
 def _dtypes(
-    stored: Editable, gone: Collection[int], weights: Mapping[int, Weight], dtypes: Mapping[int, str]
+    stored: Editable, gone: Collection[int], weights: Mapping[int, Weight | Own], dtypes: Mapping[int, str]
 ) -> tuple[list[str], list[str]]:
     """The dtypes of the leaves, before and after; "" for codes."""
     others = [stored.spec(number).dtype for number in stored.index.numbers if number not in gone]
     return [*others, *[""] * len(weights)], [*others, *dtypes.values()] if all(dtypes.values()) else []
 
 
-def _is_half(weight: Weight, dtype: str) -> bool:
+def _is_half(weight: Weight | Own, dtype: str) -> bool:
     """Whether a weight becomes float16, which ends at 65,504: the edit that casts to it counts what it cannot hold."""
     return (dtype or weight.spec.dtype) == "float16"
 
@@ -108,7 +109,7 @@ def _configured(
     values: Mapping[str, Any],
 ) -> dict[str, Any] | None:
     """What a file beside the weights holds then; None if nothing."""
-    new = dequantised(file, values, gone, floats, left=left)
+    new = recoding.dequantised(file, values, gone, floats, left=left)
     return new if new is None or file != CONFIG or not dtypes[1] else retyped(new, *dtypes)[0]
 
 
@@ -127,6 +128,16 @@ def floats(leaves: Editable, without: Iterable[int]) -> list[str]:
 def keys(path: tuple[Label, ...]) -> list[tuple[str, int | None]]:
     """A path in the form of `renames.keys`, whose containers are those of a leaf that it comes in the place of."""
     return [(key, depth) for depth, key in enumerate(keys_of(path))]
+
+
+def renamed(tree: Any, moved: Mapping[str, str]) -> Any:
+    """A tree; of a checkpoint, the configuration of which names modules that got other names as they are called then.
+
+    Args:
+        tree: the tree.
+        moved: every module → its name then.
+    """
+    return followed(tree, partial(recoding.renamed, moved=moved))[0]
 
 
 def followed(tree: Any, change: Change) -> tuple[Any, tuple[str, ...]]:

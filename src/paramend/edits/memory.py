@@ -14,7 +14,7 @@ from paramend.edits.call import Call, explained
 from paramend.edits.damage import Damage, of_call, said
 from paramend.edits.quantized import check_calls, check_renamed, check_whole
 from paramend.errors import BadArgument, Unsupported, ValuesLost
-from paramend.leaves.leaves import Editable, Group
+from paramend.leaves.leaves import Editable, Group, keys_of
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.stored import Held, Made
 from paramend.leaves.overlaps import overlapping
@@ -123,8 +123,19 @@ class Memory(Tree, Editable):
     def regrouped(self, groups: Sequence[Group], *, close_up: bool = True) -> Any:
         from paramend.edits import structure  # as above
 
+        if all(map(self._stays, groups)):
+            made = {each.numbers[0]: each.make([self.read(each.numbers[0])])[0] for each in groups}
+            specs = {number: backend(leaf).spec(leaf) for number, leaf in made.items()}
+            if all(new.shape == (old := self.spec(n)).shape and new.kind == old.kind for n, new in specs.items()):
+                return self.with_leaves(made)  # as modules allow it, too
         check_whole(self, {number for group in groups for number in group.numbers}, "be made part of other leaves")
         return structure.regroup(self, groups, close_up=close_up)
+
+    def _stays(self, group: Group) -> bool:
+        """Whether one leaf is replaced by one of the same path."""
+        here = keys_of(self.index.paths[group.numbers[0]])
+        paths = [tuple(key for key, _ in path) for path in group.paths]
+        return len(group.numbers) == 1 and group.boxed is None and paths == [here]
 
     def labelled(self, labels: Mapping[int, Any], rest: Any) -> Any:
         return self.mapped([labels.get(number, rest) for number in range(len(self.values))])

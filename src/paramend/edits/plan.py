@@ -19,6 +19,7 @@ from paramend.edits.ops import OPS
 from paramend.errors import BadArgument, RenameClash, Unsupported
 from paramend.formats.gathered import Gathered
 from paramend.leaves.described import Described
+from paramend.leaves.groups import groups_of
 from paramend.leaves.leaves import Index, Leaves, keys_of, plain, uncollected
 from paramend.leaves.names import by_name
 from paramend.leaves.origins.origin import Origin
@@ -101,7 +102,6 @@ class Row:
         """The row as data that JSON can hold."""
         more: dict[str, Any] = {"renamed_from": self.was, "inserted_from": self.added, "origin": str(self.made)}
         more |= {"overflowed": self.damage.overflowed, "lost": self.damage.lost}
-        more |= self.coding.to_dict() if self.coding else {}
         return {
             "path": self.path,
             "dtype": self.spec.dtype,
@@ -110,7 +110,9 @@ class Row:
             "dtype_before": self.before.dtype,
             "shape_before": list(self.before.shape),
             "edits": [_said(call) for call in self.calls],
-        } | {name: value for name, value in more.items() if value}
+            **{name: value for name, value in more.items() if value},
+            **(self.coding.to_dict() if self.coding else {}),
+        }
 
 
 def _said(edit: Call) -> str:
@@ -357,7 +359,7 @@ class Plan(Paged):
         table += [(change.file, "", str(change)) for change in changes]
         gone, come = len(self.deleted), sum(bool(row.added) for row in rows)
         count = len(rows) - len(made) - gone - come
-        all_leaves = wording.plural(len(self.rows) + gone, "leaf", "leaves")
+        all_leaves = wording.plural(len(self.rows) + gone - self._companions, "leaf", "leaves")
         said = [f"{count:,} {'changes' if count == 1 else 'change'}"] if count or not (gone or come or made) else []
         said += [
             f"{n:,} {'is' if n == 1 else 'are'} {what}"
@@ -369,6 +371,15 @@ class Plan(Paged):
         files = Counter(change.file for change in changes)
         sums += [f"{wording.plural(n, 'key')} of {file} change{'s' if n == 1 else ''}" for file, n in files.items()]
         return [*aligned(table), "", ", ".join(filter(None, (*sums, self.damage)))]
+
+    @property
+    def _companions(self) -> int:
+        """How many rows are scales and the like of quantised weights, which count as one, where one is edited so."""
+        if not any(row.coding for row in self.rows):
+            return 0
+        there = {row.source for row in self.rows}
+        groups = (group for group in groups_of(self.leaves) if group.scheme.codec is not None)
+        return sum(number in there for group in groups for number in group.companions)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as data that JSON can hold: the rows that change something, and how many leaves stay."""

@@ -8,9 +8,10 @@ from paramend.edits.call import Call, Op, explained, sliced_shape
 from paramend.edits.labelling import Labels
 from paramend.edits.memory import editable
 from paramend.edits.ops import Edits
-from paramend.edits.weights import chosen, weighed
+from paramend.edits.weights import Weights, chosen, weighed
 from paramend.errors import BadArgument, NoMatch, Unsupported, WrongCount, printable
 from paramend.leaves.leaves import Editable
+from paramend.leaves.rules import Codec
 from paramend.leaves.specs import AnyArray, AnyTree, Slice
 from paramend.reports import wording
 from paramend.selectors.selector import SelectorLike, sel, slice_of
@@ -27,9 +28,22 @@ class Selection(Edits[T]):
     in `_` change torch modules and tensors, NNX modules and numpy arrays in place and return None.
     """
 
-    def __init__(self, tree: T, selector: SelectorLike, count: int | None = None, *, raw: bool = False) -> None:
+    def __init__(
+        self,
+        tree: T,
+        selector: SelectorLike,
+        count: int | None = None,
+        *,
+        raw: bool = False,
+        codec: Codec | None = None,
+    ) -> None:
         self._selector, self._index = slice_of(selector)
-        self._tree = weighed(editable(tree, raw=raw))
+        self._tree = weighed(editable(tree, raw=raw), rule=codec)
+        if codec is not None and not isinstance(self._tree, Weights):
+            raise NoMatch(
+                f"{codec.name}: no leaves called {' and '.join(codec.leaves)} stand beside each other",
+                hint="leave out codec=",
+            )
         self._stays_raw = isinstance(tree, Editable) and tree.raw
         self._numbers = chosen(self._selector, self._tree)
         if count is not None and len(self._numbers) != count:
@@ -217,7 +231,9 @@ def _by_path(values: Mapping[str, Any], paths: Sequence[str]) -> list[Any]:
     return [values[path] for path in paths]
 
 
-def at(tree: T, selector: SelectorLike, *, count: int | None = None, raw: bool = False) -> Selection[T]:
+def at(
+    tree: T, selector: SelectorLike, *, count: int | None = None, raw: bool = False, codec: Codec | None = None
+) -> Selection[T]:
     """The selected leaves of a tree, ready to be read or edited.
 
     Args:
@@ -227,6 +243,7 @@ def at(tree: T, selector: SelectorLike, *, count: int | None = None, raw: bool =
         count: the number of leaves that must match.
         raw: whether leaves are taken as they are stored. Without it, verbs that would take the codes and scales of a
             quantised weight for values are refused.
+        codec: a `pm.Codec`, by which leaves that stand beside each other are one weight.
 
     Raises:
         NoMatch: nothing matches; the message names the nearest paths.
@@ -237,7 +254,7 @@ def at(tree: T, selector: SelectorLike, *, count: int | None = None, raw: bool =
     array([[0., 0.],
            [0., 0.]])
     """
-    return Selection(tree, selector, count, raw=raw)
+    return Selection(tree, selector, count, raw=raw, codec=codec)
 
 
 def labels(tree: AnyTree, groups: Mapping[str, SelectorLike]) -> AnyTree:

@@ -1,26 +1,30 @@
 """A tree or a checkpoint as the weights of its model: each quantised one is a leaf, under its own name."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 from paramend.anatomy.quantization import stated
+from paramend.arrays.initializers import NOWHERE, Site
 from paramend.arrays.registry import backend
 from paramend.edits import coding, moves
 from paramend.edits.call import Call, Coding, explained
 from paramend.edits.memory import Memory, editable
 from paramend.edits.ops import OPS
+from paramend.edits.own import Own
 from paramend.edits.quantized import check_values, refusal
 from paramend.errors import NoMatch, RenameClash, SpecMismatch, Unsupported
-from paramend.leaves.groups import Group, groups_of, may_hold_groups
+from paramend.leaves.groups import Group, alone, by_rule, groups_of, may_hold_groups
 from paramend.leaves.leaves import Editable, Index, keys_of
 from paramend.leaves.leaves import Group as Regroup
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.stored import Held
 from paramend.leaves.paths import write_path
+from paramend.leaves.rules import Codec
 from paramend.leaves.specs import Spec, dtype_name
 from paramend.leaves.weights import Weight, labels_of, weight_of
-from paramend.selectors.selector import SelectorLike, resolve
+from paramend.selectors.renames import Keys, Rename, keys
+from paramend.selectors.selector import SelectorLike, resolve, resolve_paths
 
 # Projections of one layer that engines join into one matrix, which then has one scale of scales.
 _FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"w1", "w3"})
@@ -34,15 +38,19 @@ class Weights(Editable):
     Attributes:
         stored: the leaves as they are stored.
         groups: number of a payload → the leaves of its weight.
+        rule: the user's codec, by which some of them are one.
 
     Raises:
         RenameClash: another leaf has the name of a weight.
     """
 
-    def __init__(self, stored: Editable, groups: Iterable[Group], *, inputs: bool = False) -> None:
+    def __init__(
+        self, stored: Editable, groups: Iterable[Group], *, inputs: bool = False, rule: Codec | None = None
+    ) -> None:
         self.stored = stored
+        self.rule = rule
         self.groups = {cast(int, group.payload): group for group in groups}
-        self._weights: dict[int, Weight] = {}
+        self._weights: dict[int, Weight | Own] = {}
         paths = dict(stored.index.paths)
         for payload, group in self.groups.items():
             paths[payload] = labels_of(stored, group)
@@ -87,11 +95,14 @@ class Weights(Editable):
     def as_stored(self, raw: bool = True) -> Any:
         return self.stored.as_stored(raw)
 
-    def weight(self, payload: int) -> Weight:
+    def weight(self, payload: int) -> Weight | Own:
         """A quantised weight; `SpecMismatch` if its leaves and the configuration disagree."""
+        group = self.groups[payload]
+        if payload not in self._weights and group.scheme.rule is not None:
+            self._weights[payload] = Own(self._index.path(payload), group, group.scheme.rule, self.stored)
         if payload not in self._weights:
             says = partial(stated, self.quantization)
-            self._weights[payload] = weight_of(self.stored, self.groups[payload], self.stored.expression, says)
+            self._weights[payload] = weight_of(self.stored, group, self.stored.expression, says)
         return self._weights[payload]
 
     def spec(self, number: int) -> Spec:
@@ -114,7 +125,7 @@ class Weights(Editable):
     def computing(self, origin: Any, call: Call, *, path: str, pieces: tuple[str, ...]) -> Any:
         return self.stored.computing(origin, call, path=path, pieces=pieces)
 
-    def relocated(self, moves: Mapping[int, Sequence[tuple[str, int | None]]]) -> Any:
+    def relocated(self, moves: Mapping[int, Keys]) -> Any:
         return self.stored.relocated(moves)
 
     def expression(self, number: int) -> Origin:
@@ -123,7 +134,8 @@ class Weights(Editable):
     def read(self, number: int) -> Any:
         if number not in self.groups:
             return self.stored.read(number)
-        return self.stored.as_given(self.weight(number).origin().read(), number)
+        weight = self.weight(number)
+        return weight.read() if isinstance(weight, Own) else self.stored.as_given(weight.origin().read(), number)
 
     def fetch(self, number: int, index: Any = None) -> Any:
         if number not in self.groups:
@@ -175,7 +187,7 @@ class Weights(Editable):
             return made
         from paramend.edits.decoding import floated  # most edits keep what they find
 
-        weights = weighed(made if isinstance(made, Editable) else editable(made))
+        weights = weighed(made if isinstance(made, Editable) else editable(made), rule=self.rule)
         assert isinstance(weights, Weights)
         chosen = {number: weights.weight(number) for number in cast_}
         kept = [group for number, group in weights.groups.items() if number not in cast_]
@@ -203,18 +215,47 @@ class Weights(Editable):
         why = self.refusal(number)
         if why:
             check_values(self.stored, [number], f"cannot take {call}, since {why}")
+        if isinstance(weight, Own):
+            pieces = self._index.pieces(self.ties.get(number, number))
+            place = Site(pieces, out_first=self._index.separator == ".") if call.op.placed else NOWHERE
+            return weight.coded(call, place, OPS["set"])
         compute = partial(self.stored.computing, path=weight.path, pieces=self._index.pieces(number))
         found = coding.coded(weight, call, compute, OPS, shares=self._shares(number, call, calls))
         roles = {group.role(each): each for each in group.numbers}
-        return {roles[role]: each for role, each in found.items()}
+        there = {roles[role]: each for role, each in found.items()}
+        self._check_alone(number, there, call, calls)
+        return there
+
+    @cached_property
+    def _owners(self) -> Mapping[int, Sequence[int]]:
+        """Number of a stored leaf → the payloads of the weights that it is a part of, under any of its paths."""
+        found: dict[int, list[int]] = {}
+        for payload in self.groups:
+            for one in self._units(payload):
+                found.setdefault(one, []).append(payload)
+        return found
+
+    def _units(self, payload: int) -> tuple[int, ...]:
+        return tuple(self.stored.ties.get(each, each) for each in self.groups[payload].numbers)
+
+    def _check_alone(self, number: int, there: Iterable[int], call: Call, calls: Mapping[int, Call]) -> None:
+        """Raise if what an edit changes is a part of a weight, too, that is another one and does not change with it."""
+        for each in there if self.stored.ties else ():
+            for other in self._owners[self.stored.ties.get(each, each)]:
+                together = call.op.name == "multiply" and calls.get(other) is call
+                if self._units(other) != self._units(number) and not together:
+                    path, leaf = self._index.path(number), self.stored.index.path(each)
+                    said = f"{path} cannot take {call}: {leaf} is a part of {self._index.path(other)}, too"
+                    way = "tree, report = pm.dequantize(tree, selector) makes floats of both first"
+                    raise refusal(self.stored, [self.groups[number]], said, [way])
 
     def _shares(self, number: int, call: Call, calls: Mapping[int, Call]) -> bool:
         """Whether a weight has a scale of scales in common with others that do not take the same factor."""
-        codec, path = self.weight(number).codec, self._index.pieces(number)
+        weight, path = self.weight(number), self._index.pieces(number)
         fused = next((set_ for set_ in _FUSED if len(path) > 1 and path[-2] in set_), None)
-        if "global" not in codec.fields or fused is None:
+        if isinstance(weight, Own) or "global" not in weight.codec.fields or fused is None:
             return False
-        mine = self.weight(number).parts["global"].read().tobytes()
+        mine = weight.parts["global"].read().tobytes()
         for other in self.groups:
             there = self._index.pieces(other)
             alike = there[:-2] == path[:-2] and there[-2:-1] != path[-2:-1] and there[-2] in fused
@@ -227,7 +268,7 @@ class Weights(Editable):
         """The calls on stored leaves that move whole blocks of a weight."""
         weight, group = self.weight(number), self.groups[number]
         after = explained(weight.path, call.spec, weight.spec)
-        if call.op.name in ("take", "permute"):
+        if call.op.name in ("take", "permute") and isinstance(weight, Weight):
             found = coding.taken(weight, *moves.places_of(weight.spec, call.op.name, call.args))
             if found is not None:
                 said = Coding(
@@ -246,7 +287,7 @@ class Weights(Editable):
         raise refusal(
             self.stored,
             [group],
-            f"{weight.path} cannot take {call}: codes in {weight.codec.scheme} move in whole blocks, along an axis "
+            f"{weight.path} cannot take {call}: codes in {weight.scheme} move in whole blocks, along an axis "
             "that they are stored by",
             hints=["tree, report = pm.dequantize(tree, selector) makes floats of it first"],
         )
@@ -265,25 +306,33 @@ class Weights(Editable):
             name = write_path(labels_of(self.stored, group), self.index.separator)
             said = f"{selector!r} names a part of a quantised weight ({group.scheme.name}), which is renamed as one"
             raise refusal(self.stored, [group], said, hints=[f'pm.at(tree, "{name}").rename(...)']) from None
-        there: dict[int, Sequence[tuple[str, int | None]]] = {}
-        for number, keys in structure.moves(self._index, selector, chosen, to).items():
-            there |= self._carried(number, keys) if number in self.groups else {number: keys}
+        there: dict[int, Keys] = {}
+        for number, path in structure.moves(self._index, selector, chosen, to).items():
+            there |= self.carried(number, path)
         return self.stored.relocated(there)
 
-    def _carried(
-        self, number: int, keys: Sequence[tuple[str, int | None]]
-    ) -> dict[int, Sequence[tuple[str, int | None]]]:
+    def carried(self, number: int, path: Keys) -> dict[int, Keys]:
         """The paths of the leaves of a weight that gets another one, in the form of `structure.moves`."""
+        if number not in self.groups:
+            return {number: path}
         group, paths = self.groups[number], self.stored.index.paths
-        (*above, (last, depth)) = keys
+        (*above, (last, depth)) = path
         old, new = self._index.pieces(number)[-1], last.rpartition(".")[2].rpartition("/")[2]
         prefix = last[: len(last) - len(new)]
         length = len(paths[number]) - 1
-        found: dict[int, Sequence[tuple[str, int | None]]] = {}
+        found: dict[int, Keys] = {}
+        mine = keys_of(paths[number])
         for each in group.numbers:
+            theirs = keys_of(paths[each])
+            shared = next((at for at, (one, two) in enumerate(zip(mine, theirs, strict=False)) if one != two), 0)
+            if 0 < shared < len(mine) - 1:  # boxes of one leaf, such as kernel/value and scale/value
+                inside = [(key, at) for at, key in enumerate(theirs)][shared:]
+                found[each] = [*path[: len(path) - len(mine) + shared], *inside]
+                continue
             name, *below = keys_of(paths[each][length:])
             own = name if new == old else name.replace(old, new, 1)
-            if new != old and (old not in name and (group.role(each) in ("payload", "scale"))):
+            needed = each == group.payload or not group.companions[each].optional
+            if new != old and (old not in name and needed):
                 raise refusal(
                     self.stored,
                     [group],
@@ -303,7 +352,7 @@ class Weights(Editable):
         return self.stored.labelled(inside, rest)
 
 
-def weighed(leaves: Editable, *, inputs: bool = False) -> Editable:
+def weighed(leaves: Editable, *, inputs: bool = False, rule: Codec | None = None) -> Editable:
     """The leaves with each quantised weight as one, unless they are taken as they are stored.
 
     Weights that cannot be decoded stay several leaves: those in schemes without a codec, those of which a part is
@@ -312,6 +361,7 @@ def weighed(leaves: Editable, *, inputs: bool = False) -> Editable:
     Args:
         leaves: a tree or a checkpoint.
         inputs: whether scales of the inputs of a weight, which its values do not depend on, are leaves of their own.
+        rule: a codec of the user's, which goes before what is known, and also takes leaves as they are stored.
 
     >>> from paramend.edits.memory import Memory, editable
     >>> import numpy as np
@@ -320,15 +370,17 @@ def weighed(leaves: Editable, *, inputs: bool = False) -> Editable:
     >>> leaves.index.path(0), str(leaves.spec(0)), leaves.read(0).tolist()
     ('fc/weight', 'float32[1,8]', [[-8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0]])
     """
-    if leaves.raw or isinstance(leaves, Weights) or not may_hold_groups(leaves):
+    if isinstance(leaves, Weights) or (leaves.raw and rule is None):
         return leaves
-    known: dict[bool, Editable] = leaves.__dict__.setdefault("_weighed", {})
-    if inputs not in known:
-        found = [group for group in groups_of(leaves) if _is_readable(leaves, group)]
-        if inputs:  # what is looked at, and not edited, is shown as it is stored where leaves contradict each other
-            found = [group for group in found if _is_sound(leaves, group)]
-        known[inputs] = Weights(leaves, found, inputs=inputs) if found else leaves
-    return known[inputs]
+    known: dict[Any, Editable] = leaves.__dict__.setdefault("_weighed", {})
+    if (inputs, rule) not in known:
+        own = by_rule(leaves, rule) if rule else []
+        if not leaves.raw:
+            own += [alone(number, each) for number, each in getattr(leaves, "codecs", {}).items()]
+        taken = {number for group in own for number in group.numbers}
+        found = [group for group in _stored(leaves, inputs) if taken.isdisjoint(group.numbers)] + own
+        known[inputs, rule] = Weights(leaves, found, inputs=inputs, rule=rule) if found else leaves
+    return known[inputs, rule]
 
 
 def chosen(selector: SelectorLike, leaves: Editable) -> list[int]:
@@ -349,6 +401,37 @@ def chosen(selector: SelectorLike, leaves: Editable) -> list[int]:
         if owner.keys().isdisjoint(numbers):
             raise
         return leaves.index.ordered({owner.get(number, number) for number in numbers})
+
+
+def members(selector: SelectorLike, leaves: Editable) -> Sequence[int]:
+    """The stored leaves that a selector means, one for each path: all of a quantised weight; `NoMatch` for none."""
+    seen = weighed(leaves)
+    try:
+        numbers = resolve_paths(selector, seen)
+    except NoMatch:
+        return resolve_paths(selector, leaves)
+    if not isinstance(seen, Weights):
+        return numbers
+    return leaves.index.ordered({each for number in numbers for each in seen.members(number)})
+
+
+def carried(leaves: Editable, rule: Rename) -> dict[int, Keys]:
+    """The new paths of stored leaves by a rule for those that are seen, in the form of `structure.moves`."""
+    seen = weighed(leaves)
+    found: dict[int, Keys] = {number: keys(path) for number, path in rule.over(leaves.index).items()}
+    if isinstance(seen, Weights):
+        for number, path in rule.over(seen.index).items():
+            found |= seen.carried(number, keys(path))
+    return found
+
+
+def _stored(leaves: Editable, inputs: bool) -> list[Group]:
+    """The groups of known schemes that can be decoded; of a tree that is looked at, those that are sound."""
+    if leaves.raw or not may_hold_groups(leaves):
+        return []
+    found = [group for group in groups_of(leaves) if _is_readable(leaves, group)]
+    # What is looked at, and not edited, is shown as it is stored where leaves contradict each other.
+    return [group for group in found if _is_sound(leaves, group)] if inputs else found
 
 
 def _is_sound(leaves: Editable, group: Group) -> bool:

@@ -20,6 +20,7 @@ from paramend.evidence.pairing import Match, matches
 from paramend.evidence.permutations import transposed
 from paramend.evidence.streams import read_by
 from paramend.leaves.leaves import Editable
+from paramend.leaves.rules import Codec
 from paramend.leaves.specs import BITS, AnyTree
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
@@ -38,6 +39,7 @@ def diff(
     only: SelectorLike | None = None,
     sort: Sort = "change",
     histograms: bool = False,
+    codec: Codec | None = None,
     progress: Progress | None = None,
 ) -> DiffReport:
     """The differences between two trees: a report that is true if there are any, and prints as a table.
@@ -58,6 +60,7 @@ def diff(
             then lists the rows of all other leaves that differ.
         sort: the order of `changed`: "change" puts the largest first, "path" sorts by name.
         histograms: whether changed leaves are read twice more, for the histograms of the report's page.
+        codec: a `pm.Codec`, by which leaves of either side that stand beside each other are one weight.
         progress: called with an `Event` as bytes are compared.
 
     Returns:
@@ -85,7 +88,7 @@ def diff(
     """
     if sort not in ("change", "path"):
         raise BadArgument(f"sort={sort!r} is not an order", hint='sort="change" or sort="path"')
-    with _sides(before, after) as (old, new):
+    with _sides(before, after, codec) as (old, new):
         found = matches(old, new)
         if not (isinstance(selector, str) and selector == "**"):
             within = chosen(selector, old, new)
@@ -154,10 +157,10 @@ def _unexpected_change(rows: Sequence[tuple[str, DiffRow]]) -> UnexpectedChange:
 
 
 @contextmanager
-def _sides(before: Any, after: Any) -> Iterator[tuple[Editable, Editable]]:
+def _sides(before: Any, after: Any, rule: Codec | None = None) -> Iterator[tuple[Editable, Editable]]:
     """Both sides as leaves, with typed keys of one kind."""
     with _leaves(before) as old, _leaves(after) as new:
-        yield weighed(matched(old, new), inputs=True), weighed(matched(new, old), inputs=True)
+        yield weighed(matched(old, new), inputs=True, rule=rule), weighed(matched(new, old), inputs=True, rule=rule)
 
 
 @contextmanager

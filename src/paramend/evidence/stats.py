@@ -15,6 +15,7 @@ from paramend.evidence.spectra import spectrum
 from paramend.evidence.statistics import StatsReport, StatsRow
 from paramend.evidence.streams import Desk, hindrance, read_by, stream_of
 from paramend.leaves.leaves import Editable, Leaves
+from paramend.leaves.rules import Codec
 from paramend.leaves.specs import AnyTree
 from paramend.reports.progress import Meter, Progress
 from paramend.selectors.selector import SelectorLike, resolve
@@ -26,6 +27,7 @@ def stats(
     *,
     spectral: bool | SelectorLike = False,
     histograms: bool = False,
+    codec: Codec | None = None,
     progress: Progress | None = None,
 ) -> StatsReport:
     """Statistics of the values of the selected leaves: a report that prints as a table, with repeated layers folded.
@@ -42,6 +44,7 @@ def stats(
             stable rank ‖A‖² / σ₁², and the number of output units whose weights are all 0. A matrix of more than 8 Mi
             elements is read once for each of some ten to thirty passes, in bounded memory.
         histograms: whether the values are read twice more, for the histograms of the report's page.
+        codec: a `pm.Codec`, by which leaves that stand beside each other are one weight.
         progress: called with an `Event` as bytes are read.
 
     Returns:
@@ -65,8 +68,8 @@ def stats(
     """
     if isinstance(tree, str | os.PathLike):
         with open_checkpoint(tree) as checkpoint:
-            return stats(checkpoint, selector, spectral=spectral, histograms=histograms, progress=progress)
-    leaves = weighed(tree if isinstance(tree, Editable) else Memory(tree), inputs=True)
+            return stats(checkpoint, selector, spectral=spectral, histograms=histograms, codec=codec, progress=progress)
+    leaves = weighed(tree if isinstance(tree, Editable) else Memory(tree), inputs=True, rule=codec)
     numbers = resolve(selector, leaves)
     matrices = _matrices(leaves, numbers, spectral)
     found = measured(leaves, numbers, Meter(progress, sum(leaves.nbytes(number) for number in numbers)))

@@ -1,24 +1,29 @@
 """Inserting: leaves of one model put into another that lacks them."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar, cast
 
+from paramend.anatomy.recoding import listed
 from paramend.arrays.registry import backend, to_numpy
 from paramend.checkpoints.assemble import assemble
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.gathering import ties_of
+from paramend.edits.decoding import floats, followed
 from paramend.edits.memory import Memory, editable
 from paramend.edits.quantized import check_whole
 from paramend.edits.structure import boxes, enter
+from paramend.edits.weights import carried, members
 from paramend.errors import NoMatch, RenameClash
+from paramend.leaves.groups import groups_of
 from paramend.leaves.leaves import Editable, keys_of, plain
 from paramend.leaves.paths import Label, labels, text_of, write_path
 from paramend.leaves.specs import AnyTree
 from paramend.mapping.report import LayoutReport, Moved
 from paramend.reports import wording
-from paramend.selectors.renames import keys, rename
-from paramend.selectors.selector import SelectorLike, resolve, resolve_paths
+from paramend.selectors.renames import Keys, rename
+from paramend.selectors.selector import SelectorLike, resolve
 from paramend.trees.lookup import find_kind
 
 T = TypeVar("T")
@@ -53,7 +58,7 @@ def insert(
     ({'a': array([1.]), 'b': array([0.])}, ['b'])
     """
     host, donor = editable(target), editable(source)
-    numbers = resolve_paths(selector, donor)
+    numbers = members(selector, donor)
     check_whole(donor, numbers, "be inserted")
     paths = new_paths(donor, numbers, moved_by(donor, numbers, rename or {}))
     hint = 'rename={"old.**": "new.**"}; or delete what is there first; to replace values: pm.graft'
@@ -64,13 +69,21 @@ def insert(
         new = [(labels_of(paths[n]), (donor, n)) for n in numbers]
         ties = ties_of(host.ties, {number: [place] for place, number in enumerate(host.index.numbers)})
         ties |= ties_of(donor.ties, {number: [len(own) + place] for place, number in enumerate(numbers)})
-        return cast(T, assemble(host, [*own, *new], ties=ties)), report
+        return cast(T, _listed(assemble(host, [*own, *new], ties=ties), range(len(own)))), report
     tree = cast(Memory, host)
     one = {number: donor.ties.get(number, number) for number in numbers}
     values = {number: _native(host, donor.fetch(number)) for number in dict.fromkeys(one.values())}
     boxed = _boxed(tree, donor, numbers)
     entries = [(_nested(host, paths[number]), boxed(number, values[one[number]])) for number in numbers]
     return cast(T, enter(tree, entries)), report
+
+
+def _listed(made: Checkpoint, old: Iterable[int]) -> Checkpoint:
+    """The checkpoint; if it is quantised, its configuration says of what came as floats that it is not."""
+    if not made.quantization:
+        return made
+    codes = (number for group in groups_of(made) for number in group.numbers)
+    return cast(Checkpoint, followed(made, partial(listed, modules=floats(made, [*old, *codes])))[0])
 
 
 def moved_report(
@@ -84,24 +97,22 @@ def moved_report(
     return LayoutReport(name, tuple(rows), tuple(rest), did)
 
 
-def moved_by(donor: Editable, numbers: Sequence[int], rules: Mapping[str, str]) -> dict[int, list[tuple[str, Any]]]:
-    """The new paths of the leaves that rules move, in the form of `renames.keys`; the first that matches one counts."""
-    found: dict[int, list[tuple[str, Any]]] = {}
+def moved_by(donor: Editable, numbers: Sequence[int], rules: Mapping[str, str]) -> dict[int, Keys]:
+    """The new paths of the leaves that rules move; the first that matches one counts."""
+    found: dict[int, Keys] = {}
     chosen = set(numbers)
     for old, new in rules.items():
-        moved = rename(old, new).over(donor.index)
+        moved = carried(donor, rename(old, new))
         if not chosen & moved.keys():
             resolve(old, donor)  # for its error, which names near matches
             raise NoMatch(f"{old} -> {new} renames none of the selected leaves", hint="leave it out or correct it")
         for number, path in moved.items():
             if number in chosen:
-                found.setdefault(number, keys(path))
+                found.setdefault(number, path)
     return found
 
 
-def new_paths(
-    donor: Editable, numbers: Sequence[int], moved: Mapping[int, Sequence[tuple[str, Any]]]
-) -> dict[int, Path]:
+def new_paths(donor: Editable, numbers: Sequence[int], moved: Mapping[int, Keys]) -> dict[int, Path]:
     """The keys of each leaf in the result."""
     index = donor.index
     return {n: tuple(key for key, _ in moved[n]) if n in moved else keys_of(index.paths[n]) for n in numbers}
@@ -119,16 +130,25 @@ def check_free(
     new = {number: labels_of(path) for number, path in paths.items()}
     every = [*there, *new.values()]
     count = Counter(plain(path, separator) for path in every)
-    inside = {plain(path[:depth], separator) for path in every for depth in range(1, len(path))}
+    inside = {above for path in every for above in _above(path, separator)}
+    old = {number: plain(donor.index.paths[number], separator) for number in paths}
+    theirs = {above for number in paths for above in _above(donor.index.paths[number], separator)}
+    # Such as fc.weight and fc.weight.absmax of one checkpoint.
+    beside = {plain(path, separator) for number, path in new.items() if old[number] in theirs}
+    inside -= beside
     clashes = []
     for number, path in new.items():
-        above = any(count[plain(path[:depth], separator)] for depth in range(1, len(path)))
+        above = any(count[each] for each in _above(path, separator) if each not in beside)
         name = plain(path, separator)
         if above or name in inside or count[name] > 1:
             clashes.append(f"{donor.index.path(number)} as {write_path(path, separator)}")
     if clashes:
         leaves = wording.plural(len(clashes), "leaf", "leaves")
         raise RenameClash(f"{leaves} would stand where something else does:\n  " + "\n  ".join(clashes), hint=hint)
+
+
+def _above(path: Sequence[Label], separator: str) -> Iterator[str]:
+    return (plain(path[:depth], separator) for depth in range(1, len(path)))
 
 
 def _nested(host: Editable, path: Path) -> Path:

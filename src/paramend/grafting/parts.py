@@ -10,13 +10,14 @@ from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.edits.memory import Memory, editable
 from paramend.edits.quantized import check_renamed, check_whole
 from paramend.edits.structure import enter, relocate
+from paramend.edits.weights import members
 from paramend.errors import Unsupported
 from paramend.formats.jsontext import CONFIG
 from paramend.grafting.inserting import Path, check_free, labels_of, moved_by, moved_report, new_paths
 from paramend.leaves.leaves import plain
 from paramend.leaves.paths import text_of
 from paramend.mapping.report import LayoutReport
-from paramend.selectors.selector import SelectorLike, resolve_paths
+from paramend.selectors.selector import SelectorLike
 from paramend.trees.lookup import is_torch_module
 
 T = TypeVar("T")
@@ -50,7 +51,7 @@ def part(model: T, selector: SelectorLike, *, rename: Mapping[str, str] | None =
     {'a': array([1.]), 'b': array([0.])}
     """
     host = editable(model)
-    numbers = resolve_paths(selector, host)
+    numbers = members(selector, host)
     check_whole(host, numbers, "be taken out")
     moved = moved_by(host, numbers, rename or {})
     paths = new_paths(host, numbers, moved)
@@ -61,7 +62,7 @@ def part(model: T, selector: SelectorLike, *, rename: Mapping[str, str] | None =
     left = [host.index.path(number) for number in gone]
     report = moved_report("part", host.index.separator, host, paths, left, ("taken", "left out"))
     if isinstance(host, Checkpoint):
-        made = _configured(host, host.planned(host.plan.without(gone).renamed(moved)), paths)
+        made = _configured(host, host.planned(host.plan.without(gone)).relocated(moved), paths)
         return cast(T, made), report
     tree = cast(Memory, host)
     try:
@@ -74,7 +75,7 @@ def part(model: T, selector: SelectorLike, *, rename: Mapping[str, str] | None =
 
 def _configured(old: Checkpoint, new: Checkpoint, paths: Mapping[int, Path]) -> Checkpoint:
     """The checkpoint with the configuration of the part, if what was taken is one."""
-    document = document_of(old)
+    document = document_of(new)
     if document is None or len(old) == len(new):
         return new
     pieces = {number: old.index.pieces(number) for number in old.index.numbers}

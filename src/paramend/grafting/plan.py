@@ -313,6 +313,7 @@ class GraftPlan:
         if theirs.kind == "complex" != spec.kind and self.options.dtype == "target":
             return f"{theirs.dtype} would lose its imaginary part as {spec.dtype}"
         as_it_is = spec == theirs and not isinstance(self.target, Tree) and not isinstance(self.source, Tree)
+        as_it_is |= self._alike(number, origin)
         for leaves, leaf, said in ((self.target, number, "in your model "), (self.source, origin, "in the source ")):
             empty = abstract(leaves, leaf)
             if empty and leaves is self.target:
@@ -328,6 +329,14 @@ class GraftPlan:
             except Unsupported as error:
                 return str(error).partition("\n")[0]
         return ""
+
+    def _alike(self, number: int, origin: int) -> bool:
+        """Whether both leaves are tensors that hold codes and scales in one way."""
+        if number not in getattr(self.target, "codecs", {}) or origin not in getattr(self.source, "codecs", {}):
+            return False
+        from paramend.arrays.torch_codes import alike  # both are tensors of torch
+
+        return alike(self.source.read(origin), self.target.read(number))
 
     def _leave_behind(self, used: set[int]) -> None:
         """Enter the leaves of the source that no leaf of the target uses."""

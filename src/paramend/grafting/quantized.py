@@ -8,12 +8,13 @@ from typing import Any
 from paramend.arrays.registry import backend
 from paramend.edits.decoding import keys
 from paramend.edits.memory import Memory
+from paramend.edits.own import Own, floats
 from paramend.edits.quantized import check_values
 from paramend.edits.weights import Weights, weighed
 from paramend.errors import ParamendError
 from paramend.grafting.options import Options
 from paramend.grafting.plan import GraftPlan
-from paramend.leaves.codecs.encoding import Misfit
+from paramend.leaves.codecs.encoding import Misfit, even
 from paramend.leaves.groups import Group, group_of, may_hold_groups
 from paramend.leaves.leaves import Editable, Leaves
 from paramend.leaves.leaves import Group as Regroup
@@ -46,7 +47,11 @@ def adapted(target: Any, source: Any, options: Options) -> tuple[Any, dict[str, 
     for number, origin in pairs.items():
         weight = ours.weight(number) if isinstance(ours, Weights) and number in here else None
         given = theirs.weight(origin) if isinstance(theirs, Weights) and origin in there else None
-        if (weight is None and given is None) or (weight and given and _equal(weight, given)):
+        if (
+            (weight is None and given is None)
+            or isinstance(weight, Own)
+            or (weight and given and _equal(weight, given))
+        ):
             continue
         if (weight is None and _group(target, number)) or (given is None and _group(source, origin)):
             continue  # of a scheme that cannot be decoded
@@ -76,15 +81,14 @@ def _editable(leaves: Any) -> Editable:
     return leaves if isinstance(leaves, Editable) else Memory(leaves.root)
 
 
-def _equal(one: Weight, other: Weight) -> bool:
+def _equal(one: Weight, other: Weight | Own) -> bool:
     specs = ({role: part.spec for role, part in weight.parts.items()} for weight in (one, other))
     return one.group.scheme is other.group.scheme and next(specs) == next(specs)
 
 
-def _floats(weight: Weight, given: Any) -> list[Any]:
+def _floats(weight: Weight | Own, given: Any) -> list[Any]:
     """The float leaf that a weight becomes."""
-    values = weight.origin()
-    return [values] if isinstance(given[0], Origin) else [backend(given[0]).beside(values.read(), given[0])]
+    return [floats(weight, given)]
 
 
 def _codes(parts: Mapping[str, Origin], given: Any) -> list[Any]:
@@ -95,11 +99,12 @@ def _codes(parts: Mapping[str, Origin], given: Any) -> list[Any]:
 
 
 def _parts(weight: Weight, values: Origin, misfit: Misfit) -> dict[str, Origin]:
-    """The leaves of a weight of the target for values, by role: those that depend on them."""
-    new = (*weight.codec.encodes, "global")
+    """The leaves of a weight of the target for values, by role; those that do not depend on values stay."""
+    symmetric = even(weight.codec, weight.codec.views(weight.parts))
+    new = {*weight.codec.encodes, weight.codec.top} - ({"zero"} if symmetric else set())
     kept = {role: part for role, part in weight.parts.items() if role not in new}
     specs = {role: part.spec for role, part in weight.parts.items()}
-    return encoded(weight.codec, values, specs, kept, misfit=misfit)
+    return kept | encoded(weight.codec, values, specs, kept, misfit=misfit)
 
 
 def _beside(ours: Any, weight: Weight, role: str, path: tuple[Label, ...]) -> tuple[Label, ...]:

@@ -7,13 +7,13 @@ from typing import Any
 
 from paramend.anatomy.documents import document_of
 from paramend.anatomy.quantization import FILES
+from paramend.anatomy.sections import enter
 from paramend.arrays.registry import backend, backend_of
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.edits.call import Call
 from paramend.edits.memory import editable
 from paramend.errors import Unsupported
 from paramend.formats.jsontext import CONFIG
-from paramend.growth.deepening import enter
 from paramend.leaves.leaves import Group, keys_of
 from paramend.leaves.paths import Label
 from paramend.reports import wording
@@ -115,8 +115,10 @@ def blank(cls: Any, config: Any) -> Any:
 
 
 def _alike(made: Any, module: Any) -> None:
-    """Make a new module train, differentiate and hold what is in no state dict as the old one does."""
+    """Make a new module train, differentiate, generate and hold what is in no state dict as the old one does."""
     made.train(module.training)
+    if getattr(module, "generation_config", None) is not None:
+        made.generation_config = copy.deepcopy(module.generation_config)
     frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
     for name, parameter in made.named_parameters():
         if name in frozen:

@@ -6,6 +6,7 @@ from typing import Any, TypeVar, cast
 
 from paramend.anatomy.layers import followed
 from paramend.anatomy.moves import Move
+from paramend.anatomy.sections import enter
 from paramend.edits.memory import Memory
 from paramend.errors import BadArgument, Unsupported
 from paramend.growth.depth import Order
@@ -190,14 +191,3 @@ def _followed(config: dict[str, Any], moves: Sequence[Move]) -> dict[str, Any]:
     for move in moves:
         config = followed(config, move)[0]
     return config
-
-
-def enter(config: Any, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Write what changed into the configuration of a model."""
-    for key, value in new.items():
-        if key in old and old[key] == value:
-            continue
-        if isinstance(value, dict) and hasattr(getattr(config, key, None), "to_dict"):
-            enter(getattr(config, key), old[key], value)
-        else:
-            setattr(config, key, value)

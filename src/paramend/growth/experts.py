@@ -141,7 +141,10 @@ class Experts(Generic[T]):
         blocks = self.mixture.blocks
         if not isinstance(ids, Mapping):
             return [self._read(ids, "ids")] * len(blocks)
-        by_key = {_key(key): self._read(each, f"ids[{key!r}]") for key, each in ids.items()}
+        numbers = {key: number_of(key) if isinstance(key, str) else None for key in ids}
+        by_key = {
+            key if number is None else number: self._read(ids[key], f"ids[{key!r}]") for key, number in numbers.items()
+        }
         names = list(map(_names, blocks))
         unknown = by_key.keys() - {name for own in names for name in own}
         if unknown:
@@ -151,8 +154,8 @@ class Experts(Generic[T]):
         missing = [repr(own[0]) for own, each in zip(names, found, strict=True) if not each]
         if missing:
             raise BadArgument(
-                f"a configuration counts the experts of all layers alike, and {wording.listing(missing, 12)} is not "
-                "among the keys of ids",
+                "a configuration counts the experts of all layers alike, and the keys of ids are without "
+                f"{wording.listing(missing, 12)}",
                 hint="ids=[0, 1] goes for all of them",
             )
         if len({_part(block) for block in blocks if not block.predicts}) > 1:
@@ -180,7 +183,7 @@ class Experts(Generic[T]):
         if times > 1 and mixture.top_k is None:
             raise Unsupported("nothing says how many experts a token goes to, which would change too")
         recounted(model.config, mixture, count, times)  # for its error, before anything is made
-        for each in set(map(tuple, ids)):
+        for each in set(map(tuple, ids)) - {tuple(range(mixture.count))}:
             _check_groups(model.config, mixture, each, times)
         of = {block.path: each for block, each in zip(mixture.blocks, ids, strict=True)}
 
@@ -234,13 +237,6 @@ def _picked(places: Iterable[int], values: Sequence[Any]) -> list[Any]:
         found.append(copied(values[place]) if place in met else values[place])
         met.add(place)
     return found
-
-
-def _key(key: object) -> int | str:
-    if key == MTP:
-        return MTP
-    number = number_of(key) if isinstance(key, str) else key
-    return whole_numbers([number], "layer", "{0: [0, 1]}")[0]
 
 
 def _names(block: Block) -> list[int | str | None]:

@@ -4,11 +4,11 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+from paramend.anatomy.sections import enter
 from paramend.checkpoints.assemble import Pick, assemble, origin_of
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.edits.memory import Memory
 from paramend.growth.configured import blank
-from paramend.growth.deepening import enter
 from paramend.leaves.leaves import tied
 from paramend.leaves.paths import text_of
 from paramend.resize.widths import Growth

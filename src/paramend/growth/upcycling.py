@@ -9,6 +9,7 @@ import numpy as np
 from paramend.arrays.initializers import NOWHERE, Site, generator, normal
 from paramend.arrays.registry import backend, to_numpy
 from paramend.edits import hands
+from paramend.edits.moves import whole_numbers
 from paramend.errors import BadArgument, Quantized, SpecMismatch, Unsupported
 from paramend.formats.jsontext import CONFIG
 from paramend.growth.configured import Configured
@@ -102,8 +103,9 @@ def upcycle(
         )
     if not (type(experts) is type(top_k) is int and 1 <= top_k <= experts):
         raise BadArgument(f"top_k={top_k!r} of experts={experts!r} cannot be chosen", hint="experts=8, top_k=2")
-    if not 0 <= drop <= 1:
+    if not (isinstance(drop, int | float) and 0 <= drop <= 1):
         raise BadArgument(f"drop={drop!r} is no share", hint="drop=0.5")
+    whole_numbers([seed], "seed, in a list:", "seed=0")
     generator(seed, NOWHERE)
     work = _Upcycling(configured, configured.config, experts, router, drop, seed)
     family, config = work.family, work.followed(top_k)

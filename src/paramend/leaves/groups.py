@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from paramend.leaves.leaves import Index
 from paramend.leaves.paths import Names, text_of
+from paramend.leaves.rules import Codec as Rule
 from paramend.leaves.schemes import SCHEMES, WEIGHTS, Companion, Scheme
 from paramend.leaves.specs import Spec
 
@@ -67,9 +68,30 @@ def groups_of(leaves: Named, numbers: Iterable[int] | None = None) -> list[Group
     return list({group.numbers: group for group in found.values()}.values())
 
 
+def by_rule(leaves: Named, rule: Rule) -> list[Group]:
+    """The groups of a rule of the user's: leaves with its names beside each other, whatever they hold."""
+    first, *rest = rule.leaves
+    companions = tuple(Companion(name, (name,), f"the {name}") for name in rest)
+    row = Scheme(rule.name, "a codec of yours", (first,), (), companions, weight=first, rule=rule)
+    found = []
+    for names in _modules(leaves.index.names, tuple(map(_end, rule.leaves))):
+        here = _local(names)
+        for name, number in here.items():
+            beside = _companions(row, name, here)
+            if beside is not None:
+                found.append(Group(row, number, {here[text]: each for each, text in beside}))
+    return found
+
+
+def alone(number: int, rule: Rule) -> Group:
+    """The group of one leaf, which holds codes and scales itself."""
+    return Group(Scheme(rule.name, "a tensor with its own scales", ("*",), (), (), rule=rule), number)
+
+
 def may_hold_groups(leaves: Named) -> bool:
-    """Whether names or a configuration suggest groups. For most trees they do not, and that is known at once."""
-    return bool(_named(leaves.index)) or getattr(leaves, "quantization", None) is not None
+    """Whether names, types or a configuration suggest groups. For most trees they do not, and that is known at once."""
+    named = bool(_named(leaves.index)) or getattr(leaves, "quantization", None) is not None
+    return named or bool(getattr(leaves, "codecs", None))
 
 
 def group_of(leaves: Named, number: int) -> Group | None:
@@ -121,13 +143,13 @@ def _named(index: Index) -> dict[int, tuple[_Near, ...]]:
     return index.near
 
 
-def _modules(names: Names) -> Iterator[Names]:
-    """The containers that hold a key with the end of a companion, or a leaf and a container of one name."""
+def _modules(names: Names, ends: tuple[str, ...] = _ENDS) -> Iterator[Names]:
+    """The containers that hold a key with some ends, or a leaf and a container of one name."""
     pending = [names]
     while pending:
         inner = pending.pop()
         texts = list(map(text_of, inner))
-        if any(text.endswith(_ENDS) for text in texts) or len(set(texts)) < len(texts):
+        if any(text.endswith(ends) for text in texts) or len(set(texts)) < len(texts):
             yield inner
         pending += (child for child in inner.values() if type(child) is not int)
 
@@ -207,7 +229,7 @@ def weight_name(name: str, scheme: Scheme) -> str:
     ('gate_up_proj', 'weight')
     """
     stems = [stem for template in scheme.payload if (stem := _stem(template, name)) is not None]
-    return min(stems, key=len, default=name) or WEIGHTS[0]
+    return min(stems, key=len, default=name) or scheme.weight
 
 
 def _stem(template: str, name: str) -> str | None:

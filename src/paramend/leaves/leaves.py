@@ -286,6 +286,10 @@ class Editable(Leaves):
 
     raw = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the view of its weights, which is found out again."""
+        return {name: value for name, value in vars(self).items() if name != "_weighed"}
+
     def as_stored(self, raw: bool = True) -> Self:
         """The same leaves, taken as they are stored or not."""
         if self.raw == raw:

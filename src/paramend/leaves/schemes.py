@@ -9,6 +9,7 @@ from paramend.leaves.codecs.fp4 import mxfp4, nvfp4, nvfp4_ct
 from paramend.leaves.codecs.fp8 import fp8, torchao
 from paramend.leaves.codecs.integers import awq, gptq, packed
 from paramend.leaves.codecs.stated import Stated
+from paramend.leaves.rules import Codec as Rule
 from paramend.leaves.specs import Spec
 
 # Spec of the payload, and those of its companions by role → whether their shapes and dtypes agree with the scheme.
@@ -49,6 +50,8 @@ class Scheme:
         methods: what `quantization_config` calls it.
         alone: whether its payload is known by its name, without companions.
         codec: how the weight is made of the leaves; None where it is known only that they are one.
+        weight: the name of a weight whose payload has none in its own name.
+        rule: how it is made by functions that take whole leaves; None in the table.
     """
 
     name: str
@@ -60,6 +63,8 @@ class Scheme:
     methods: tuple[str, ...] = ()
     alone: bool = False
     codec: Coding | None = None
+    weight: str = WEIGHTS[0]
+    rule: Rule | None = None
 
 
 FP8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e4m3", "float8_e4m3b11fnuz")

@@ -42,6 +42,11 @@ class Weight:
         """
         return decoded(self.codec, self.parts, dtype)
 
+    @property
+    def scheme(self) -> str:
+        """The name of its scheme."""
+        return self.codec.scheme
+
 
 def weight_of(
     leaves: Named, group: Group, leaf_of: Callable[[int], Origin], stated: Callable[[str], Stated] | None = None

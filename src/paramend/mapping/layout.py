@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar, cast
 
 from paramend.edits.arguments import shown
+from paramend.edits.decoding import modules, renamed
 from paramend.edits.memory import Memory, editable
 from paramend.edits.structure import enter
 from paramend.errors import BadArgument, CannotRead, NoMatch, ParamendError
@@ -251,7 +252,9 @@ class Layout:
         _refuse_companions(leaves, taken, kept)
         report = LayoutReport(self.name, tuple(rows), tuple(kept))
         if stored is None or kept or not isinstance(leaves, Tree):
-            return cast(T, leaves.regrouped(groups)), report
+            made = leaves.regrouped(groups)
+            quantised = getattr(leaves, "quantization", None)
+            return cast(T, renamed(made, _modules(leaves, groups)) if quantised else made), report
         return cast(T, _stored(leaves, groups, stored == "nested")), report
 
 
@@ -376,6 +379,16 @@ def _stepped(rule: Rule, bundle: Bundle, check: bool) -> Bundle:
 
 def _values(rule: Rule, slots: Sequence[Slot], paths: str, values: Sequence[Any]) -> list[Any]:
     return [family[key] for family in _made(rule, slots, paths, values, check=True) for key in family]
+
+
+def _modules(leaves: Editable, groups: Sequence[Group]) -> dict[str, str]:
+    """The modules of leaves, and what those that move whole are called then."""
+    moved = {module: module for module in modules(leaves, leaves.index.numbers)}
+    for group in groups:
+        if len(group.numbers) == len(group.paths) == 1:
+            (module,) = modules(leaves, group.numbers)
+            moved[module] = _text(group.paths[0], ".").rpartition(".")[0]
+    return moved
 
 
 def _text(path: Sequence[tuple[str, int | None]], separator: str) -> str:

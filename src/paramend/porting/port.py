@@ -4,10 +4,13 @@ from typing import Any, TypeVar, cast
 
 from paramend.checkpoints.assemble import assemble
 from paramend.checkpoints.checkpoint import Checkpoint
+from paramend.edits.memory import editable
 from paramend.edits.plan import call
+from paramend.edits.weights import Weights, weighed
 from paramend.errors import PortRefused
 from paramend.grafting.graft import graft_
 from paramend.grafting.report import GraftReport, GraftRow
+from paramend.leaves.groups import may_hold_groups
 from paramend.leaves.paths import labels
 from paramend.leaves.specs import AnyTree
 from paramend.porting.models import Model
@@ -15,6 +18,7 @@ from paramend.porting.plan import PortPlan, Renames, Rules
 from paramend.porting.proof import Proof
 from paramend.porting.report import PortReport, refusal, reported
 from paramend.porting.trial import carried, stored, tried
+from paramend.quantizing.dequantizing import dequantize
 
 T = TypeVar("T")
 
@@ -36,7 +40,7 @@ def port(
     Args:
         target: a torch, NNX or Equinox module, a linen module with its variables (`module.bind(variables)`), or the
             parameters alone: linen variables, Haiku params, a state dict, an NNX State, a checkpoint from `pm.open`.
-        source: the same.
+        source: the same. Quantised weights are decoded.
         rename: source path → target path, of modules or leaves, as in `{"encoder.<n>": "block_<n>"}`. None instead of a
             path leaves it behind.
         rules: how leaves are stored, where the port cannot know: target path → steps of a layout, or rules of a layout.
@@ -65,7 +69,7 @@ def port(
       Dense_0/kernel ◄─ 0.weight  float32[3,4]  transpose [1, 0]; by shape
       Dense_1/kernel ◄─ 1.weight  float32[4,2]  transpose [1, 0]; by shape
     """
-    plan, proof = _planned(Model(target), Model(source), rename, rules, prove)
+    plan, proof = _planned(Model(target), _weights(source), rename, rules, prove)
     layout = plan.layout()
     made, told = carried(plan.target, plan.source, layout)
     return cast(T, made), reported(plan, told, layout, proof)
@@ -92,7 +96,7 @@ def port_(
     >>> module.weight.tolist(), module.bias.tolist()
     ([[1.0, 2.0]], [3.0])
     """
-    plan, proof = _planned(Model(module), Model(source), rename, rules, prove)
+    plan, proof = _planned(Model(module), _weights(source), rename, rules, prove)
     layout = plan.layout()
     return reported(plan, graft_(plan.target.tree, stored(plan.source, layout)), layout, proof)
 
@@ -100,7 +104,7 @@ def port_(
 def port_on_disk(target: Any, source: Checkpoint, *, rename: Renames | None = None) -> tuple[Checkpoint, PortReport]:
     """A checkpoint with the names, shapes and dtypes of a target in memory, and a report; nothing is read before it is
     saved."""
-    plan, _ = _planned(Model(target), Model(source), rename, None, None)
+    plan, _ = _planned(Model(target), _weights(source), rename, None, None)
     layout, like = plan.layout(), plan.target
     made = stored(plan.source, layout)
     numbers = {made.index.pieces(number): number for number in made.index.numbers}
@@ -118,6 +122,14 @@ def port_on_disk(target: Any, source: Checkpoint, *, rename: Renames | None = No
     made = made.edited(casts) if casts else made
     picks = [(labels(row.path), (made, here)) for here, _, row in rows]
     return assemble(made, picks), reported(plan, GraftReport([row for *_, row in rows], fresh), layout)
+
+
+def _weights(source: Any) -> Model:
+    """A source; where it has quantised weights, these as floats."""
+    model = Model(source)
+    if model.bound or not may_hold_groups(model.leaves) or not isinstance(weighed(editable(source)), Weights):
+        return model
+    return Model(dequantize(source, dtype="float32")[0])
 
 
 def _planned(

@@ -9,15 +9,16 @@ from paramend.errors import NoMatch
 from paramend.leaves.groups import Group, groups_of
 from paramend.leaves.leaves import Editable
 from paramend.leaves.paths import write_path
+from paramend.leaves.rules import Codec
 from paramend.leaves.weights import labels_of, weight_of
 from paramend.reports import wording
 from paramend.selectors.selector import SelectorLike, sel
 
 
-def whole(leaves: Editable) -> Weights:
+def whole(leaves: Editable, rule: Codec | None = None) -> Weights:
     """A model as its weights, also if none is quantised or it was opened raw."""
-    found = weighed(leaves.as_stored(False))
-    return found if isinstance(found, Weights) else Weights(leaves, ())
+    found = weighed(leaves.as_stored(False), rule=rule)
+    return found if isinstance(found, Weights) else Weights(leaves, (), rule=rule)
 
 
 def selected(weights: Weights, selector: SelectorLike) -> list[int]:

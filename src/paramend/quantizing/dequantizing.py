@@ -6,6 +6,7 @@ from paramend.edits.decoding import floated
 from paramend.edits.memory import editable
 from paramend.errors import BadArgument
 from paramend.leaves.groups import groups_of
+from paramend.leaves.rules import Codec
 from paramend.leaves.specs import BITS, DtypeLike, Spec, dtype_name
 from paramend.quantizing.choice import named, selected, whole
 from paramend.quantizing.report import Coded, QuantizeReport
@@ -15,7 +16,11 @@ T = TypeVar("T")
 
 
 def dequantize(
-    model: T, selector: SelectorLike = "**", dtype: DtypeLike | None = "bfloat16"
+    model: T,
+    selector: SelectorLike = "**",
+    dtype: DtypeLike | None = "bfloat16",
+    *,
+    codec: Codec | None = None,
 ) -> tuple[T, QuantizeReport]:
     """A model with quantised weights as floats, each one leaf, and the report.
 
@@ -29,6 +34,7 @@ def dequantize(
             tree in memory: dicts, a state dict, an NNX State.
         selector: the weights, by the names that they will have, or by those of the leaves that they are stored in.
         dtype: that of the new leaves; None for the one that the library of each scheme gives.
+        codec: a `pm.Codec`, by which leaves that stand beside each other are one weight.
 
     Returns:
         The model, of the same type, and which weights were decoded, of which schemes, and which ones stay quantised.
@@ -50,7 +56,7 @@ def dequantize(
     if name and (not name.startswith(("float", "bfloat")) or BITS.get(name, 0) < 16):
         raise BadArgument(f"dtype={name!r} is no float of 16 bits or more", hint='dtype="bfloat16"')
     leaves = editable(model)
-    weights = whole(leaves)
+    weights = whole(leaves, codec)
     chosen = selected(weights, selector)
     groups = {number: weights.groups[number] for number in chosen}
     kept = [group for number, group in weights.groups.items() if number not in groups]
@@ -60,7 +66,7 @@ def dequantize(
     rows = tuple(
         Coded(
             weight.path,
-            weight.codec.scheme,
+            weight.scheme,
             Spec(weight.spec.shape, name or weight.spec.dtype),
             tuple(map(leaves.index.path, weight.group.numbers)),
         )

@@ -1,6 +1,6 @@
 """Floats as a scheme would have them, or in it: `pm.quantize`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -9,26 +9,27 @@ import numpy as np
 
 from paramend.anatomy.beside import EMBEDDINGS, HEADS
 from paramend.anatomy.recoding import quantised
-from paramend.arrays.registry import backend
+from paramend.arrays.registry import backend, to_numpy
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.edits.call import explained
 from paramend.edits.decoding import floats, followed, keys, modules
 from paramend.edits.memory import editable
+from paramend.edits.own import decoded_by, encoded_by
 from paramend.edits.plan import call
 from paramend.edits.weights import Weights
-from paramend.errors import Quantized, SpecMismatch, Unsupported
-from paramend.leaves.codecs.codec import Codec
-from paramend.leaves.codecs.fresh import Layout, check_scheme, codec_for, layout_of
+from paramend.errors import BadArgument, Quantized, SpecMismatch, Unsupported
+from paramend.leaves.codecs.fresh import check_scheme, codec_for, layout_of
 from paramend.leaves.groups import groups_of
 from paramend.leaves.leaves import Group
 from paramend.leaves.origins.decoded import decoded
 from paramend.leaves.origins.encoded import encoded
 from paramend.leaves.origins.moved import permute_axes
 from paramend.leaves.origins.origin import Origin
-from paramend.leaves.origins.stored import Held
-from paramend.leaves.paths import Label, renamed, text_of, write_path
+from paramend.leaves.origins.stored import Held, Made
+from paramend.leaves.paths import Label, renamed, write_path
+from paramend.leaves.rules import Codec
 from paramend.leaves.schemes import WEIGHTS
-from paramend.leaves.specs import Spec
+from paramend.leaves.specs import Array, Spec
 from paramend.quantizing.choice import named, whole
 from paramend.quantizing.report import Coded, QuantizeReport
 from paramend.selectors.selector import SelectorLike, Union, resolve, sel
@@ -37,7 +38,13 @@ T = TypeVar("T")
 
 
 def quantize(
-    model: T, selector: SelectorLike, *, scheme: str, simulate: bool = False, group_size: int | None = None
+    model: T,
+    selector: SelectorLike,
+    *,
+    scheme: str = "",
+    simulate: bool = False,
+    group_size: int | None = None,
+    codec: Codec | None = None,
 ) -> tuple[T, QuantizeReport]:
     """A model with weights in a quantised scheme, rounded to the nearest, and the report: how far they are off.
 
@@ -54,6 +61,8 @@ def quantize(
         simulate: whether the leaves stay floats, with the values that the scheme gives: what int4 in this layer costs.
         group_size: how many inputs share a scale, where the scheme leaves it open; -1 for all. int4, GPTQ and AWQ have
             128, int8 all of them.
+        codec: a `pm.Codec` in place of a scheme, whose `encode` gets the weight, and None for each leaf. It takes whole
+            leaves, called as the first of its own.
 
     Returns:
         The model, of the same type, and for each weight its relative L2 and its greatest difference to what it was.
@@ -63,27 +72,35 @@ def quantize(
         SpecMismatch: a weight has no such form, such as one whose inputs the groups do not divide.
         Quantized: a selected weight is quantised already.
         Unsupported: what is there is quantised in another way, or is no `weight` of a state dict.
-        BadArgument: there is no such scheme, or none with groups of a size that is chosen.
+        BadArgument: there is no such scheme, or none with groups of a size that is chosen, or neither or both of
+            `scheme` and `codec` are given; a codec does not encode, or not all of its leaves.
 
     >>> model = {"fc": {"kernel": np.linspace(-1, 1, 256, dtype="float32").reshape(128, 2)}}
     >>> tree, report = pm.quantize(model, "**", scheme="int4", simulate=True)
     >>> tree["fc"]["kernel"].shape, len(np.unique(tree["fc"]["kernel"])) <= 32, f"{report.rows[0].relative_l2:.2f}"
     ((128, 2), True, '0.07')
     """
-    check_scheme(scheme)
+    if codec is None:
+        check_scheme(scheme)
+    elif scheme or group_size or codec.encode is None:
+        wrong = "has no encode" if codec.encode is None else "stands in place of a scheme and its groups"
+        raise BadArgument(f"codec={codec.name} {wrong}", hint="pm.quantize(model, selector, codec=codec)")
     leaves = editable(model)
-    seen = whole(leaves)
+    seen = whole(leaves, codec)
     numbers = _chosen(seen, selector)
-    news = [_new(seen, number, scheme, group_size, simulate=simulate) for number in numbers]
+    news = [
+        _ruled(seen, number, codec) if codec else _new(seen, number, scheme, group_size, simulate=simulate)
+        for number in numbers
+    ]
     rows = tuple(explained(seen.index.path(new.number), new.row, seen) for new in news)
     said: tuple[str, ...] = ()
     tree: Any
     if simulate and not isinstance(leaves, Checkpoint):
-        values = {new.number: new.values(seen.expression(new.number)).read() for new in news}
+        values = {new.number: new.values("").read() for new in news}
         tree = leaves.edited({number: call("set", {"value": value}) for number, value in values.items()})
     else:
         tree = leaves.regrouped([new.regrouped(seen, simulate=simulate) for new in news])
-    if not simulate:
+    if not simulate and scheme:
         left = floats(leaves, [*numbers, *(each for group in seen.groups.values() for each in group.numbers)])
         named_ = modules(leaves, numbers)
         says = partial(quantised, scheme=scheme, group_size=group_size, modules=named_, floats=left)
@@ -118,6 +135,10 @@ def _hindrance(seen: Weights, number: int, said: str) -> str:
     if number in seen.groups:
         return f"is quantised already ({seen.groups[number].scheme.name})"
     spec, (*above, name) = seen.spec(number), seen.index.pieces(number)
+    if seen.rule is not None:
+        called = seen.rule.called(name)
+        why = "" if called else f"is not called {seen.rule.leaves[0]}, as leaves of {seen.rule.name} are"
+        return why or ("" if spec.kind == "float" else f"is {spec}, no floats")
     if spec.kind != "float" or spec.ndim not in (2, 3):
         return f"is {spec}, no matrix of floats"
     if name not in WEIGHTS and not name.endswith("_proj"):
@@ -133,38 +154,26 @@ class _New:
 
     Attributes:
         number: the number of its leaf.
-        layout: the leaves.
-        codec: how they are made.
-        turned: whether the model has its outputs last, as JAX does.
+        scheme: the name of its scheme.
+        names: the names of the leaves.
+        parts: makes them.
+        values: makes the values that they stand for, in a dtype; "" for that of the weight.
     """
 
     number: int
-    layout: Layout
-    codec: Codec
-    turned: bool
-
-    def parts(self, weight: Origin) -> dict[str, Origin]:
-        """The leaves by role, in the order of the layout."""
-        known: dict[str, Origin] = {role: Held(values) for role, values in self.layout.known.items()}
-        found = known | encoded(self.codec, self._turn(weight), self.layout.specs, known)
-        return {role: found[role] for role in self.layout.names}
-
-    def values(self, weight: Origin, dtype: str = "") -> Origin:
-        """The values that the leaves stand for."""
-        return self._turn(decoded(self.codec, self.parts(weight), dtype or weight.spec.dtype))
-
-    def _turn(self, weight: Origin) -> Origin:
-        return permute_axes(weight, (1, 0)) if self.turned else weight
+    scheme: str
+    names: Sequence[str]
+    parts: Callable[[], list[Origin]]
+    values: Callable[[str], Origin]
 
     def paths(self, seen: Weights) -> list[tuple[Label, ...]]:
         """The paths of the leaves."""
-        path = seen.index.paths[self.number]
-        return [renamed(path, name.replace("*", text_of(path[-1]))) for name in self.layout.names.values()]
+        return [renamed(seen.index.paths[self.number], name) for name in self.names]
 
     def row(self, seen: Weights) -> Coded:
         """The row of a report; the weight is read."""
         weight, path = seen.expression(self.number), seen.index.path(self.number)
-        values, norm, off, most = self.values(weight, "float32"), 0.0, 0.0, 0.0
+        values, norm, off, most = self.values("float32"), 0.0, 0.0, 0.0
         for start, stop in values.ranges():
             was = weight.read_range(start, stop).astype(np.float64)
             gap = np.abs(values.read_range(start, stop) - was)
@@ -172,14 +181,13 @@ class _New:
         if not np.isfinite(off):
             raise SpecMismatch("it holds values that are not finite, for which there is no scale")
         names = tuple(write_path(each, seen.index.separator) for each in self.paths(seen))
-        return Coded(path, self.codec.scheme, weight.spec, names, (off / norm) ** 0.5 if norm else 0.0, most)
+        return Coded(path, self.scheme, weight.spec, names, (off / norm) ** 0.5 if norm else 0.0, most)
 
     def regrouped(self, seen: Weights, *, simulate: bool) -> Group:
         """The leaf, which becomes several, or one with the values that they stand for."""
 
         def make(old: Sequence[Any]) -> list[Any]:
-            weight = seen.expression(self.number)
-            made = [self.values(weight)] if simulate else list(self.parts(weight).values())
+            made = [self.values("")] if simulate else self.parts()
             return made if isinstance(old[0], Origin) else [backend(old[0]).beside(e.read(), old[0]) for e in made]
 
         paths = [seen.index.paths[self.number]] if simulate else self.paths(seen)
@@ -187,9 +195,9 @@ class _New:
 
 
 def _new(seen: Weights, number: int, scheme: str, group_size: int | None, *, simulate: bool) -> _New:
-    """What a leaf becomes."""
-    spec, path = seen.spec(number), seen.index.path(number)
-    turned = seen.index.pieces(number)[-1] in ("kernel", "w")
+    """What a leaf becomes in a scheme."""
+    spec, path, name = seen.spec(number), seen.index.path(number), seen.index.pieces(number)[-1]
+    turned = name in ("kernel", "w")  # the outputs are last, as in JAX
     if spec.ndim > 2 and (turned or scheme != "fp8-block"):
         raise Unsupported(
             f"{path} is {spec}: which of its axes are inputs is not known", hint="pm.sel(selector).where(ndim=2)"
@@ -200,4 +208,46 @@ def _new(seen: Weights, number: int, scheme: str, group_size: int | None, *, sim
         raise Unsupported(f"{path} is one leaf under several paths, which quantised ones cannot be")
     inner = Spec(spec.shape[::-1], spec.dtype) if turned else spec
     layout = explained(path, layout_of, scheme, inner, group_size)
-    return _New(number, layout, codec_for(scheme, layout), turned)
+    codec = codec_for(scheme, layout)
+
+    def turn(weight: Origin) -> Origin:
+        return permute_axes(weight, (1, 0)) if turned else weight
+
+    def parts() -> dict[str, Origin]:
+        known: dict[str, Origin] = {role: Held(values) for role, values in layout.known.items()}
+        found = known | encoded(codec, turn(seen.expression(number)), layout.specs, known)
+        return {role: found[role] for role in layout.names}
+
+    def values(dtype: str) -> Origin:
+        return turn(decoded(codec, parts(), dtype or spec.dtype))
+
+    names = [each.replace("*", name) for each in layout.names.values()]
+    return _New(number, codec.scheme, names, lambda: [*parts().values()], values)
+
+
+def _ruled(seen: Weights, number: int, rule: Codec) -> _New:
+    """What a leaf becomes by a codec of the user's, which makes all leaves at once."""
+    spec, path = seen.spec(number), seen.index.path(number)
+    names = rule.called(seen.index.pieces(number)[-1])
+
+    def made() -> list[Any]:
+        found = encoded_by(rule, seen.read(number), [None] * len(names), path)
+        missing = [name for name in rule.leaves if name not in found]
+        if missing:
+            raise BadArgument(f"encode of {rule.name} gives no {' and no '.join(missing)} for {path}")
+        return [found[name] for name in rule.leaves]
+
+    def parts() -> list[Origin]:
+        specs = [backend(each).spec(each) for each in made()]
+        return [Made(each, partial(lambda place: to_numpy(made()[place]), place)) for place, each in enumerate(specs)]
+
+    def read(dtype: str) -> Array:
+        values = decoded_by(rule, made(), path)
+        if (found := backend(values).spec(values)).shape != spec.shape:
+            raise SpecMismatch(f"decode of {rule.name} gives {found} for {path}, which is {spec}")
+        return to_numpy(backend(values).cast(values, dtype))
+
+    def values(dtype: str) -> Origin:
+        return Made(Spec(spec.shape, dtype or spec.dtype), lambda: read(dtype or spec.dtype))
+
+    return _New(number, rule.name, names, parts, values)

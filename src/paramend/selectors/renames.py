@@ -29,6 +29,8 @@ class Pick(NamedTuple):
 
 W = TypeVar("W")
 NewPath = tuple[PathStep | Pick, ...]
+# A path as the keys that it is made of, each with the depth in the old path of the container that it was in.
+Keys = Sequence[tuple[str, int | None]]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy as np
 from paramend.anatomy.documents import Document, document_of
 from paramend.anatomy.tokens import named_ids, names_in, renumbered, sizes_of
 from paramend.arrays.registry import to_numpy
+from paramend.checkpoints.anatomy import is_module
 from paramend.checkpoints.assemble import assemble, origin_of
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.edits.memory import Memory, editable
@@ -20,6 +21,7 @@ from paramend.formats.jsontext import CONFIG
 from paramend.leaves.leaves import Editable
 from paramend.leaves.specs import AnyArray, Spec
 from paramend.reports import wording
+from paramend.tokens.modules import FILES, documents_of, follow
 from paramend.tokens.report import VocabularyReport
 from paramend.tokens.rows import Mix, Rows, arranged
 from paramend.tokens.tables import Table, tables_of
@@ -27,7 +29,6 @@ from paramend.tokens.tokenizer import Tokenizer, tokenizer_of
 
 T = TypeVar("T")
 Init: TypeAlias = Literal["mean", "subwords", "zero"] | AnyArray
-_CONFIGS = (CONFIG, "generation_config.json")
 
 
 def vocabulary(model: T, *, tables: Mapping[str, int] | None = None) -> "Vocabulary[T]":
@@ -37,8 +38,8 @@ def vocabulary(model: T, *, tables: Mapping[str, int] | None = None) -> "Vocabul
     for the layers, `config.json`, `generation_config.json` and the files of the tokenizer.
 
     Args:
-        model: a checkpoint from `pm.open`, of which nothing is read before it is saved; or a tree in memory: dicts, a
-            state dict, a module, whose sizes and configuration stay as they are.
+        model: a checkpoint from `pm.open`, of which nothing is read before it is saved; a module of transformers; or a
+            tree in memory: dicts, a state dict, another module.
         tables: selector → the axis of the tokens, of all these leaves, where names and shapes do not tell.
 
     Raises:
@@ -68,8 +69,11 @@ class Vocabulary(Generic[T]):
 
     def __init__(self, model: T, tables: Mapping[str, int] | None = None) -> None:
         self._leaves: Editable = editable(model)
-        found = [document_of(self._leaves, name) for name in _CONFIGS]
-        self._configs = [document for document in found if document is not None]
+        if is_module(self._leaves):
+            found = [*documents_of(model)]
+        else:
+            found = [document for name in FILES if (document := document_of(self._leaves, name)) is not None]
+        self._configs: list[Document] = found
         sizes = [size for each in self._configs for size in sizes_of(each.values)]
         self.tables: Sequence[Table] = tables_of(self._leaves, sizes, tables)
         self.size: int = max(table.rows for table in self.tables)
@@ -291,7 +295,10 @@ class Vocabulary(Generic[T]):
         if self._configs and size[self.size] != self.size and self.size not in sizes_of(self._configs[0].values):
             said.append(f"{CONFIG} is not changed: nothing in it counts {self.size:,} rows")
         report = VocabularyReport(did, tables, (self.size, size[self.size]), new or {}, files=tuple(said), **told)
-        return cast(T, _replaced(self._leaves, changed, texts)), report
+        made = _replaced(self._leaves, changed, texts)
+        if is_module(self._leaves) and changed:
+            follow(made, texts, size, moved)
+        return cast(T, made), report
 
 
 def _replaced(leaves: Editable, rows: Mapping[int, Callable[[Any], Any]], texts: Sequence[Document]) -> Any:

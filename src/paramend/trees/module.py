@@ -20,7 +20,14 @@ def _open(module: Any) -> tuple[tuple[Any, ...], tuple[Any, ...], Any]:
 def _replace(module: Any, changes: Mapping[int, Any]) -> Any:
     # Tensors in the memo are not copied: unchanged ones stay the same objects, ties stay ties.
     kept = {id(t): t for t in (*module.parameters(), *module.buffers())}
-    return copy.deepcopy(module, {**kept, **changes})
+    return copy.deepcopy(module, kept | {at: _placed(value, kept.get(at)) for at, value in changes.items()})
+
+
+def _placed(value: Any, old: Any) -> Any:
+    """A tensor in the place of another: of a Parameter, a Parameter."""
+    if not isinstance(old, torch.nn.Parameter) or isinstance(value, torch.nn.Parameter) or value.grad_fn is not None:
+        return value
+    return torch.nn.Parameter(value, old.requires_grad)
 
 
 MODULE = Kind("torch module", _open, close=lambda module, children: module, replace=_replace)

@@ -8,6 +8,7 @@ as fast; the order of dict keys, which that walk loses, is restored.
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from operator import is_
 from typing import Any
 
@@ -17,6 +18,7 @@ from paramend.errors import Unsupported
 from paramend.leaves.leaves import Index, tied, uncollected
 from paramend.leaves.nested import unexhausted
 from paramend.leaves.overlaps import overlapping, repeats, same
+from paramend.leaves.rules import Codec
 from paramend.leaves.specs import Spec
 from paramend.trees.lookup import find_kind, is_torch_module, leaf_types
 from paramend.trees.walks import Copier, Namer, Walk, labelled, rebuild, restore_order
@@ -114,6 +116,16 @@ class Tree:
         found: Any = getattr(config, "quantization_config", None)
         found = found.to_dict() if hasattr(found, "to_dict") else found
         return found if isinstance(found, Mapping) else None
+
+    @cached_property
+    def codecs(self) -> Mapping[int, Codec]:
+        """Number → how a leaf is decoded that holds codes and scales itself, as tensors of torchao do."""
+        if not self._structure.torch:
+            return {}
+        from paramend.arrays.torch_codes import rule_of  # imports torch
+
+        found = ((number, rule_of(self.values[number])) for number in self.index.numbers)
+        return {number: rule for number, rule in found if rule is not None}
 
     @property
     def ties(self) -> Mapping[int, int]:

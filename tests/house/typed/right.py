@@ -162,6 +162,8 @@ def growing(params: Params, module: nn.Sequential, checkpoint: pm.Checkpoint) ->
     assert_type(pm.fold(params, ["adapter", "lora.safetensors"], scale=0.5, untie=True)[0], Params)
     pm.extract(params, checkpoint, energy=0.9)[0].save("adapter")
     assert_type(pm.quantize(params, "**", scheme="int4", simulate=True)[0], Params)
+    codec = pm.Codec("steps", ("codes", "step"), decode=jnp.multiply)
+    assert_type(pm.at(params, "fc.codes", codec=codec).multiply(0.5), Params)
     config: pm.Config = pm.config(checkpoint)
     assert_type(config.set({"a.b": 1}), pm.Checkpoint)
     fused, moved = pm.Layout([{"from": "a.<n>", "to": "b.<n>"}], rest="keep").to(params)

@@ -46,8 +46,8 @@ class Scaling(ABC):
         """The role of the leaf that takes a factor of the weight, and the factor for it; None if none can."""
         return "scale", factor
 
-    def suffices(self, top: Array, wanted: Array) -> bool:
-        """Whether scales of scales hold scales for values that ask for others."""
+    def suffices(self, top: Array, factors: Array) -> bool:
+        """Whether scales of scales hold scales for some factors of blocks."""
         raise NotImplementedError
 
     def top(self, greatest: Array, limit: float) -> Array:
@@ -143,6 +143,11 @@ class Codec:
     def encodes(self) -> tuple[str, ...]:
         """The roles of the leaves that new values change: the codes first, then scales and zero points."""
         return tuple(role for role in ("payload", *_GROUPED) if role in self.fields)
+
+    @property
+    def top(self) -> str:
+        """The role of the leaf with scales of scales, which new values may need greater; "" if there is none."""
+        return next((role for role in ("global", "nested scale") if role in self.fields), "")
 
     @property
     def block(self) -> str:

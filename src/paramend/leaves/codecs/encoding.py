@@ -15,6 +15,9 @@ from paramend.leaves.origins.boxes import Box, whole
 from paramend.leaves.specs import Array, numpy_dtype
 from paramend.reports import wording
 
+# Differences are measured in so many places at once, which stay in the cache of a processor.
+_STEP = 1 << 15
+
 
 class Bounds(NamedTuple):
     """What scales are chosen by: for each place of their grid, of the values there.
@@ -53,9 +56,19 @@ class Misfit:
 
     def measure(self, at: tuple[int, ...], wanted: Array, found: Array, new: int) -> None:
         """Enter a band, once or again."""
+        wanted, found, sums = wanted.reshape(-1), found.reshape(-1), [(0.0, 0.0, 0.0)]
         with np.errstate(all="ignore"):
-            wide, gap = wanted.reshape(-1).astype(np.float64), (found - wanted).reshape(-1).astype(np.float64)
-        self.bands[at] = float(wide @ wide), float(gap @ gap), float(np.abs(gap).max(initial=0)), new
+            for start in range(0, wanted.size, _STEP):
+                part = slice(start, start + _STEP)
+                wide, gap = wanted[part].astype(np.float64), (found[part] - wanted[part]).astype(np.float64)
+                if not np.isfinite(gap).all():  # NaN as asked is right
+                    right = np.isnan(wide) & np.isnan(found[part])
+                    wide[right] = gap[right] = 0
+                # What BLAS does with `@` waits for other threads.
+                norm, off = (float(np.einsum("i,i->", each, each)) for each in (wide, gap))
+                sums.append((norm, off, float(np.abs(gap).max())))
+        squares, gaps, most = zip(*sums, strict=True)
+        self.bands[at] = math.fsum(squares), math.fsum(gaps), max(most), new
 
     @property
     def changed(self) -> int:
@@ -81,7 +94,7 @@ class Misfit:
 
     def to_dict(self) -> dict[str, Any]:
         """What a report holds of it."""
-        found = {"relative_l2": self.relative_l2, "max_abs": self.max_abs}
+        found = {"relative_l2": self.relative_l2, "max_abs": self.max_abs} if self.bands else {}
         return {**found, "blocks": self.blocks, "blocks_encoded": self.changed}
 
 
@@ -149,12 +162,23 @@ def scales_for(
         zero = middle(codec) if "zero" in codec.fields else 0
         limit = codec.codes.high - zero
         greatest = np.maximum(bounds.high, bounds.low * np.float32(limit / (codec.codes.low - zero)))
+    if not even and codec.zeros is not None:  # the first version of GPTQ has no zero point of 0
+        codes = codec.codes.high - max(codec.zeros.low, codec.codes.low)
+        greatest = np.maximum(greatest, bounds.high * np.float32(limit / codes))
     found["scale"] = codec.scaling.fitted(greatest, limit, field.spec, there)
     if not even and codec.zeros is not None:
         lowest = codec.codes.low - bounds.low / factor_of(codec, there | found)
         found["zero"] = codec.zeros.nearest(np.minimum(lowest, codec.codes.high))
     if "scale" not in views:
         return found
+    factor = factor_of(codec, there | found)
+    wrong, why = ~np.isfinite(factor), "make finite values: those that are there, or the scales of scales, are not"
+    if codec.top == "nested scale":  # what is added to all of them stays
+        share = factor * np.float32(limit) / np.where(greatest > 0, greatest, np.float32(np.inf))
+        wrong, why = wrong | ((greatest > 0) & ~((share > 0.8) & (share < 4))), "are near enough to those of the values"
+    if (bounds.changed & wrong).any():
+        way = "dequantise the weight, edit it, and quantise it again"
+        raise Unsupported(f"no scales of {codec.scheme} {why}", hint=way)
     new = bounds.changed & ~np.isfinite(factor_of(codec, there)) if keep else bounds.changed
     return {role: _where(new, each, there[role]) for role, each in found.items()}
 

@@ -60,6 +60,7 @@ def gptq(scheme: str, parts: Parts, stated: Stated) -> Codec:
     Raises:
         SpecMismatch: bits, groups and shapes disagree, or the zero points and what says their version.
     """
+    _check_matrix(parts)
     payload, scale = parts["payload"], parts["scale"]
     (rows, outputs), groups = payload.spec.shape, scale.spec.shape[0]
     bits = _gptq_bits(parts, stated)
@@ -92,6 +93,7 @@ def awq(scheme: str, parts: Parts, stated: Stated) -> Codec:
     Raises:
         SpecMismatch: bits, groups and shapes disagree.
     """
+    _check_matrix(parts)
     payload, scale = parts["payload"], parts["scale"]
     inputs, groups = payload.spec.shape[0], scale.spec.shape[0]
     if stated.bits not in (None, 4):
@@ -105,6 +107,12 @@ def awq(scheme: str, parts: Parts, stated: Stated) -> Codec:
         fields["zero"] = Field(parts["zero"].spec, every, Packing(1, 4, _AWQ))
     codes = codes_of("0..15" if "zero" in parts else "-8..7")
     return Codec(scheme, Spec((inputs, scale.spec.shape[1]), scale.spec.dtype), fields, codes, Plain(), codes, (1, 0))
+
+
+def _check_matrix(parts: Parts) -> None:
+    payload, scale = parts["payload"], parts["scale"]
+    if payload.spec.ndim != 2 or scale.spec.ndim != 2:
+        raise disagree("codes and scales have more axes", "this scheme is one of matrices", payload, scale)
 
 
 def _words(codes: int, bits: int) -> int:
@@ -181,7 +189,8 @@ def _version(parts: Parts, field: Field, outputs: int, bits: int, stated: Stated
     if seen is not None and said is not None and seen != said and stated.symmetric is not False:
         label = stated.form or f"{stated.method}, without checkpoint_format, which is the first version"
         says = f"that is {'the first' if seen else 'the second'} version of GPTQ"
-        raise disagree(f"all stored zero points are {shown}, {says}", f"the configuration says {label}", hint=ways)
+        here, there = f"all stored zero points are {shown}, {says}", f"the configuration says {label}"
+        raise disagree(here, there, *parts.values(), hint=ways)
     found = said if said is not None else seen
     assert found is not None
     return found

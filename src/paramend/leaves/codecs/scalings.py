@@ -79,8 +79,8 @@ class Twice(Scaling):
         return (scale / top if self.divides else scale * top,)
 
     def fitted(self, greatest: Array, limit: float, spec: Spec, grids: Grids) -> Array:
-        factor, top = greatest / _F32(limit), grids["global"].astype(_F32)
-        wanted = factor * top if self.divides else factor / top
+        top = grids["global"].astype(_F32)
+        wanted = self._stored(greatest / _F32(limit), top)
         if (wanted > _FP8_LIMIT * 1.04).any():
             raise Unsupported(
                 f"a block needs a scale of {float(wanted.max()):.4g}, and {spec.dtype} has none above {_FP8_LIMIT:g}: "
@@ -92,9 +92,13 @@ class Twice(Scaling):
     def through(self, factor: float) -> tuple[str, float]:
         return "global", 1 / factor if self.divides else factor
 
-    def suffices(self, top: Array, wanted: Array) -> bool:
-        great, small = (top, wanted) if self.divides else (wanted, top)
-        return bool((great.astype(_F32).reshape(-1) <= small.astype(_F32).reshape(-1) * _F32(1.04)).all())
+    def suffices(self, top: Array, factors: Array) -> bool:
+        return bool((self._stored(factors, top.astype(_F32)) <= _FP8_LIMIT * 1.04).all())
+
+    def _stored(self, factors: Array, top: Array) -> Array:
+        with np.errstate(all="ignore"):
+            found: Array = factors * top if self.divides else factors / top
+        return found
 
     def top(self, greatest: Array, limit: float) -> Array:
         greatest = np.where(greatest > 0, greatest, _F32(limit * _FP8_LIMIT))
@@ -119,6 +123,13 @@ class Nested(Scaling):
 
     def through(self, factor: float) -> None:
         return None  # the offset is in a leaf of JSON
+
+    def suffices(self, top: Array, factors: Array) -> bool:
+        return bool((factors - _F32(self.offset) <= top * (self.map.max() * _F32(1.04))).all())
+
+    def top(self, greatest: Array, limit: float) -> Array:
+        found: Array = np.maximum(np.abs(greatest / _F32(limit) - _F32(self.offset)), _F32(abs(self.offset)))
+        return found / _F32(self.map.max())
 
     def fitted(self, greatest: Array, limit: float, spec: Spec, grids: Grids) -> Array:
         above = (greatest / _F32(limit) - _F32(self.offset)) / grids["nested scale"]

@@ -8,12 +8,25 @@ from itertools import product
 
 import numpy as np
 
-from paramend.leaves.codecs.codec import Codec, Parts
-from paramend.leaves.codecs.encoding import Bounds, Misfit, bounds_of, codes_for, even, finite, scales_for, unit
+from paramend.leaves.codecs.codec import Codec, Grids, Parts
+from paramend.leaves.codecs.encoding import (
+    Bounds,
+    Misfit,
+    bounds_of,
+    codes_for,
+    even,
+    factor_of,
+    finite,
+    scales_for,
+    unit,
+)
 from paramend.leaves.origins.boxes import Box, ends, select, shape_of, whole
 from paramend.leaves.origins.moved import permute_axes, reshape
 from paramend.leaves.origins.origin import CHUNK, Namer, Origin
 from paramend.leaves.specs import Array, Spec, numpy_dtype
+
+# Bytes of scales that are kept until their leaf is read; they are computed again where there are more.
+_FEW = 16 << 20
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -23,12 +36,13 @@ class Encoded(Origin):
     Attributes:
         codec: how values are encoded.
         values: the weight, with the axes of storage.
-        role: the leaf: "payload", "scale", "zero" or "global".
+        role: the leaf: "payload", "scale", "zero", or that of scales of scales.
         kept: the leaves as they are, of an edited weight: blocks without a change keep their bytes.
         keep: whether scales are kept, and only codes change.
         even: whether no zero points depend on the values.
         free: whether a scale of scales may grow, if a block needs that: then all blocks are encoded anew.
         misfit: what is measured while codes are read.
+        made: box → scales and zero points there, which all leaves of the weight share, as far as they are few.
     """
 
     codec: Codec
@@ -39,6 +53,7 @@ class Encoded(Origin):
     even: bool = True
     free: bool = False
     misfit: Misfit | None = None
+    made: dict[Box, Grids] = field(default_factory=dict)
     _last: tuple[Box, Array] | None = field(default=None, init=False)
     moves = False
 
@@ -84,21 +99,27 @@ class Encoded(Origin):
     def _encoded(self, box: Box) -> Array:
         """The words of a box of the weight."""
         codec, own = self.codec, self.codec.fields[self.role]
-        if self.role == "global":
+        if self.role == codec.top:
             tops = self._tops_at(box)
-            return own.pack(tops["global"]) if tops else self.kept["global"].read_box(own.places(box))
+            return own.pack(tops[self.role]) if tops else self.kept[self.role].read_box(own.places(box))
+        if self.role != "payload" and box in self.made:
+            return own.pack(self.made[box][self.role])
         values, changed, old = self._read(box)
         if changed is not None and self._tops:
             changed = np.ones_like(changed)
         bounds = self._bounds_at(box) or bounds_of(codec, values, changed, box, self.kept)
         scales = scales_for(codec, bounds, box, self.kept, self._tops_at(box), keep=self.keep, even=self.even)
+        before = codec.scales(self.kept, box) | dict(self._tops_at(box))
+        there = before | dict(scales)
         if self.role != "payload":
-            return own.pack(scales[self.role])
+            return own.pack(there[self.role])
+        if codec.fields["scale"].spec.nbytes <= _FEW:
+            self.made[box] = there
         groups, scale = codec.groups(self.kept), codec.fields["scale"]
-        there = codec.scales(self.kept, box) | dict(self._tops_at(box)) | dict(scales)
         codes = codes_for(codec, values.copy(), there, box, groups)
         if old is not None and changed is not None:
-            touched = changed if self.keep else np.broadcast_to(scale.spread(bounds.changed, box, groups), codes.shape)
+            blocks = bounds.changed if not self.keep else bounds.changed & ~np.isfinite(factor_of(codec, before))
+            touched = changed | scale.spread(blocks, box, groups)
             codes = np.where(touched, codes, old)
         if self.misfit is not None:
             new = 0 if self._bounds is not None else int(bounds.changed.sum()) if old is not None else scale.spec.size
@@ -188,17 +209,20 @@ class Encoded(Origin):
     @cached_property
     def _tops(self) -> Mapping[str, Array]:
         """New scales of scales, one for each place of their grid."""
-        top = self.codec.fields.get("global")
-        if top is None or ("global" in self.kept and not self.free):
+        role, scaling = self.codec.top, self.codec.scaling
+        if not role or (role in self.kept and not self.free):
             return {}
-        greatest = np.zeros(top.spec.shape, np.float32)
+        top, limit = self.codec.fields[role], np.float32(self.codec.codes.limit)
+        greatest, new = np.zeros(top.spec.shape, np.float32), np.zeros(top.spec.shape, np.float32)
         for box in self._boxes(whole(self.codec.spec.shape)):
             here = np.ix_(*map(np.asarray, top.places(box)))
-            greatest[here] = np.fmax(greatest[here], top.reduced(np.fmax, np.abs(self._read(box)[0]), box))
-        new = self.codec.scaling.top(greatest, self.codec.codes.limit)
-        if "global" in self.kept and self.codec.scaling.suffices(self.kept["global"].read(), new):
+            values, changed, _ = self._read(box)
+            values = np.abs(values)
+            for found, some in ((greatest, values), (new, values if changed is None else np.where(changed, values, 0))):
+                found[here] = np.fmax(found[here], top.reduced(np.fmax, some, box))
+        if role in self.kept and scaling.suffices(self.kept[role].read(), new / limit):
             return {}
-        return {"global": new}
+        return {role: scaling.top(greatest, self.codec.codes.limit)}
 
     def _tops_at(self, box: Box) -> Mapping[str, Array]:
         return {
@@ -237,8 +261,8 @@ def encoded(
         roles = tuple(role for role in roles if role not in views)
     symmetric = even(codec, views)
     roles = tuple(role for role in roles if role != "zero" or not symmetric)
-    roles = (*roles, *(("global",) if "global" in codec.fields and (free or "global" not in views) else ()))
-    how = keep, symmetric, free, misfit
+    roles = (*roles, *((codec.top,) if codec.top and (free or codec.top not in views) else ()))
+    how = keep, symmetric, free, misfit, dict[Box, Grids]()
     return {role: reshape(Encoded(codec, values, role, views, *how), specs[role].shape) for role in roles}
 
 
