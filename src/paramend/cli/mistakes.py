@@ -84,8 +84,8 @@ def _typed_hint(hint: str, typed: Typed, given: Mapping[str, Any]) -> str:
         hint = re.sub(r"pm\.sel\(\.\.\.\)\.where\((\w+)=([^()]*)\)", r"in a recipe, where: {\1: \2}", hint)
         return re.sub(r"(?<!\w)\.(\w+)\(\w*\)", r"`paramend \1`", hint)
     hint = re.sub(r"(\w+)=pm\.open\(path\)", r'\1="MODEL"', hint)
-    for call, command in _SPOKEN.items():
-        hint = hint.replace(call, f"`paramend {command}`")
+    for python, command in _SPOKEN.items():
+        hint = hint.replace(python, f"`paramend {command}`")
     parts = re.split(r", or |; ", hint)
     spoken = [part for part in parts if not re.search(r"\bpm\.", part)]
     return spoken[0] if spoken and len(spoken) < len(parts) else hint

@@ -109,8 +109,8 @@ def _mean(values: Sequence[Array], dtype: str) -> Array:
     high = (mean.view(np.int64) & -(1 << 27)).view(np.float64)
     left = (total - high * count) - (mean - high) * count + (0.0 if rest is None else rest)
     left[~np.isfinite(left)] = 0
-    near, tail = _two_sum(mean, left / count)
-    mean = np.copysign(near, mean)  # -0.0 + 0.0 is 0.0
+    closer, tail = _two_sum(mean, left / count)
+    mean = np.copysign(closer, mean)  # -0.0 + 0.0 is 0.0
     if dtype == "float64":
         return mean
     odd = (tail != 0) & (mean.view(np.int64) & 1 == 0)

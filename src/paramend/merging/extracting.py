@@ -83,8 +83,9 @@ def extract(
         raise NoMatch("\n  ".join(("the two models do not differ in any matrix", *said)))
     opened = [each for each in map(editable, (base, tuned)) if isinstance(each, Checkpoint)]
     read = [held for each in opened for held in each.source.stats.values()]
-    path = getattr(before, "path", None)
-    adapter = Adapter("the adapter", editable(_leaves(parts)), _config(bases, parts, path and path.name), read=read)
+    source = editable(base)
+    name = source.path.name if isinstance(source, Checkpoint) else None
+    adapter = Adapter("the adapter", editable(_leaves(parts)), _config(bases, parts, name), read=read)
     return adapter, LayoutReport("extract", tuple(rows), tuple(kept), ("extracted", "equal"), tuple(said))
 
 

@@ -183,7 +183,11 @@ def _relayered(tree: Checkpoint, slices: Sequence[Slice], model: str) -> Checkpo
         for each in slices
         for at in range(each.count)
     ]
-    return deepen(tree, order=order, identity=None)[0] if order else tree
+    try:
+        return deepen(tree, order=order, identity=None)[0] if order else tree
+    except BadArgument as error:  # a layer that it lacks
+        said, hint = str(error).partition("\n")[0], "layer_range: [first, end]"
+        raise BadArgument(f"the slices of {model}: {said}", hint=hint) from None
 
 
 def _places(host: Checkpoint, config: Configuration) -> dict[int, tuple[int, float]]:
