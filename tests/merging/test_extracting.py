@@ -163,3 +163,23 @@ def test_the_command_writes_a_folder_once(models, tmp_path):
     assert made.exit_code == 0 and "6 of 8 leaves change" in made.output
     again = run(cli, [*typed, "--rank", "2"])
     assert isinstance(again.exception, CannotWrite) or again.exit_code == 2
+
+
+@pytest.mark.parametrize("quantised", [("tuned",), ("base",), ("tuned", "base")])
+def test_quantised_weights_are_subtracted_by_their_values(quantised, tmp_path):
+    floats = {"base": normal(32, 32).astype("float32")}
+    floats["tuned"] = floats["base"] + low(32, 32, 2, 5).astype("float32")
+    models, values = {}, {}
+    for name, weight in floats.items():
+        tree = {"fc": {"weight": weight}, "norm": {"weight": np.ones(3, "float32")}}
+        if name in quantised:
+            pm.save(pm.quantize(tree, "fc/weight", scheme="fp8-block")[0], tmp_path / f"{name}.safetensors")
+            models[name] = pm.open(tmp_path / f"{name}.safetensors")
+            tree = pm.dequantize(models[name], dtype="float32")[0]
+        models.setdefault(name, tree)
+        values[name] = next(iter(pm.at(tree, "fc/weight").get().values())).astype("float64")
+    adapter, report = pm.extract(models["tuned"], models["base"], rank=np.int64(4))
+    a, b = (adapter.leaves.read(number) for number in adapter.leaves.index.numbers)
+    sigma = np.linalg.svd(values["tuned"] - values["base"], compute_uv=False)
+    assert np.linalg.norm(b @ a) == pytest.approx(np.linalg.norm(sigma[:4]), rel=1e-5)
+    assert len(report.rows) == 1 and len(report.kept) == 1

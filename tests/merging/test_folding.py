@@ -504,6 +504,17 @@ def test_of_a_quantised_weight_the_blocks_that_change_are_encoded(form, tmp_path
         assert pm.open(path, raw=True)["fc.weight"].tobytes() == codes.tobytes()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_what_nothing_is_added_to_keeps_the_sign_of_zero(dtype, tmp_path):
+    base = {"fc": {"weight": np.full((3, 4), -0.0).astype(dtype)}}
+    a, b = np.zeros((R, 4), "float32"), np.zeros((3, R), "float32")
+    a[:, 0], b[1] = 1, 1
+    made = pm.fold(base, peft(tmp_path / "adapter", {"fc.lora_A.weight": a, "fc.lora_B.weight": b}))[0]
+    for tree in (made, pm.at(base, "**").add((b, a))):
+        weight = tree["fc"]["weight"].astype("float64")
+        assert weight[1, 0] > 0 and np.signbit(weight).sum() == 11
+
+
 def test_integers_are_not_folded_into(tmp_path):
     adapter = peft(tmp_path / "adapter", {"fc.lora_A.weight": linear(R, 8), "fc.lora_B.weight": linear(4, R)})
     with pytest.raises(SpecMismatch, match="not of floats"):

@@ -5,16 +5,18 @@ import pickle
 from fractions import Fraction
 
 import flax.nnx as nnx
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from tests.support.quantized import LAYOUTS, stored, write
 
 import paramend as pm
 from paramend.cli.main import cli
-from paramend.errors import BadArgument, NoMatch, Quantized, SpecMismatch
+from paramend.errors import BadArgument, NoMatch, Quantized, SpecMismatch, Unsupported
 from paramend.merging import rankings
 from paramend.merging.averages import average, rounded
 from paramend.merging.methods import METHODS
@@ -110,6 +112,34 @@ def test_the_order_of_models_changes_no_bit():
         for order in itertools.permutations(range(3)):
             tree = pm.merge([models[at] for at in order], weights=[weights[at] for at in order])[0]
             assert bits(tree) == right
+
+
+@pytest.mark.parametrize("how", ["task_arithmetic", "ties", "breadcrumbs_ties", "model_stock", "karcher", "multislerp"])
+def test_the_order_of_models_changes_no_bit_of_other_methods(how):
+    models, base = [model(seed, np.float64) for seed in range(4)], {"base": model(9, np.float64)}
+    given = settings(how) | (base if METHODS[how].base == "needed" else {})
+    for weights in (None, [0.3, 1.1, -0.2, 0.7]) if "weights" in METHODS[how].takes else (None,):
+        right = bits(pm.merge(models, how, weights=weights, **given)[0])
+        for order in ([3, 1, 0, 2], [2, 3, 1, 0]):
+            some = weights and [weights[at] for at in order]
+            assert bits(pm.merge([models[at] for at in order], how, weights=some, **given)[0]) == right
+
+
+@pytest.mark.parametrize("dtype", [*SHORT, np.dtype("float64")], ids=str)
+@pytest.mark.parametrize("beside", [0.0, 2.0**-100])
+def test_a_mean_of_negative_zeros_is_negative(dtype, beside):
+    zero = np.array([-0.0, 1, beside]).astype(dtype)
+    for count in (2, 3, 4, 7):
+        assert np.signbit(pm.merge([{"w": zero}] * count)[0]["w"].astype(float))[0]
+    assert not np.signbit(pm.merge([{"w": zero}, {"w": zero}, {"w": -zero}])[0]["w"].astype(float))[0]
+
+
+def test_integers_are_the_same_in_any_size():
+    models = [{"w": np.ones(2), "step": np.array([1, 2], dtype)} for dtype in ("int32", "int64", "uint8")]
+    tree, _ = pm.merge(models)
+    assert tree["step"].dtype == "int32" and tree["step"].tolist() == [1, 2]
+    with pytest.raises(SpecMismatch, match="step"):
+        pm.merge([*models, {"w": np.ones(2), "step": np.array([1, 3], "int16")}])
 
 
 def test_weights_are_divided_by_their_sum():
@@ -368,6 +398,21 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_read(given, say
         pm.merge([{"w": np.zeros(2)}, {"w": np.ones(2)}], **given)
 
 
+def test_models_need_values():
+    with pytest.raises(BadArgument, match="is a path") as error:
+        pm.merge([{"w": np.ones(2)}, "b.safetensors"])
+    assert error.value.hint == "pm.open('b.safetensors')"
+    for call in (
+        lambda tree: pm.merge([tree]),
+        lambda tree: pm.extract(tree, tree, rank=1),
+        lambda tree: pm.fold(tree, tree),
+    ):
+        with pytest.raises(Unsupported, match="w: there are no values"):
+            call({"w": jax.ShapeDtypeStruct((2, 2), "float32")})
+        with pytest.raises(Unsupported, match="w: there are no values"):
+            jax.make_jaxpr(lambda x, call=call: call({"w": x})[1])(np.ones((2, 2)))
+
+
 def test_a_list_of_models_is_needed():
     for models in ({"w": np.zeros(2)}, "model.safetensors"):
         with pytest.raises(BadArgument, match="a list of them"):
@@ -446,6 +491,35 @@ def test_statistics_of_batches_are_averaged_only_with_a_word():
     assert pm.merge(flax, stats="first")[0]["batch_stats"]["mean"].tolist() == [1, 1]
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("fp8-block", "Qwen3-FP8, BF16 scales"),
+        ("fp8-channel", "compressed-tensors"),
+        ("fp8-tensor", "Mistral"),
+        ("mxfp4", "compressed-tensors"),
+        ("int8", "compressed-tensors"),
+        ("awq", "AutoAWQ"),
+        ("nvfp4", "modelopt"),
+        ("nvfp4", "compressed-tensors"),
+    ],
+    ids=" ".join,
+)
+def test_quantised_weights_whose_values_are_short_floats_are_merged(layout, tmp_path):
+    model = pm.open(write(tmp_path / "model.safetensors", stored(LAYOUTS[layout])) or tmp_path / "model.safetensors")
+    for models, how in (([model] * 3, "linear"), ([model, model], "ties")):
+        given = {} if how == "linear" else {"base": model}
+        assert raw_bits(pm.merge(models, how, **given)[0]) == raw_bits(model)
+    tree = pm.load(tmp_path / "model.safetensors")
+    assert raw_bits(pm.merge([tree] * 3)[0]) == raw_bits(tree)
+    path = "model.layers.0.mlp.fc.weight"
+    floats = pm.dequantize(model, dtype="float32")[0]
+    twice = pm.at(floats, path).multiply(3)
+    merged = pm.merge([model, twice])[0]
+    right = 2 * np.asarray(floats[path])
+    assert np.abs(np.asarray(pm.dequantize(merged, dtype="float32")[0][path]) - right).max() < 0.1 * np.abs(right).max()
+
+
 @pytest.mark.parametrize("scheme", ["fp8-block", "int4"])
 def test_quantised_weights_are_merged_by_their_values(scheme, tmp_path):
     floats = [{"fc": {"weight": np.random.default_rng(at).standard_normal((16, 128)).astype("f4")}} for at in range(2)]
@@ -513,6 +587,10 @@ def test_the_command_writes_what_python_does(three, monkeypatch):
     wrong = CliRunner().invoke(cli, [*models, "--how", "ties", "-o", "no.safetensors"])
     assert wrong.exit_code == 2
     assert "needs the model" in wrong.output
+    assert "hint: --base MODEL" in wrong.output
+    once = CliRunner().invoke(cli, [*models, "--weight", "2", "-o", "same.safetensors"])
+    assert once.exit_code == 0, once.output
+    assert bits(pm.open("same.safetensors")) == bits(pm.merge([a, b])[0])
 
 
 def test_a_recipe_merges_and_its_record_replays_on_the_first_model(three, monkeypatch):

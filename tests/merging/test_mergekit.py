@@ -59,6 +59,11 @@ def test_a_configuration_gives_what_mergekit_makes_of_it(case, models):
         ("merge_method: linear\nmodules: {text: {}}\nmodels: [{model: a}]\n", ["$.modules"]),
         ("merge_method: linear\ndtype: float99\nmodels: [{model: a}]\n", ["$.dtype"]),
         ("merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [3, 3]}]}]\n", ["layer_range"]),
+        (
+            "merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [0, 99]}]}]\n",
+            ["slices of a", "layer_range"],
+        ),
+        ("merge_method: linear\nmodels: [{model: a+b/c}]\n", ["hint: paramend fold a b/c -o OUT"]),
         ("merge_method: ties\nmodels: [{model: a}]\n", ["needs the model"]),
         (
             "merge_method: linear\nparameters: {weight: {filter: mlp, value: 1}}\nmodels: [{model: a}, {model: b}]\n",

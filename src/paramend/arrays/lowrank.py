@@ -55,7 +55,7 @@ class Product:
     def added(self, x: Array, start: int) -> Array:
         """A flat piece of an array, from its element `start` on, and the same elements of the product: rounded once."""
         wide = x.astype(self._b.dtype)
-        wide += self.read_range(start, start + x.size)
+        wide -= 0 - self.read_range(start, start + x.size)  # -0.0 + 0.0 is 0.0, and -0.0 - 0.0 is -0.0
         return wide.astype(x.dtype, copy=False)
 
 

@@ -54,7 +54,7 @@ def merge(models: Sequence[Path], base: Path | None, *, out: str | None, record:
     names = "how", "weights", "t", "density", "gamma", "epsilon", "seed", "scale", "convention", "missing", "stats"
     settings = {name: value for name in names if (value := given.pop(name)) not in (None, ())}
     for name, value in settings.items():
-        if isinstance(value, tuple) and len(value) == 1 and name != "weights":
+        if isinstance(value, tuple) and len(value) == 1:
             settings[name] = value[0]
     with ExitStack() as opened:
         trees = [opened.enter_context(open_checkpoint(path)) for path in models]

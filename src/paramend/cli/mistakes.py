@@ -18,6 +18,13 @@ _RECIPES = (".yaml", ".yml", ".json")
 _GIVEN = re.compile(r"""(?<![\w.])(\w+)=("[^"\n]*"|'[^'\n]*'|\[[^]\n]*\]|\{[^}\n]*\}|-?[\d.]+(?!\w))""")
 # Command → name of an argument in Python → the options that it may come from.
 _FROM = {"deepen": {"count": ["blocks"], "times": ["stack", "interleave"], "drop": ["overlap"], "layers": ["drop"]}}
+# Calls in hints, and the commands that do the same.
+_SPOKEN = {
+    "tree, report = pm.vocabulary(model).transplant(donor)": "vocabulary MODEL --transplant DONOR -o OUT",
+    "pm.diff(tuned, base)": "diff TUNED BASE",
+    "pm.dequantize(model)": "dequantize MODEL -o OUT",
+    "pm.at(pm.open(adapter_file), selector).delete()": "delete ADAPTER SELECTOR -o OUT",
+}
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,9 @@ def _typed_hint(hint: str, typed: Typed, given: Mapping[str, Any]) -> str:
     if ".where(" in hint:
         hint = re.sub(r"pm\.sel\(\.\.\.\)\.where\((\w+)=([^()]*)\)", r"in a recipe, where: {\1: \2}", hint)
         return re.sub(r"(?<!\w)\.(\w+)\(\w*\)", r"`paramend \1`", hint)
+    hint = re.sub(r"(\w+)=pm\.open\(path\)", r'\1="MODEL"', hint)
+    for python, command in _SPOKEN.items():
+        hint = hint.replace(python, f"`paramend {command}`")
     parts = re.split(r", or |; ", hint)
     spoken = [part for part in parts if not re.search(r"\bpm\.", part)]
     return spoken[0] if spoken and len(spoken) < len(parts) else hint

@@ -66,8 +66,10 @@ def coded(
                 hint='requantize="amax" encodes blocks that change, to the nearest; pm.dequantize makes floats of it',
             )
         misfit = None if call.op.name == "zero" else Misfit(blocks=codec.fields["scale"].spec.size)
-        # All values are new, and so may a scale of scales be that no other weight has.
-        fresh = whole and not call.op.reads and not keep and not shares and bool(codec.top)
+        # All values are new, and so may a scale of scales be that no other weight has; not if they are computed.
+        value = call.args.get("value")
+        fresh = whole and not call.op.reads and not (keep or shares) and bool(codec.top)
+        fresh = fresh and not (isinstance(value, Origin) and not value.moves)
         kept = {role: part for role, part in parts.items() if not fresh or role not in (*codec.encodes, codec.top)}
         specs, values = {role: part.spec for role, part in parts.items()}, compute(weight.origin("float32"), call)
         found = encoded(codec, values, specs, kept, keep=keep, free=not (shares or keep), misfit=misfit)

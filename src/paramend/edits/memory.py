@@ -1,5 +1,6 @@
 """The memory engine: edits of a tree in memory, carried out immediately."""
 
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -12,11 +13,12 @@ from paramend.arrays.registry import backend, backend_of, to_numpy
 from paramend.edits.call import Call, explained
 from paramend.edits.damage import Damage, of_call, said
 from paramend.edits.quantized import check_calls, check_renamed, check_whole
-from paramend.errors import Unsupported, ValuesLost
+from paramend.errors import BadArgument, Unsupported, ValuesLost
 from paramend.leaves.leaves import Editable, Group, keys_of
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.stored import Held, Made
 from paramend.leaves.overlaps import overlapping
+from paramend.reports import wording
 from paramend.selectors.slices import write_index
 from paramend.trees.tree import Tree
 
@@ -181,3 +183,24 @@ def editable(tree: Any, *, raw: bool = False) -> Editable:
 
         check_subject(tree)
     return leaves.as_stored() if raw else leaves
+
+
+def valued(tree: Any) -> Editable:
+    """Leaves that are computed with: all of them must have values.
+
+    Raises:
+        BadArgument: a path is given.
+        Unsupported: leaves are traced, or abstract; the message lists them.
+    """
+    if isinstance(tree, str | os.PathLike):
+        raise BadArgument(
+            f"{str(tree)!r} is a path, and a tree or a checkpoint is needed", hint=f"pm.open({str(tree)!r})"
+        )
+    leaves = editable(tree)
+    blank = [leaves.index.path(number) for number in leaves.index.numbers if leaves.is_blank(number)]
+    if blank:
+        raise Unsupported(
+            f"{wording.listing(blank, 4)}: there are no values, or jax.jit traces them",
+            hint="call it with arrays, outside of jax.jit",
+        )
+    return leaves

@@ -447,3 +447,16 @@ def _is_readable(leaves: Editable, group: Group) -> bool:
     if group.scheme.codec is None or group.payload is None or group.missing:
         return False
     return not any(map(leaves.is_blank, group.numbers))
+
+
+def is_coded(leaves: Editable, number: int) -> bool:
+    """Whether a leaf is a quantised weight, whose values are put and read exactly in float32."""
+    return isinstance(leaves, Weights) and number in leaves.groups
+
+
+def exact(leaves: Editable, number: int) -> Origin:
+    """Where the values of a leaf are, those of a quantised weight in float32."""
+    if isinstance(leaves, Weights) and number in leaves.groups:
+        return leaves.weight(number).origin("float32")
+    found: Origin = leaves.expression(number)
+    return found

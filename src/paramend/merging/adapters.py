@@ -17,7 +17,7 @@ from paramend.checkpoints.whole import save
 from paramend.disk.io import write_file
 from paramend.disk.permissions import NEW_FOLDER, access_of, of_folder
 from paramend.disk.publishing import published
-from paramend.edits.memory import editable
+from paramend.edits.memory import valued
 from paramend.errors import BadArgument, BadCheckpoint, CannotRead, Unsupported
 from paramend.leaves.leaves import Editable
 from paramend.leaves.origins.origin import Origin
@@ -216,7 +216,7 @@ def adapter(given: AnyTree, rule: Sequence[str] | None = None) -> Adapter:
     if isinstance(leaves, Checkpoint):
         config = _config(leaves)
     place = given if isinstance(given, str | os.PathLike) else getattr(leaves, "path", "")
-    found = Adapter(str(place) or "the adapter", editable(leaves), config, rule)
+    found = Adapter(str(place) or "the adapter", valued(leaves), config, rule)
     index = found.leaves.index
     if config is None and any(index.pieces(number)[:2] == ("base_model", "model") for number in index.numbers):
         raise CannotRead(f"{found.name} is of PEFT, and there is no {CONFIG}, which says its alpha")

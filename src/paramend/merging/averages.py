@@ -43,6 +43,16 @@ def average(values: Sequence[Array], weights: Sequence[float], total: float, dty
     return found
 
 
+def summed(values: Sequence[Array]) -> Array:
+    """The sum of arrays, the same bits in any order: of three or more, the least elements are added first."""
+    ordered = list(values) if len(values) < 3 else [value + 0 for value in values]  # -0.0 becomes 0.0
+    for last in range(len(ordered) - 1, 0, -1) if len(ordered) > 2 else ():
+        for at in range(last):
+            low, high = ordered[at : at + 2]
+            ordered[at : at + 2] = np.minimum(low, high), np.maximum(low, high)
+    return sum(ordered[1:], ordered[0])
+
+
 def keep_same(found: Array, values: Sequence[Array]) -> None:
     """Give elements that are the same in all arrays, and have the dtype of the result, back with their bits."""
     if len({found.dtype, *(value.dtype for value in values)}) == 1:
@@ -99,7 +109,8 @@ def _mean(values: Sequence[Array], dtype: str) -> Array:
     high = (mean.view(np.int64) & -(1 << 27)).view(np.float64)
     left = (total - high * count) - (mean - high) * count + (0.0 if rest is None else rest)
     left[~np.isfinite(left)] = 0
-    mean, tail = _two_sum(mean, left / count)
+    closer, tail = _two_sum(mean, left / count)
+    mean = np.copysign(closer, mean)  # -0.0 + 0.0 is 0.0
     if dtype == "float64":
         return mean
     odd = (tail != 0) & (mean.view(np.int64) & 1 == 0)
@@ -126,9 +137,10 @@ def _sum(values: Sequence[Array]) -> tuple[Array, Array | None, Hard]:
         total, error = _two_sum(total, value)
         rest, more = _two_sum(rest, error)
         lost |= more != 0
-    new, rest = _two_sum(total, rest)
+    new, more = _two_sum(total, rest)
     fine = np.isfinite(new)
-    return np.where(fine, new, total), np.where(fine, rest, 0), np.flatnonzero(lost & fine).tolist()
+    some = fine & (rest != 0)  # -0.0 + 0.0 is 0.0
+    return np.where(some, new, total), np.where(some, more, 0), np.flatnonzero(lost & fine).tolist()
 
 
 def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:

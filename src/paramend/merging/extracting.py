@@ -1,6 +1,5 @@
 """Extraction: what training changed in the matrices of a model, as an adapter of low rank."""
 
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -11,10 +10,10 @@ import numpy as np
 
 from paramend.anatomy.beside import EMBEDDINGS
 from paramend.anatomy.families import EXPERTS
-from paramend.arrays.registry import to_numpy
 from paramend.checkpoints.checkpoint import Checkpoint
-from paramend.edits.memory import editable
+from paramend.edits.memory import editable, valued
 from paramend.edits.quantized import check_values
+from paramend.edits.weights import exact, weighed
 from paramend.errors import BadArgument, NoMatch, SpecMismatch
 from paramend.leaves.leaves import Editable, unique
 from paramend.leaves.specs import AnyTree, Array, Spec
@@ -50,7 +49,7 @@ def extract(
         BadArgument: not one of rank and energy is given, or it is out of bounds.
         NoMatch: leaves are in one of the models only; the message lists them.
         SpecMismatch: shapes differ, or a difference is not finite.
-        Quantized: a weight is quantised.
+        Quantized: a weight is quantised in a scheme that cannot be decoded.
 
     Source: the theorem of Eckart and Young; fused experts are packed as by `ParamWrapper` of PEFT.
 
@@ -61,7 +60,7 @@ def extract(
     (<the adapter: 1 term>, [[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]])
     """
     _check(rank, energy)
-    after, before = editable(tuned), editable(base)
+    after, before = weighed(valued(tuned)), weighed(valued(base))
     pairs = _paired(after, before)
     for leaves in (after, before):
         check_values(leaves, list(leaves.index.numbers), "cannot be subtracted", "pm.dequantize(model) makes it floats")
@@ -82,20 +81,18 @@ def extract(
             rows.append(Moved(path, spec, f"rank {parts[-1].rank}", (after.index.path(pairs[number]),)))
     if not rows:
         raise NoMatch("\n  ".join(("the two models do not differ in any matrix", *said)))
-    source = before.path.name if isinstance(before, Checkpoint) else None
-    read = [*_stats(before), *_stats(after)]
-    adapter = Adapter("the adapter", editable(_leaves(parts)), _config(bases, parts, source), read=read)
+    opened = [each for each in map(editable, (base, tuned)) if isinstance(each, Checkpoint)]
+    read = [held for each in opened for held in each.source.stats.values()]
+    source = editable(base)
+    name = source.path.name if isinstance(source, Checkpoint) else None
+    adapter = Adapter("the adapter", editable(_leaves(parts)), _config(bases, parts, name), read=read)
     return adapter, LayoutReport("extract", tuple(rows), tuple(kept), ("extracted", "equal"), tuple(said))
-
-
-def _stats(leaves: Editable) -> list[os.stat_result]:
-    return list(leaves.source.stats.values()) if isinstance(leaves, Checkpoint) else []
 
 
 def _check(rank: int | None, energy: float | None) -> None:
     if (rank is None) == (energy is None):
         raise BadArgument("one of rank= and energy= is needed", hint="rank=16, or energy=0.99")
-    if rank is not None and (type(rank) is not int or rank < 1):
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int | np.integer) or rank < 1):
         raise BadArgument(f"rank={rank!r} is not a positive integer", hint="rank=16")
     if energy is not None and not 0 < energy <= 1:
         raise BadArgument(f"energy={energy!r} is not a share above 0 and up to 1", hint="energy=0.99")
@@ -117,7 +114,7 @@ def _difference(path: str, before: Editable, number: int, after: Editable, other
     ours, theirs = before.spec(number), after.spec(other)
     if ours.shape != theirs.shape:
         raise SpecMismatch(f"{path} is {ours} in the base, and {theirs} in the tuned model")
-    old, new = (to_numpy(each) for each in (before.read(number), after.read(other)))
+    old, new = exact(before, number).read(), exact(after, other).read()
     if ours.kind != "float" or theirs.kind != "float":
         return np.array(ours != theirs or old.tobytes() != new.tobytes())
     found: Array = new.astype(np.float64) - old.astype(np.float64)
@@ -181,7 +178,7 @@ def _part(bases: Destinations, number: int, added: Array, rank: int | None, ener
     )
     matrices = matrices.transpose(0, 2, 1) if first else matrices
     parts = [np.linalg.svd(matrix, full_matrices=False) for matrix in matrices]
-    rank = min(rank or max(_rank(sigma, energy) for _, sigma, _ in parts), len(parts[0][1]))
+    rank = int(min(rank or max(_rank(sigma, energy) for _, sigma, _ in parts), len(parts[0][1])))
     roots = [np.sqrt(sigma[:rank]) for _, sigma, _ in parts]
     a = np.concatenate([root[:, None] * v[:rank] for root, (_, _, v) in zip(roots, parts, strict=True)])
     b = np.stack([u[:, :rank] * root for root, (u, _, _) in zip(roots, parts, strict=True)], -1)  # experts take turns

@@ -6,14 +6,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
-from paramend.checkpoints.assemble import origin_of
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.tying import untie as untied
-from paramend.edits.memory import editable
-from paramend.edits.own import Own
+from paramend.edits.memory import editable, valued
 from paramend.edits.plan import call
 from paramend.edits.quantized import check_values
-from paramend.edits.weights import Weights, weighed
+from paramend.edits.weights import exact, is_coded, weighed
 from paramend.errors import BadArgument, NoMatch, SpecMismatch, Unsupported
 from paramend.growth.deepening import deepen
 from paramend.leaves.leaves import Editable
@@ -23,7 +21,6 @@ from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.stored import Made
 from paramend.leaves.origins.texts import quoted
 from paramend.leaves.specs import AnyTree
-from paramend.leaves.weights import Weight
 from paramend.mapping.report import LayoutReport, Moved
 from paramend.merging.adapters import Adapter, Pieces, Term, adapter
 from paramend.merging.destinations import Destinations
@@ -82,10 +79,10 @@ def fold(
     """
     if into not in (None, "embedding") or (into and untie):
         raise BadArgument(f"into={into!r} is not a choice here", hint='untie=True, or into="embedding"')
-    if not math.isfinite(scale):
+    if not isinstance(scale, int | float) or not math.isfinite(scale):
         raise BadArgument(f"scale={scale!r} is not a finite number", hint="scale=1.0")
     adapters = opened(adapter, rule)
-    folding = _Folding(_replicated(editable(base), adapters), adapters, scale, untie=untie, into=into)
+    folding = _Folding(_replicated(valued(base), adapters), adapters, scale, untie=untie, into=into)
     for each in adapters:
         folding.read(each)
     return cast(T, folding.made()), folding.report()
@@ -286,21 +283,15 @@ class _Folding:
         return self.leaves.edited({number: call("set", {"value": origin}) for number, origin in origins.items()})
 
     def _origin(self, number: int) -> Origin:
-        change, coded = self.changes[number], self._coded(number)
-        base, dtype = change.whole or self._base(number), "float32" if coded else self.leaves.spec(number).dtype
+        change, dtype = self.changes[number], self.leaves.spec(number).dtype
+        base, dtype = change.whole or self._base(number), "float32" if is_coded(self.leaves, number) else dtype
         if not change.passes and base.spec.dtype == dtype:
             return base
         return Combined(base, change.passes, change.view, dtype)
 
-    def _coded(self, number: int) -> Weight | Own | None:
-        """The quantised weight that a leaf is, of whose values the sum is made; its blocks that change are encoded."""
-        leaves = self.leaves
-        return leaves.weight(number) if isinstance(leaves, Weights) and number in leaves.groups else None
-
     def _base(self, number: int) -> Origin:
         """Where the values of a leaf of the base are."""
-        coded = self._coded(number)
-        found = origin_of(self.leaves, number) if coded is None else coded.origin("float32")
+        found = exact(self.leaves, number)
         if isinstance(found, Made):  # of a tree in memory
             found.says = quoted(self.leaves.index.path(number))
         return found

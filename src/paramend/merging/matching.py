@@ -152,20 +152,21 @@ class Models:
         return wording.listing([f"{what} in {name}" for what, name in zip(each, self.names, strict=True)])
 
     def _same(self, numbers: Sequence[int]) -> bool:
-        """Whether a leaf has the same bits in all models."""
+        """Whether a leaf is the same in all models."""
         return _alike(*zip(self.all, numbers, strict=True))
 
 
 def _alike(*leaves: tuple[Editable, int]) -> bool:
-    """Whether leaves have the same bits."""
+    """Whether leaves have the same bits; integers of any size, whether they are the same."""
     specs = {model.spec(number) for model, number in leaves}
-    if len(specs) > 1:
+    whole = {spec.kind for spec in specs} == {"int"}
+    if len({spec.shape if whole else spec for spec in specs}) > 1:
         return False
     if next(iter(specs)).kind == "other":
         return len({str(model.read(number)) for model, number in leaves}) == 1
     origins = [model.expression(number) for model, number in leaves]
     for start, stop in origins[0].ranges():
-        first, *rest = (bare(origin.read_range(start, stop)) for origin in origins)
+        first, *rest = (each if whole else bare(each) for each in (o.read_range(start, stop) for o in origins))
         if not all(np.array_equal(first, other) for other in rest):
             return False
     return True

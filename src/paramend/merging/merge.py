@@ -6,10 +6,10 @@ from typing import Any, TypeVar, cast, get_args
 from paramend.checkpoints.assemble import Pick, assemble
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.gathering import ties_of
-from paramend.edits.memory import Memory, editable
+from paramend.edits.memory import Memory, editable, valued
 from paramend.edits.plan import call
 from paramend.edits.structure import enter
-from paramend.edits.weights import Weights, weighed
+from paramend.edits.weights import Weights, exact, is_coded, weighed
 from paramend.errors import BadArgument
 from paramend.leaves.leaves import Editable, keys_of
 from paramend.leaves.origins.origin import Origin
@@ -48,7 +48,7 @@ def merge(
 
     Averages are exact: each element of the mean of models in bfloat16, float16 or float32 is the correctly rounded one.
     All other results are computed in floats of 32 bits or more and rounded once. Models that are the same give back the
-    same bits, and the order of models changes none of `linear`.
+    same bits, and their order changes none, except of what is left to chance.
 
     Args:
         models: trees of any library, or opened checkpoints, of which nothing is read before `.save(out)`; the result is
@@ -87,12 +87,12 @@ def merge(
     for name, word, known in (("missing", missing, get_args(Missing)), ("stats", stats, (None, *get_args(Stats)))):
         if word not in known:
             raise BadArgument(f"{name}={word!r} is not known", hint=f"{name}={known[-1]!r}")
-    trees = [weighed(editable(model)) for model in models]
+    trees = [weighed(valued(model)) for model in models]
     given: dict[str, Any] = {"how": how, "weights": weights, "t": t, "density": density, "gamma": gamma}
     given |= {"epsilon": epsilon, "seed": seed, "scale": scale, "convention": convention}
     check_models(how, len(trees), based=base is not None)
     whole = settings_of(given, len(trees))
-    under = None if base is None else weighed(editable(base))
+    under = None if base is None else weighed(valued(base))
     host = trees[0]
     some: dict[int, Settings] = {}
     for selector, others in (at or {}).items():
@@ -136,8 +136,9 @@ def reduced(
         count, path, pieces = len(settings.weights), index.path(number), index.pieces(number)
         if number in found.averaged:
             settings = settings_of({"how": "linear"}, count)
-        method, kind = method_of(settings.how), dtype or host.spec(number).dtype
-        parts = tuple(model.expression(each) for model, each in zip(models.all, numbers, strict=True))
+        method, kind = method_of(settings.how), "float32" if is_coded(host, number) else host.spec(number).dtype
+        kind = dtype or kind
+        parts = tuple(exact(model, each) for model, each in zip(models.all, numbers, strict=True))
         parts = parts[:count] if method.base == "refused" else parts
         merging = Merging(method, settings, parts, len(parts) > count, kind, tuple(models.short), path, pieces)
         if method.name == "ties" and settings.convention == "paper":
@@ -162,8 +163,9 @@ def finished(
     ones = {n: new for n, new in made.items() if host.ties.get(n, n) == n or host.ties[n] not in made}
     lazy = isinstance(host.stored if isinstance(host, Weights) else host, Checkpoint)
     dtypes = {n: new.spec.dtype for n, new in ones.items() if new.spec.dtype != host.spec(n).dtype}
+    dtypes = {n: dtype for n, dtype in dtypes.items() if dtype != "float32" or not is_coded(host, n)}
     tree = host.edited({n: call("cast", {"dtype": dtype}) for n, dtype in dtypes.items()}) if dtypes else host
-    tree = tree.edited({n: call("set", {"value": new if lazy else new.read()}) for n, new in ones.items()})
+    tree = tree.edited({n: call("set", {"value": new}) for n, new in ones.items()})
     if extra and lazy:
         picks: list[Pick] = [(tree.index.paths[n], (tree, n)) for n in tree.index.numbers]
         picks += [(other.index.paths[number], other.expression(number)) for other, number in extra]

@@ -8,6 +8,7 @@ from typing import Any
 
 from paramend.anatomy.beside import EMBEDDINGS
 from paramend.checkpoints.checkpoint import Checkpoint
+from paramend.edits.weights import exact
 from paramend.errors import BadArgument, BadRecipe, Problem
 from paramend.growth import numbered
 from paramend.growth.deepening import deepen
@@ -92,7 +93,9 @@ class Configuration:
                 for at, part in enumerate(value if isinstance(value, list) else [value]):
                     self._check(key, part, f"{here}[{at}]")
             elif key in ("model", "base_model") and self._path(value) is None:
-                hint = f"huggingface-cli download {value} --local-dir {str(value).rpartition('/')[2]}"
+                model, adapted, adapter = str(value).partition("+")
+                hint = f"hf download {value} --local-dir {model.rpartition('/')[2]}"
+                hint = f"paramend fold {model} {adapter} -o OUT, and its path here" if adapted else hint
                 self._wrong(here, f"there is no file or folder {value!r}", hint)
         for key in ("model", "sources"):
             if key in _KEYS[kind] and not data.get(key):
@@ -180,7 +183,11 @@ def _relayered(tree: Checkpoint, slices: Sequence[Slice], model: str) -> Checkpo
         for each in slices
         for at in range(each.count)
     ]
-    return deepen(tree, order=order, identity=None)[0] if order else tree
+    try:
+        return deepen(tree, order=order, identity=None)[0] if order else tree
+    except BadArgument as error:  # a layer that it lacks
+        said, hint = str(error).partition("\n")[0], "layer_range: [first, end]"
+        raise BadArgument(f"the slices of {model}: {said}", hint=hint) from None
 
 
 def _places(host: Checkpoint, config: Configuration) -> dict[int, tuple[int, float]]:
@@ -254,7 +261,7 @@ def _copied(host: Checkpoint, tree: Checkpoint, numbers: Sequence[int]) -> dict[
     lacking = [host.index.path(number) for number in numbers if host.index.pieces(number) not in known]
     if lacking:
         raise BadArgument(f"{wording.listing(lacking, 4)} are not in {tree.path}")
-    return {n: tree.expression(known[host.index.pieces(n)]) for n in numbers} if tree is not host else {}
+    return {n: exact(tree, known[host.index.pieces(n)]) for n in numbers} if tree is not host else {}
 
 
 def _check_tokenizers(config: Configuration, opened: Mapping[str, Checkpoint], name: str) -> None:

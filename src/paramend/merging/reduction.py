@@ -14,7 +14,7 @@ from paramend.leaves.origins.boxes import bare
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.reduced import BAND
 from paramend.leaves.specs import Array, numpy_dtype
-from paramend.merging.averages import average, keep_same, put, rounded
+from paramend.merging.averages import average, keep_same, put, rounded, summed
 from paramend.merging.methods import Method
 from paramend.merging.rankings import Member, Ranking
 from paramend.merging.settings import Settings
@@ -121,8 +121,12 @@ class Merging:
         settings = self.settings
         if self.parts[0].spec.size == 1:  # two numbers of different signs are not opposite, and blended as in mergekit
             settings = replace(settings, convention="mergekit")
-        found: list[float] = explained(self.path, partial(self.method.blends, dots), settings).tolist()
-        return found
+        order, weights = list(range(count)), settings.weights
+        if self.method.name != "slerp":  # the order in which models are given changes no bit
+            order.sort(key=lambda at: (weights[at], dots[at, at], sorted(dots[at])))
+        ordered = replace(settings, weights=tuple(weights[at] for at in order))
+        found = explained(self.path, partial(self.method.blends, dots[np.ix_(order, order)]), ordered)
+        return [float(found[order.index(at)]) for at in range(count)]
 
     def _vectors(self, values: list[Array]) -> tuple[list[Array], Array | None]:
         """The models, or what each changes in the base."""
@@ -136,9 +140,7 @@ class Merging:
         if len(some) == 1 and some[0][0] == 1 and values[some[0][1]].dtype == numpy_dtype(self.dtype):
             return values[some[0][1]]
         wide, base = self._vectors(self._wide(values))
-        total = sum(
-            (wide[at] * share for share, at in some[1:]), wide[some[0][1]] * some[0][0] if some else 0 * wide[0]
-        )
+        total = summed([wide[at] * share for share, at in some]) if some else 0 * wide[0]
         if base is not None:
             return self._on(base, total, values)
         found = rounded(total, self.dtype)
@@ -164,21 +166,21 @@ class Merging:
         pairs = zip(changes, settings.weights, strict=True)
         weighted = [change if weight == 1 else change * weight for change, weight in pairs]
         if not self.method.elect:
-            total = sum(weighted[1:], weighted[0])
+            total = summed(weighted)
             weights = math.fsum(settings.weights)
             return total * (settings.scale / weights if divided and abs(weights) > 1e-8 else settings.scale)
         plain = settings.convention == "peft"
         voters = changes if plain else weighted
-        votes = sum(voters[1:], voters[0])
+        votes = summed(voters)
         sign = np.copysign(votes.dtype.type(1), votes + 0)  # of 0 it is 1
-        total, count = np.zeros_like(votes), np.zeros_like(votes)
+        counts = []
         for voter, change, weight in zip(voters, weighted, settings.weights, strict=True):
             agrees = voter * sign > 0
-            count += agrees.astype(votes.dtype) * votes.dtype.type(1 if plain else weight)
-            part = change.copy() if change is voter else change
-            _keep(part, agrees)
-            total += part
+            counts.append(agrees.astype(votes.dtype) * votes.dtype.type(1 if plain else weight))
+            _keep(change, agrees)
+        total = summed(weighted)
         if divided:
+            count = summed(counts)
             count[count == 0] = 1
             total /= count
         return total * settings.scale if settings.scale != 1 else total

@@ -14,7 +14,8 @@ from paramend.leaves.specs import Array, Spec, numpy_dtype
 View: TypeAlias = tuple[int, int, int]
 # BLAS computes no more multiplications than these in the thread that asks; in several it may wait long for the others.
 _ALONE, _FEW = 1 << 18, 8
-# For each pass what is added to the elements of a tile, and what they are multiplied by then.
+# For each pass what is taken from the elements of a tile, and what they are multiplied by then: -0.0 + 0.0 is 0.0, and
+# -0.0 - 0.0 is -0.0, so that what nothing is added to keeps its bits.
 _Terms: TypeAlias = list[tuple[Array, Array | None]]
 
 
@@ -144,8 +145,8 @@ class Combined(Given):
                 here = slice(low - tile * size, high - tile * size)
                 terms = self._terms(tile)  # first: what is read of the base may be overwritten next
                 wide = self.base.read_range(low, high).astype(self._wide)
-                for added, gain in terms:
-                    wide += added[here]
+                for less, gain in terms:
+                    wide -= less[here]
                     if gain is not None:
                         wide *= gain[here]
                 found[low - start : high - start] = wide.astype(dtype, copy=False)
@@ -166,7 +167,7 @@ class Combined(Given):
                 self._measure(each)
             self._ready = ready
         if last != tile:
-            terms = [(self._added(each, tile).reshape(-1), self._gain(each, tile)) for each in ready]
+            terms = [((0 - self._added(each, tile)).reshape(-1), self._gain(each, tile)) for each in ready]
             self._last = tile, terms
         return terms
 
