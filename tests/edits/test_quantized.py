@@ -38,6 +38,7 @@ ARGS = {
     "reshape": ((-1,),),
     "take": ([0],),
     "permute": ([0],),
+    "project_out": (np.ones(4),),
 }
 
 
