@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+import weakref
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -340,3 +341,13 @@ def test_a_leaf_that_two_weights_share_does_not_change_for_one():
     assert not pm.at(pm.at(scales, "a.weight").zero(), "a.weight").one().any()
     both = pm.at(scales, "{a,b}.weight").multiply(3.0)
     assert [pm.at(both, f"{name}.weight").one()[0, 0] for name in "ab"] == [6, 6]
+
+
+def test_files_are_closed_when_nobody_holds_the_checkpoint(model, tmp_path):
+    pm.save({"w": np.ones(2, "float32")}, tmp_path / "plain.safetensors")
+    for path in (model[0], tmp_path / "plain.safetensors"):
+        checkpoint = pm.open(path)
+        assert len(pm.at(checkpoint, "**").get()) == len(checkpoint.paths)
+        source = weakref.ref(checkpoint.source)
+        del checkpoint
+        assert source() is None

@@ -42,6 +42,8 @@ def apply(recipe: Path, path: Path | None, **given: Any) -> None:
     Exit status: 0 done; 1 only expectations of the recipe failed; 2 anything else is wrong with the recipe, an
     unreadable or damaged file, or an OUT that cannot be written.
     """
+    if path is not None and not (given["in_place"] or given["dry_run"] or given["out"]):
+        edit_checkpoint(path, partial(Recipe.apply_file, recipe), **given)  # which says what is missing
     data = document_at(recipe).data
     if isinstance(data, Mapping) and "merge_method" in data:
         _merge(data, recipe, path, **given)

@@ -372,15 +372,15 @@ def weighed(leaves: Editable, *, inputs: bool = False, rule: Codec | None = None
     """
     if isinstance(leaves, Weights) or (leaves.raw and rule is None):
         return leaves
-    known: dict[Any, Editable] = leaves.__dict__.setdefault("_weighed", {})
+    known: dict[Any, Editable | None] = leaves.__dict__.setdefault("_weighed", {})
     if (inputs, rule) not in known:
         own = by_rule(leaves, rule) if rule else []
         if not leaves.raw:
             own += [alone(number, each) for number, each in getattr(leaves, "codecs", {}).items()]
         taken = {number for group in own for number in group.numbers}
         found = [group for group in _stored(leaves, inputs) if taken.isdisjoint(group.numbers)] + own
-        known[inputs, rule] = Weights(leaves, found, inputs=inputs, rule=rule) if found else leaves
-    return known[inputs, rule]
+        known[inputs, rule] = Weights(leaves.twin(), found, inputs=inputs, rule=rule) if found else None
+    return known[inputs, rule] or leaves
 
 
 def chosen(selector: SelectorLike, leaves: Editable) -> list[int]:

@@ -4,7 +4,6 @@ import gc
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import copy
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
@@ -290,12 +289,18 @@ class Editable(Leaves):
         """Without the view of its weights, which is found out again."""
         return {name: value for name, value in vars(self).items() if name != "_weighed"}
 
+    def twin(self) -> Self:
+        """The same leaves, without the view of their weights, which refers to such a twin: a circle would keep files
+        open and arrays in memory."""
+        again = object.__new__(type(self))
+        again.__dict__.update((name, value) for name, value in vars(self).items() if name != "_weighed")
+        return again
+
     def as_stored(self, raw: bool = True) -> Self:
         """The same leaves, taken as they are stored or not."""
         if self.raw == raw:
             return self
-        again = copy(self)
-        again.__dict__.pop("_weighed", None)
+        again = self.twin()
         again.raw = raw
         return again
 
