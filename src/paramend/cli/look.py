@@ -127,11 +127,12 @@ def _table(
     source: Source, file: Any, numbers: list[int], found: "dict[int, Measures | str]", *, every: bool
 ) -> list[str]:
     leaves = []
+    known: dict[Any, tuple[str, str]] = {}  # most leaves are like others, and there may be 100,000
     for number in numbers:
         spec = file.spec(number)
         codec = file.weight(number).codec if _is_weight(file, number) else None
         dtype = f"{codec.scheme} {codec.block}".rstrip() if codec else spec.dtype
-        cells = (dtype, f"[{','.join(map(str, spec.shape))}]")
+        cells = known.setdefault((dtype, spec.shape), (dtype, f"[{','.join(map(str, spec.shape))}]"))
         leaves.append(Line((file.index.path(number),), cells, file.nbytes(number)))
     if not every:
         leaves = fold(leaves, limit=len(leaves))
