@@ -156,6 +156,26 @@ class Given(Origin):
         return self._spec
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class Computed(Origin):
+    """Elements that are computed from those of another origin, box by box; its spec, unless a kind says otherwise."""
+
+    whole: Origin
+    moves = False
+
+    @property
+    def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
+        return (self.whole,)
+
+    @property
+    def spec(self) -> Spec:
+        return self.whole.spec
+
+    @property
+    def extents(self) -> None:
+        """None: the bytes are computed."""
+
+
 def _extents(traced: Sequence[tuple[Origin, Runs]]) -> list[Extent] | None:
     """The bytes of runs of stored leaves, in order, those that follow each other as one."""
     files: dict[Path, int] = {}

@@ -9,36 +9,21 @@ import numpy as np
 from paramend.leaves.codecs.codec import Codec
 from paramend.leaves.codecs.scalings import powers
 from paramend.leaves.origins.boxes import Box
-from paramend.leaves.origins.origin import Namer, Origin
-from paramend.leaves.specs import Array, Spec, numpy_dtype
+from paramend.leaves.origins.origin import Computed, Namer, Origin
+from paramend.leaves.specs import Array, numpy_dtype
 
 _POWERS = ("uint8", "float8_e8m0fnu")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Rescaled(Origin):
+class Rescaled(Computed):
     """Scales, each multiplied by a number in float32; exponents, with one added.
 
     Attributes:
-        whole: the scales.
         factor: the number.
     """
 
-    whole: Origin
     factor: float
-    moves = False
-
-    @property
-    def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
-        return (self.whole,)
-
-    @property
-    def spec(self) -> Spec:
-        return self.whole.spec
-
-    @property
-    def extents(self) -> None:
-        """None: the bytes are computed."""
 
     def read_box(self, box: Box) -> Array:
         return self.of(self.whole.read_box(box))
@@ -69,29 +54,14 @@ class Rescaled(Origin):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Flipped(Origin):
+class Flipped(Computed):
     """Codes with some bits of each byte flipped, as those of their signs.
 
     Attributes:
-        whole: the codes.
         mask: the bits.
     """
 
-    whole: Origin
     mask: int
-    moves = False
-
-    @property
-    def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
-        return (self.whole,)
-
-    @property
-    def spec(self) -> Spec:
-        return self.whole.spec
-
-    @property
-    def extents(self) -> None:
-        """None: the bytes are computed."""
 
     def read_box(self, box: Box) -> Array:
         found = np.array(self.whole.read_box(box), order="C")

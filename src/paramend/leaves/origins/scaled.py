@@ -7,7 +7,7 @@ from typing import TypeAlias
 import numpy as np
 
 from paramend.leaves.origins.boxes import Box
-from paramend.leaves.origins.origin import Namer, Origin
+from paramend.leaves.origins.origin import Computed, Namer
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 
 # A number, and for each axis one number for each place; None for ones.
@@ -15,25 +15,15 @@ Term: TypeAlias = tuple[float, tuple[Array | None, ...]]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Scaled(Origin):
+class Scaled(Computed):
     """The elements times the sum of some terms, computed in float32, of float64 in float64, and rounded once.
 
     Attributes:
         shift: what is added before and taken away after: 1 for gains that their norm adds to 1.
     """
 
-    whole: Origin
     terms: tuple[Term, ...]
     shift: float = 0.0
-    moves = False
-
-    @property
-    def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
-        return (self.whole,)
-
-    @property
-    def spec(self) -> Spec:
-        return self.whole.spec
 
     def read_box(self, box: Box) -> Array:
         stored = self.whole.read_box(box)
@@ -46,9 +36,6 @@ class Scaled(Origin):
         if self.shift:
             np.subtract(found, self.shift, out=found)
         return found.astype(stored.dtype, copy=False)
-
-    def trace(self, runs: object, most: int) -> None:
-        """None: the bytes are computed."""
 
     def text(self, name: Namer) -> str:
         return f"scaled({self.whole.text(name)})"
@@ -66,17 +53,11 @@ def _vectors(term: Term, box: Box) -> list[Array]:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Mean(Origin):
+class Mean(Computed):
     """The mean along an axis, at each of some places of it."""
 
-    whole: Origin
     axis: int
     count: int
-    moves = False
-
-    @property
-    def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
-        return (self.whole,)
 
     @property
     def spec(self) -> Spec:
@@ -88,9 +69,6 @@ class Mean(Origin):
         found = self.whole.read_box((*box[:axis], range(self.whole.spec.shape[axis]), *box[axis + 1 :]))
         means = found.mean(axis, keepdims=True, dtype=np.float64).astype(found.dtype)
         return np.repeat(means, len(box[axis]), axis)
-
-    def trace(self, runs: object, most: int) -> None:
-        """None: the bytes are computed."""
 
     def text(self, name: Namer) -> str:
         return f"mean({self.whole.text(name)}, axis={self.axis})"
