@@ -158,8 +158,9 @@ _MODULES = {
 __all__ = sorted([*_LATER, *_MODULES, "__version__"])
 
 if not TYPE_CHECKING:  # or any name at all would do for type checkers
-    importlib.import_module("paramend.anatomy")  # a wing with the name of a function: imported once, it leaves the name
-    del globals()["anatomy"]
+    from paramend import anatomy  # a wing with the name of a function: imported once, it leaves the name
+
+    del anatomy
 
     def __getattr__(name: str) -> object:
         if name in _LATER:

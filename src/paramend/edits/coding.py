@@ -87,13 +87,10 @@ def _scalar(word: int, spec: Spec) -> Any:
 def _wide(weight: Weight, call: Call) -> Call:
     """The call with an array to set in float32: it may have that dtype, or that of the weight."""
     value = call.args.get("value")
-    if call.op.name != "set" or value is None:
+    library = backend_of(type(value)) if call.op.name == "set" else None
+    if library is None or library.spec(value).dtype != weight.spec.dtype:
         return call
-    if isinstance(value, Origin):
-        return call
-    if backend_of(type(value)) is not None and backend_of(type(value)).spec(value).dtype == weight.spec.dtype:  # type: ignore[union-attr]
-        return replace(call, args={**call.args, "value": to_numpy(value).astype(np.float32)})
-    return call
+    return replace(call, args={**call.args, "value": to_numpy(value).astype(np.float32)})
 
 
 # ---- places along an axis ----------------------------------------------------------------------------------------

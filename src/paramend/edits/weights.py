@@ -191,23 +191,23 @@ class Weights(Editable):
         assert isinstance(weights, Weights)
         chosen = {number: weights.weight(number) for number in cast_}
         kept = [group for number, group in weights.groups.items() if number not in cast_]
-        return floated(weights.stored, chosen, kept, {n: dtype_name(each.args["dtype"]) for n, each in cast_.items()})[
-            0
-        ]
+        dtypes = {number: dtype_name(each.args["dtype"]) for number, each in cast_.items()}
+        return floated(weights.stored, chosen, kept, dtypes)[0]
 
     def edited_(self, calls: Mapping[int, Call]) -> None:
-        there: dict[int, Call] = {}
-        for number, call in calls.items():
-            there |= self._coded(number, call, calls) if number in self.groups else {number: call}
-        self.stored.edited_(there)
+        self.stored.edited_(self._all(calls))
 
     def check_(self, calls: Mapping[int, Call]) -> Mapping[int, Call]:
         """The calls, if they can be carried out in place."""
+        cast(Memory, self.stored).check_(self._all(calls))
+        return calls
+
+    def _all(self, calls: Mapping[int, Call]) -> dict[int, Call]:
+        """The calls on stored leaves that edits are which keep the spec."""
         there: dict[int, Call] = {}
         for number, call in calls.items():
             there |= self._coded(number, call, calls) if number in self.groups else {number: call}
-        cast(Memory, self.stored).check_(there)
-        return calls
+        return there
 
     def _coded(self, number: int, call: Call, calls: Mapping[int, Call]) -> dict[int, Call]:
         """The calls on stored leaves that an edit of a weight is."""
