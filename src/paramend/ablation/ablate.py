@@ -12,7 +12,7 @@ from paramend.ablation.stages import Calls, Compiled, Functional, InPlace
 from paramend.arrays.registry import backend
 from paramend.edits.memory import Memory, editable
 from paramend.edits.quantized import check_values
-from paramend.edits.weights import Weights, weighed
+from paramend.edits.weights import Weights, is_coded, weighed
 from paramend.errors import BadArgument
 from paramend.leaves.leaves import Editable, unique
 from paramend.leaves.rules import Codec
@@ -98,7 +98,7 @@ def ablate(
     edits: dict[str, Calls] = {name: calls(leaves, numbers, how, seed) for name, numbers in chosen.items()}
     stored = leaves.stored if isinstance(leaves, Weights) else leaves
     for name, edited in edits.items():
-        plain = [number for number in edited if not (isinstance(leaves, Weights) and number in leaves.groups)]
+        plain = [number for number in edited if not is_coded(leaves, number)]
         check_values(stored, plain, f"cannot be ablated as {name!r}", _RAW)
     found = stage.run([{}, *({n: c for name in group for n, c in edits[name].items()} for group in groups)])
     baseline, alone = found[0], dict(zip(chosen, found[1:], strict=False))

@@ -15,10 +15,11 @@ from paramend.anatomy.quantization import quantization_of
 from paramend.arrays.initializers import NOWHERE, Site
 from paramend.arrays.registry import backend
 from paramend.edits.call import Call
+from paramend.edits.choosing import chosen
 from paramend.edits.damage import Damage
 from paramend.edits.plan import Plan
 from paramend.edits.quantized import check_calls, check_renamed, check_whole
-from paramend.edits.weights import chosen, weighed
+from paramend.edits.weights import weighed
 from paramend.errors import BadArgument, Unsupported, printable
 from paramend.formats.gathered import leaf_of
 from paramend.formats.registry import home_of, open_source

@@ -11,7 +11,7 @@ from paramend.cli import _ui
 from paramend.cli.choosing import EXCEPT, chosen
 from paramend.cli.opening import open_checkpoint
 from paramend.cli.options import takes
-from paramend.edits.weights import Weights, weighed
+from paramend.edits.weights import Weights, is_coded, weighed
 from paramend.formats.safetensors_header import RECORD
 from paramend.formats.source import Source
 from paramend.leaves.paths import natural
@@ -106,7 +106,7 @@ def _data(source: Source, file: Any, numbers: list[int], found: "dict[int, Measu
             "shape": list(spec.shape),
             "nbytes": file.nbytes(number),
         }
-        if _is_weight(file, number):
+        if is_coded(file, number):
             leaf |= {"scheme": file.weight(number).codec.scheme, "stored": [*map(_named(file), file.members(number))]}
         if number in found:
             measures = found[number]
@@ -130,7 +130,7 @@ def _table(
     known: dict[Any, tuple[str, str]] = {}  # most leaves are like others, and there may be 100,000
     for number in numbers:
         spec = file.spec(number)
-        codec = file.weight(number).codec if _is_weight(file, number) else None
+        codec = file.weight(number).codec if is_coded(file, number) else None
         dtype = f"{codec.scheme} {codec.block}".rstrip() if codec else spec.dtype
         cells = known.setdefault((dtype, spec.shape), (dtype, f"[{','.join(map(str, spec.shape))}]"))
         leaves.append(Line((file.index.path(number),), cells, file.nbytes(number)))
@@ -157,10 +157,6 @@ def _table(
         more = len(source.metadata) - len(said)
         lines += aligned([("metadata", *said, *([f"and {more:,} more"] if more else []))])
     return lines
-
-
-def _is_weight(file: Any, number: int) -> bool:
-    return isinstance(file, Weights) and number in file.groups
 
 
 def _named(file: Weights) -> Callable[[int], str]:

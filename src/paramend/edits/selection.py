@@ -5,10 +5,11 @@ from typing import Any, TypeVar, cast
 
 from paramend.edits.arguments import Args, shown
 from paramend.edits.call import Call, Op, explained, sliced_shape
+from paramend.edits.choosing import chosen
 from paramend.edits.labelling import Labels
 from paramend.edits.memory import editable
 from paramend.edits.ops import Edits
-from paramend.edits.weights import Weights, chosen, weighed
+from paramend.edits.weights import Weights, weighed
 from paramend.errors import BadArgument, NoMatch, Unsupported, WrongCount, printable
 from paramend.leaves.leaves import Editable
 from paramend.leaves.rules import Codec

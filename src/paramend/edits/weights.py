@@ -23,8 +23,8 @@ from paramend.leaves.paths import write_path
 from paramend.leaves.rules import Codec
 from paramend.leaves.specs import Spec, dtype_name
 from paramend.leaves.weights import Weight, labels_of, weight_of
-from paramend.selectors.renames import Keys, Rename, keys
-from paramend.selectors.selector import SelectorLike, resolve, resolve_paths
+from paramend.selectors.renames import Keys
+from paramend.selectors.selector import resolve
 
 # Projections of one layer that engines join into one matrix, which then has one scale of scales.
 _FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"w1", "w3"})
@@ -381,48 +381,6 @@ def weighed(leaves: Editable, *, inputs: bool = False, rule: Codec | None = None
         found = [group for group in _stored(leaves, inputs) if taken.isdisjoint(group.numbers)] + own
         known[inputs, rule] = Weights(leaves.twin(), found, inputs=inputs, rule=rule) if found else None
     return known[inputs, rule] or leaves
-
-
-def chosen(selector: SelectorLike, leaves: Editable) -> list[int]:
-    """The leaves that a selector means. It may name what a quantised weight is stored in, codes or scales.
-
-    Raises:
-        NoMatch: there is no such leaf.
-    """
-    try:
-        return list(resolve(selector, leaves))
-    except NoMatch:
-        groups = leaves.groups if isinstance(leaves, Weights) else {}
-        owner = {number: payload for payload, group in groups.items() for number in group.numbers}
-        try:
-            numbers = list(resolve(selector, cast(Weights, leaves).stored)) if owner else []
-        except NoMatch:
-            numbers = []
-        if owner.keys().isdisjoint(numbers):
-            raise
-        return leaves.index.ordered({owner.get(number, number) for number in numbers})
-
-
-def members(selector: SelectorLike, leaves: Editable) -> Sequence[int]:
-    """The stored leaves that a selector means, one for each path: all of a quantised weight; `NoMatch` for none."""
-    seen = weighed(leaves)
-    try:
-        numbers = resolve_paths(selector, seen)
-    except NoMatch:
-        return resolve_paths(selector, leaves)
-    if not isinstance(seen, Weights):
-        return numbers
-    return leaves.index.ordered({each for number in numbers for each in seen.members(number)})
-
-
-def carried(leaves: Editable, rule: Rename) -> dict[int, Keys]:
-    """The new paths of stored leaves by a rule for those that are seen, in the form of `structure.moves`."""
-    seen = weighed(leaves)
-    found: dict[int, Keys] = {number: keys(path) for number, path in rule.over(leaves.index).items()}
-    if isinstance(seen, Weights):
-        for number, path in rule.over(seen.index).items():
-            found |= seen.carried(number, keys(path))
-    return found
 
 
 def _stored(leaves: Editable, inputs: bool) -> list[Group]:

@@ -7,10 +7,10 @@ from typing import TypeVar, cast
 from paramend.anatomy.documents import document_of
 from paramend.anatomy.parts import part_config
 from paramend.checkpoints.checkpoint import Checkpoint
+from paramend.edits.choosing import members
 from paramend.edits.memory import Memory, editable
 from paramend.edits.quantized import check_renamed, check_whole
 from paramend.edits.structure import enter, relocate
-from paramend.edits.weights import members
 from paramend.errors import Unsupported
 from paramend.formats.jsontext import CONFIG
 from paramend.grafting.inserting import Path, check_free, labels_of, moved_by, moved_report, new_paths

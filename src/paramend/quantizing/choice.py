@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from functools import partial
 
 from paramend.anatomy.quantization import stated
-from paramend.edits.weights import Weights, chosen, weighed
+from paramend.edits.choosing import chosen
+from paramend.edits.weights import Weights, weighed
 from paramend.errors import NoMatch
 from paramend.leaves.groups import Group, groups_of
 from paramend.leaves.leaves import Editable
