@@ -27,7 +27,12 @@ def _seeded():
 
 
 # Markers of tests that need more than a machine may have: they run when `-m` names them, and fail where it is missing.
-ON_DEMAND = {"browser": "in a browser", "mounts": "on file systems that they mount"}
+ON_DEMAND = {
+    "browser": "in a browser",
+    "mounts": "on file systems that they mount",
+    "far": "with Ray or a server of objects",
+    "gpu": "on an accelerator",
+}
 LEFT_OUT = pytest.StashKey[dict[str, int]]()
 
 
