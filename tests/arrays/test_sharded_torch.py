@@ -3,10 +3,9 @@
 import json
 
 import pytest
-
 from tests.support.processes import run_two
 
-PROGRAM = '''
+PROGRAM = """
 import json, sys
 import numpy as np
 import torch
@@ -97,11 +96,11 @@ TREES = {
     "graft": lambda t, u: pm.graft(t, u),
     "graft doubles": lambda t, u: pm.graft(t, {k: v.double() for k, v in u.items()}),
     "graft numpy": lambda t, u: pm.graft(t, {k: np.full(v.shape, 3, np.float32) for k, v in u.items()}),
-    "insert": lambda t, u: pm.insert(t, {"more": u["head"]}),
-    "part": lambda t, u: pm.part(t, "layers.0.*"),
-    "deepen": lambda t, u: pm.deepen(t, order=[0, 1, 1, 2], identity="none"),
+    "insert": lambda t, u: pm.insert(t, {"more": u["head"]}, "more"),
+    "part": lambda t, u: pm.part(t, "layers.0.**"),
+    "deepen": lambda t, u: pm.deepen(t, order=[0, 1, 1, 2]),
     "stack": lambda t, u: pm.stack_layers(t, "layers[*]"),
-    "unstack": lambda t, u: pm.unstack_layers(pm.stack_layers(t, "layers[*]"), "layers"),
+    "unstack": lambda t, u: pm.unstack_layers(pm.stack_layers(t, "layers[*]"), "layers", into="layers[*]"),
     "merge": lambda t, u: pm.merge([t, u]),
     "quantize": lambda t, u: pm.quantize(t, "layers.*.w", scheme="int8", simulate=True),
 }
@@ -125,7 +124,7 @@ pm.at(both, "a").zero_()
 assert both["b"].full_tensor().sum() == 0 and both["c"].full_tensor().sum() == 3
 
 
-def network(device="cpu"):
+def network():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 3))
 
@@ -178,7 +177,7 @@ with pm.open(f"{folder}/w.safetensors") as source, CommDebugMode() as counted:
 assert torch.equal(result["w"].full_tensor(), full) and boxes == [(3 - rank, 3)], boxes
 dist.barrier()
 dist.destroy_process_group()
-'''
+"""
 
 
 @pytest.mark.slow

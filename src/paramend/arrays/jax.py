@@ -230,7 +230,7 @@ def put(x: Any, index: Any, verb: str, value: Any) -> Any:
         return _own(x)
     sharding = _explicit(x)
     if sharding is None:
-        found = chosen(index, x.shape) if parted(x) or (traced(x) and jax.device_count() > 1) else None
+        found = chosen(index, x.shape) if parted(x) else None
         if found is not None:
             return _placed(_put_where(x, found, verb, _operand(value, x)), x)
         parts = index if isinstance(index, tuple) else (index,)
@@ -318,8 +318,10 @@ def numpy(x: Any) -> np.ndarray[Any, Any]:
 
 
 def local(x: Any) -> bool:
-    return not isinstance(x, jax.core.Tracer) and x.is_fully_addressable and (
-        all(device.platform == "cpu" for device in x.devices())
+    return (
+        not isinstance(x, jax.core.Tracer)
+        and x.is_fully_addressable
+        and (all(device.platform == "cpu" for device in x.devices()))
     )
 
 

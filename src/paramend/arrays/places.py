@@ -67,4 +67,3 @@ def kept_axis(before: Sequence[int], after: Sequence[int], axis: int, shards: in
         if math.prod(after[:at]) == math.prod(before[:axis]) and (even or length == before[axis]):
             return at if length > 1 or before[axis] == 1 else None
     return None
-
