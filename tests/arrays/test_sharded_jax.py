@@ -28,7 +28,7 @@ mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
 full = np.arange(1, 65, dtype=np.float32).reshape(16, 4)
 two = np.array([[1, 2, 3, 4], [4, 5, 6, 7]], np.float32)
 
-# verb: (edit, whether its compiled program moves elements between devices, None if the compiler decides; the spec after)
+# verb: (edit, whether its compiled program moves elements, None if the compiler decides, the spec after it)
 here, both = False, P("a", "b")
 EDITS = {
     "zero": (lambda s: s.zero(), here, both),
