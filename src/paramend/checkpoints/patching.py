@@ -33,6 +33,7 @@ from paramend.journal.store import UndoStore
 from paramend.journal.writer import Writer
 from paramend.leaves.leaves import uncollected
 from paramend.leaves.origins.origin import Extent
+from paramend.leaves.origins.partly import Partly
 from paramend.piecewise.changes import Work, Works, change_all
 from paramend.piecewise.chunks import laid_flat, nbytes_of, restage
 from paramend.piecewise.rows import survey
@@ -126,7 +127,7 @@ def check_patch(source: Source, plan: Plan, spool: Spool) -> list[Work]:
             message = f"{row.path}: shape and dtype cannot change in place, and {row.edit} gives {row.spec}"
             raise Unsupported(message, hint=hint)
         why = source.refusal(row.source)
-        if why:
+        if why and not isinstance(row.calls[-1].args.get("value"), Partly):  # which changes bytes
             raise Unsupported(f"{row.path} cannot take {row.edit}: {why}", hint="leave it out of the selection")
         extent = laid_flat(source, row) if chunked else source.extent(row.source)
         if extent is None:
