@@ -24,6 +24,7 @@ from paramend.evidence.moves import moves
 from paramend.evidence.pairing import named
 from paramend.evidence.streams import Desk, Stream, read_by, stream_of
 from paramend.formats.shards import Shards
+from paramend.journal.store import BESIDE
 from paramend.leaves.leaves import Editable, keys_of
 from paramend.leaves.outlines import Outlined
 from paramend.leaves.specs import AnyTree, Array, Spec
@@ -32,15 +33,14 @@ from paramend.reports.progress import Meter, Progress
 from paramend.rewriting.provenance import FILE as RECORD
 from paramend.rewriting.sidecars import sidecars
 
-# Larger files beside the weights are not taken along.
-_MOST = 1 << 28
+Encoding = Literal["overwrite", "xor"]
 
 
 def delta(
     before: AnyTree,
     after: AnyTree,
     *,
-    encoding: Literal["overwrite", "xor"] = "overwrite",
+    encoding: Encoding = "overwrite",
     checksum: Checksum = "sha256",
     progress: Progress | None = None,
 ) -> Delta:
@@ -169,11 +169,10 @@ class _Comparing:
             return
         old, new = (side or {} for side in sides)
         for name in sorted({*old, *new}):
-            if any(side[name].stat().st_size > _MOST for side in (old, new) if name in side):
-                self.said.append(f"{name} is too large for a delta: copy it")
-                continue
             before, after = (side[name].read_bytes() if name in side else None for side in (old, new))
-            if before != after:
+            if before != after and not BESIDE.fullmatch(name):
+                self.said.append(f"not in the delta: {name}, which differs")
+            elif before != after:
                 self.table.add(f"file/{name}", Spec((len(after or b""),), "uint8"), [after or b""])
                 yield FileRow(name, _sha256(before), _sha256(after), len(after or b""))
 

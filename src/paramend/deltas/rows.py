@@ -7,7 +7,9 @@ from typing import Any
 
 from paramend.errors import BadCheckpoint
 from paramend.evidence.pairing import Name
+from paramend.formats.index import is_index
 from paramend.formats.limits import MAX_AXES, MAX_PIECES, shown
+from paramend.journal.store import BESIDE
 from paramend.leaves.leaves import labels_of, plain
 from paramend.leaves.paths import text_of
 from paramend.leaves.specs import Spec
@@ -116,7 +118,7 @@ def file_row(data: Any, file: str) -> FileRow:
     """The row that JSON holds; `BadCheckpoint` if it is none."""
     try:
         row = FileRow(_text(data["name"]), _text(data["base"]), _text(data["result"]), int(data["nbytes"]))
-        sound = row.name.strip(".") != "" and not {"/", "\\", "\0"} & set(row.name)
+        sound = BESIDE.fullmatch(row.name) is not None and not is_index(row.name)
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:
