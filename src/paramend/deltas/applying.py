@@ -2,10 +2,6 @@
 
 import hashlib
 import json
-import threading
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,39 +10,33 @@ from paramend.arrays.initializers import NOWHERE
 from paramend.checkpoints.assemble import assemble
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.gathering import ties_of
-from paramend.deltas.checksums import hasher
-from paramend.deltas.comparing import checksum_of
-from paramend.deltas.patched import Patched
+from paramend.deltas.base import Base, Task
+from paramend.deltas.patched import Patched, whole_of
 from paramend.deltas.payload import itemsize_of
-from paramend.deltas.rows import FileRow, Keys, LeafRow, by_name
+from paramend.deltas.rows import FileRow, Keys
 from paramend.edits.damage import Damage
 from paramend.edits.memory import Memory, editable
 from paramend.edits.plan import call
 from paramend.edits.structure import enter, relocate
-from paramend.errors import BadCheckpoint, UnexpectedChange, Unsupported
-from paramend.evidence.pairing import named
-from paramend.evidence.streams import stream_of
+from paramend.errors import UnexpectedChange, Unsupported
 from paramend.formats.jsontext import CONFIG
 from paramend.formats.shards import Shards
 from paramend.grafting.inserting import native, nested
 from paramend.leaves.leaves import Editable, labels_of
 from paramend.leaves.origins.origin import Origin
-from paramend.leaves.origins.stored import Stored, Zeros
+from paramend.leaves.origins.stored import Stored
 from paramend.reports import wording
-from paramend.reports.progress import Meter, Progress
+from paramend.reports.progress import Progress
 
 if TYPE_CHECKING:
     from paramend.deltas.delta import Delta
-
-# A row, and the leaf of the base that it is for; None if it adds one.
-Task = tuple[LeafRow, int | None]
 
 
 def applied(delta: "Delta", tree: Any, progress: Progress | None) -> Any:
     """The outcome of a delta; the tree itself if it is that already. `UnexpectedChange` if it is neither that nor the
     base."""
     leaves = editable(tree, raw=True)
-    base = _Base(delta, leaves, progress)
+    base = Base(delta, leaves, progress)
     tasks = base.tasks()
     if isinstance(leaves, Checkpoint):
         documents = _documents(delta, leaves)
@@ -70,112 +60,7 @@ def origin_of(delta: "Delta", leaves: Editable, task: Task) -> Origin:
     return Patched(whole, delta.payload.changes(row.held, whole.nbytes, itemsize_of(whole.spec)))
 
 
-def whole_of(delta: "Delta", row: LeafRow) -> Patched:
-    """A leaf that a delta holds whole."""
-    assert row.spec is not None
-    found = delta.payload.whole(row.held) or Zeros(row.spec)
-    if found.spec != row.spec:
-        raise BadCheckpoint(f"{delta.called(row)}: the delta says {row.spec} and holds {found.spec}")
-    return Patched(found, delta.payload.changes(row.held, row.nbytes, itemsize_of(row.spec)))
-
-
-class _Base:
-    """What a delta is applied to: is it its base, or its outcome?"""
-
-    def __init__(self, delta: "Delta", leaves: Editable, progress: Progress | None) -> None:
-        self.delta, self.leaves = delta, leaves
-        self.numbers = named(leaves)
-        self.before, self.after = (by_name(delta.rows, side) for side in ("was", "path"))
-        self.meter = Meter(progress, sum(map(leaves.nbytes, self.numbers.values())))
-        self._turn = threading.Lock()
-
-    def tasks(self) -> list[Task]:
-        """What is to be done; nothing if it was done."""
-        slime = self.delta.slime
-        as_base = (
-            all(name in self.numbers for name in self.before) if slime else self.numbers.keys() == self.before.keys()
-        )
-        as_result = not slime and self.numbers.keys() == self.after.keys()
-        rows = self.before if as_base else self.after
-        if not as_base and not as_result:
-            raise self._other(self._names())
-        found = [self.numbers[name] for name in rows]
-        with ThreadPoolExecutor(2, thread_name_prefix="paramend") as pool:
-            sums = dict(zip(rows, pool.map(self._sum, found), strict=True))
-        if as_result and all(self._is_result(name, sums[name]) for name in rows):
-            return []
-        wrong = [row for name, row in rows.items() if not (as_base and self._fits(name, row, sums[name]))]
-        if wrong:
-            raise self._other({self.delta.called(row): "its bytes differ" for row in wrong})
-        tasks: list[Task] = [
-            (row, self.numbers[name])
-            for name, row in rows.items()
-            if row.kind != "kept" and not (row.kind == "changed" and sums[name] == row.result)
-        ]
-        return tasks + [(row, None) for row in self.delta.rows if row.was is None]
-
-    @property
-    def rows(self) -> dict[int, LeafRow]:
-        """The rows by the leaves of the base that they are for."""
-        return {self.numbers[name]: row for name, row in self.before.items()}
-
-    def differs(self) -> set[int]:
-        """The leaves with several paths that get other values under each."""
-        found: dict[int, set[tuple[str, Any]]] = {}
-        for number, row in self.rows.items():
-            if number in self.leaves.ties:
-                found.setdefault(self.leaves.ties[number], set()).add((row.result, row.spec))
-        return {n for n, one in self.leaves.ties.items() if len(found.get(one, ())) > 1}
-
-    def _fits(self, name: Any, row: LeafRow, found: str) -> bool:
-        """Whether a leaf is that of the base, or of the outcome where only values change."""
-        if not self.delta.slime and self.leaves.spec(self.numbers[name]) != row.before:
-            return False
-        if found == row.base or (found == row.result and row.kind == "changed"):
-            return True
-        return self.delta.slime and self._made(row, self.numbers[name]) == row.result
-
-    def _is_result(self, name: Any, found: str) -> bool:
-        row = self.after[name]
-        return found == row.result and self.leaves.spec(self.numbers[name]) == row.spec
-
-    def _sum(self, number: int) -> str:
-        stream = stream_of(self.leaves, number)
-        with self._turn if stream.source is not None else nullcontext():  # a decompressor serves one reader
-            return checksum_of(stream, self.delta.checksum, self.meter)
-
-    def _made(self, row: LeafRow, number: int) -> str:
-        """The checksum that a leaf would have."""
-        origin, digest = origin_of(self.delta, self.leaves, (row, number)), hasher(self.delta.checksum)
-        assert isinstance(origin, Patched)
-        for piece in origin.contents():
-            digest.update(piece)
-        return digest.hexdigest()
-
-    def _names(self) -> dict[str, str]:
-        index = self.leaves.index
-        absent = {self.delta.called(row): "there is none" for n, row in self.before.items() if n not in self.numbers}
-        more = (
-            {}
-            if self.delta.slime
-            else {
-                index.path(number): "it is not in the base"
-                for n, number in self.numbers.items()
-                if n not in self.before
-            }
-        )
-        return absent | more
-
-    def _other(self, changes: Mapping[str, str]) -> UnexpectedChange:
-        lines = [f"  {path}: {why}" for path, why in list(changes.items())[:20]]
-        lines += [f"  and {len(changes) - 20:,} more"] if len(changes) > 20 else []
-        path = str(getattr(self.leaves, "path", "")) or "the tree"
-        count = wording.plural(len(changes), "leaf", "leaves")
-        said = f"{path} is not the base of the delta, nor its outcome: {count}"
-        return UnexpectedChange("\n".join([said, *lines]), changes=changes, hint="apply it to what it was made from")
-
-
-def _checkpoint(base: _Base, leaves: Checkpoint, tasks: list[Task]) -> Checkpoint:
+def _checkpoint(base: Base, leaves: Checkpoint, tasks: list[Task]) -> Checkpoint:
     """The outcome as a checkpoint, of which nothing is read before it is saved."""
     origins, gone, moved, added = _parted(base, leaves, tasks)
     untied = base.differs()
@@ -205,7 +90,7 @@ def _checkpoint(base: _Base, leaves: Checkpoint, tasks: list[Task]) -> Checkpoin
     return assemble(made, picks, ties=ties_of(leaves.ties, places))
 
 
-def _in_memory(base: _Base, leaves: Memory, tasks: list[Task]) -> Any:
+def _in_memory(base: Base, leaves: Memory, tasks: list[Task]) -> Any:
     """The outcome as a tree like the base."""
     origins, gone, moved, added = _parted(base, leaves, tasks)
     for number in base.differs() & origins.keys():
@@ -219,7 +104,7 @@ def _in_memory(base: _Base, leaves: Memory, tasks: list[Task]) -> Any:
 
 
 def _parted(
-    base: _Base, leaves: Editable, tasks: list[Task]
+    base: Base, leaves: Editable, tasks: list[Task]
 ) -> tuple[dict[int, Origin], list[int], dict[int, list[tuple[str, None]]], dict[Keys, Origin]]:
     """The new values of leaves, those that go, the new paths of those that move, and those that come."""
     origins, gone, moved, added = (

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Literal
 
@@ -78,20 +78,23 @@ def delta(
             for side in (before, after)
         ]
         old, new = (editable(side, raw=True) for side in sides)
-        comparing = _Comparing(old, new, checksum, xor=encoding == "xor", progress=progress)
+        table = stack.enter_context(closing(Table()))
+        comparing = _Comparing(old, new, table, checksum, xor=encoding == "xor", progress=progress)
         rows, files = tuple(comparing.rows()), tuple(comparing.files())
-        payload = comparing.table.finish(xor=encoding == "xor")
+        payload = table.finish(xor=encoding == "xor")
         access = access_of_paths([*read_by(old), *read_by(new)])
         said = (*comparing.said, *_unheld(old, new))
         return Delta(rows, files, checksum, encoding == "xor", new.index.separator, said, payload, access=access)
 
 
 class _Comparing:
-    def __init__(self, old: Editable, new: Editable, checksum: str, *, xor: bool, progress: Progress | None) -> None:
-        self.old, self.new, self.checksum, self.xor = old, new, checksum, xor
+    def __init__(
+        self, old: Editable, new: Editable, table: Table, checksum: str, *, xor: bool, progress: Progress | None
+    ) -> None:
+        self.old, self.new, self.table, self.checksum, self.xor = old, new, table, checksum, xor
         total = sum(leaves.nbytes(number) for leaves in (old, new) for number in leaves.index.numbers)
         self.meter = Meter(progress, total)
-        self.table, self.said = Table(), list[str]()
+        self.said: list[str] = []
         self._known: dict[tuple[int | None, int | None], tuple[str, str, int, str]] = {}
 
     def rows(self) -> Iterator[LeafRow]:
@@ -130,7 +133,7 @@ class _Comparing:
         if old is not None and new is not None and before == spec and old.size != new.size:
             raise Unsupported(f"{name} cannot be compared: its values, {spec}, are packed on one side")
         if old is None or new is None or spec is None or before != spec:
-            base = "" if old is None else checksum_of(old, self.checksum, self.meter)
+            base = "" if old is None else self._checksum(old)
             if new is None or spec is None:
                 return base, "", 0, ""
             return base, self._whole(new, spec, name), spec.size, name
@@ -140,8 +143,21 @@ class _Comparing:
     def _whole(self, stream: Stream, spec: Spec, name: str) -> str:
         """The checksum of a leaf, which goes into the table as it is, or as what fills one of zeros."""
         digest = hasher(self.checksum)
-        self.table.whole(name, spec, _counted(stream, digest, self.meter))
+        self.table.whole(name, spec, self._counted(stream, digest))
         return digest.hexdigest()
+
+    def _checksum(self, stream: Stream) -> str:
+        digest = hasher(self.checksum)
+        for _ in self._counted(stream, digest):
+            pass
+        return digest.hexdigest()
+
+    def _counted(self, stream: Stream, digest: Hasher) -> Iterator[memoryview]:
+        """The bytes of a leaf on their way into its checksum."""
+        for _, piece in bytes_of(stream):
+            digest.update(piece.data)
+            self.meter.advance(len(piece))
+            yield piece.data
 
     def _changes(
         self, old: Stream, new: Stream, spec: Spec, name: str, pool: ThreadPoolExecutor
@@ -177,20 +193,9 @@ class _Comparing:
                 yield FileRow(name, _sha256(before), _sha256(after), len(after or b""))
 
 
-def checksum_of(stream: Stream, algorithm: str, meter: Meter) -> str:
-    """The checksum of the bytes of a leaf."""
-    digest = hasher(algorithm)
-    for _ in _counted(stream, digest, meter):
-        pass
-    return digest.hexdigest()
-
-
-def _counted(stream: Stream, digest: Hasher, meter: Meter) -> Iterator[memoryview]:
-    """The bytes of a leaf on their way into its checksum."""
-    for _, piece, _ in _both(stream, stream):
-        digest.update(piece.data)
-        meter.advance(len(piece))
-        yield piece.data
+def bytes_of(stream: Stream) -> Iterator[tuple[int, Array]]:
+    """The bytes of a leaf, piece by piece: (the first byte, those bytes)."""
+    return ((start, piece) for start, piece, _ in _both(stream, stream))
 
 
 def _both(a: Stream, b: Stream) -> Iterator[tuple[int, Array, Array]]:
@@ -236,4 +241,4 @@ def _unheld(old: Editable, new: Editable) -> Iterator[str]:
         others = [keys for keys in {**sides[0], **sides[1]} if sides[0].get(keys) != sides[1].get(keys)]
         if others:
             shown = wording.listing(["/".join(map(str, keys)) for keys in others], 4)
-            yield f"not in the delta: {wording.plural(len(others), 'entry', 'entries')} that hold no array: {shown}"
+            yield f"not in the delta: {wording.plural(len(others), 'entry', 'entries')} without an array: {shown}"

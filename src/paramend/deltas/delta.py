@@ -184,7 +184,7 @@ class Delta(Report):
 
     def headline(self) -> str:
         if not self:
-            return f"nothing differs in {wording.plural(len(self.rows), 'leaf', 'leaves')}"
+            return "\n".join((f"nothing differs in {wording.plural(len(self.rows), 'leaf', 'leaves')}", *self.said))
         counts = [f"{count:,} {kind}" for kind in (*KINDS, "kept") if (count := len(self.of_kind(kind)))]
         new = wording.plural(sum(row.changed for row in self.rows), "element")
         files = f"; {wording.listing([row.name for row in self.files], 4)}" if self.files else ""

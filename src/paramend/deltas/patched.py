@@ -2,17 +2,23 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from paramend.deltas.payload import itemsize_of
+from paramend.deltas.rows import LeafRow
 from paramend.deltas.windows import SPAN, Changes
 from paramend.disk.io import Bytes, get, reading
+from paramend.errors import BadCheckpoint
 from paramend.leaves.origins.boxes import Box, select
 from paramend.leaves.origins.origin import Computed
 from paramend.leaves.origins.partly import Partly
-from paramend.leaves.origins.stored import Stored
+from paramend.leaves.origins.stored import Stored, Zeros
 from paramend.leaves.specs import Array, numpy_dtype
+
+if TYPE_CHECKING:
+    from paramend.deltas.delta import Delta
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -65,3 +71,12 @@ class Patched(Computed, Partly):
 
     def read_box(self, box: Box) -> Array:
         return np.array(select(self.read_range(0, self.spec.size).reshape(self.spec.shape), box))
+
+
+def whole_of(delta: "Delta", row: LeafRow) -> Patched:
+    """A leaf that a delta holds whole."""
+    assert row.spec is not None
+    found = delta.payload.whole(row.held) or Zeros(row.spec)
+    if found.spec != row.spec:
+        raise BadCheckpoint(f"{delta.called(row)}: the delta says {row.spec} and holds {found.spec}")
+    return Patched(found, delta.payload.changes(row.held, row.nbytes, itemsize_of(row.spec)))

@@ -92,21 +92,26 @@ class Table:
 
     def __init__(self) -> None:
         self._entries: list[tuple[str, Spec, int]] = []
-        self._data = tempfile.TemporaryFile(prefix="paramend-")  # noqa: SIM115  closed by `write`
+        self._data = tempfile.TemporaryFile(prefix="paramend-")  # noqa: SIM115  closed by `close`
+
+    def close(self) -> None:
+        """Give back its room."""
+        self._data.close()
 
     def add(self, name: str, spec: Spec, pieces: Iterable[bytes | memoryview]) -> None:
         """Add a tensor."""
         nbytes = sum(put(self._data.fileno(), piece) for piece in pieces)
         self._entries.append((name, spec, nbytes))
 
-    def window(self, name: str, start: int, values: Array, differ: Array, dtype: str) -> int:
+    def window(self, name: str, start: int, values: Array, differ: Array, dtype: str, *, known: bool = True) -> int:
         """Add the changes of a range of bytes, as positions where they are shorter; how many elements there are.
-        `values` are all bytes of it, `differ` says of each element whether it changes."""
+        `differ` says of each element whether it changes; of the others, `values` has the bytes only if they are
+        `known`."""
         places = np.flatnonzero(differ)
         if not len(places):
             return 0
         width = len(values) // len(differ)
-        if len(places) * (4 + width) < len(values):
+        if len(places) * (4 + width) < len(values) or not (known or len(places) == len(differ)):
             self.add(f"positions/{name}@{start}", Spec(places.shape, "uint32"), [places.astype("<u4").data.cast("B")])
             values = values.reshape(-1, width)[places]
         typed = dtype in SAFETENSORS_CODES and BITS[dtype] == 8 * width
@@ -131,7 +136,8 @@ class Table:
 
     def write(self, path: Path, metadata: Mapping[str, str] | None = None) -> None:
         """Write the file."""
-        with self._data as data, path.open("wb", buffering=0) as file:
+        data = self._data
+        with path.open("wb", buffering=0) as file:
             put(file.fileno(), layout(self._entries, metadata).to_bytes())
             copy_all(data.fileno(), file.fileno(), path)
 

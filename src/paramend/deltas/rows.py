@@ -56,7 +56,7 @@ class LeafRow:
     @property
     def whole(self) -> bool:
         """Whether the delta holds all of it."""
-        return self.was is None or self.spec != self.before
+        return self.path is not None and (self.was is None or self.spec != self.before)
 
     def to_dict(self) -> dict[str, Any]:
         """The row as data that JSON can hold: "path" and "before" stand for what they equal in the base."""

@@ -12,6 +12,7 @@ Source: slime, "Delta Weight Sync", and `overwrite_encode` in `slime/utils/disk_
 import io
 import re
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -161,18 +162,18 @@ def write(delta: "Delta", folder: Path, name: str, progress: Progress | None) ->
     other += [row.name for row in delta.files]
     if other or delta.slime:
         raise Unsupported(f"slime can only change values, and the delta does more: {', '.join(other[:4])}")
-    rows = delta.of_kind("changed")
-    zstd, table = need("zstandard", extra="deltas", to="write deltas of slime"), Table()
+    rows, zstd = delta.of_kind("changed"), need("zstandard", extra="deltas", to="write deltas of slime")
     meter = Meter(progress, sum(row.nbytes for row in rows))
-    for row in rows:
-        assert row.spec is not None
-        changes = delta.payload.changes(row.held, row.nbytes, itemsize_of(row.spec))
-        pieces = _xor(changes, row.nbytes) if delta.xor else _overwrite(changes, row.nbytes, delta.called(row))
-        compressor = zstd.ZstdCompressor(level=1).compressobj()
-        packed = [compressor.compress(piece.data) for piece in pieces] + [compressor.flush()]
-        table.add(delta.called(row), Spec((sum(map(len, packed)),), "uint8"), packed)
-        meter.advance(row.nbytes, delta.called(row))
-    table.write(folder / _FILE, {delta.called(row): row.result for row in rows})
+    with closing(Table()) as table:
+        for row in rows:
+            called = delta.called(row)
+            changes = delta.payload.changes(row.held, row.nbytes, 1 if row.spec is None else itemsize_of(row.spec))
+            pieces = _xor(changes, row.nbytes) if delta.xor else _overwrite(changes, row.nbytes, called)
+            compressor = zstd.ZstdCompressor(level=1).compressobj()
+            packed = [*(compressor.compress(piece.data) for piece in pieces), compressor.flush()]
+            table.add(called, Spec((sum(map(len, packed)),), "uint8"), packed)
+            meter.advance(row.nbytes, called)
+        table.write(folder / _FILE, {delta.called(row): row.result for row in rows})
     found = _VERSION(name)
     version = int(found[1]) if found else 1
     metadata = {"version": f"{version:06d}", "base_version": f"{max(version - 1, 0):06d}"}

@@ -1,13 +1,13 @@
 """Squashing: a delta and the one after it as one, which makes the outcome of both of the base of the first."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from paramend.deltas.applying import whole_of
-from paramend.deltas.patched import Patched
+from paramend.deltas.patched import Patched, whole_of
 from paramend.deltas.payload import Table, itemsize_of
 from paramend.deltas.rows import FileRow, LeafRow, by_name
 from paramend.deltas.windows import SPAN
@@ -27,15 +27,16 @@ def squashed(first: "Delta", later: "Delta") -> tuple[Any, ...]:
                 "only deltas of one encoding and checksum, and none of slime, become one",
                 hint="apply them one after the other, then pm.delta(before, after)",
             )
-    work = _Squashing(first, later)
-    rows, files = tuple(work.rows()), tuple(work.files())
-    said = tuple(dict.fromkeys((*first.said, *later.said)))
-    return rows, files, later.checksum, later.xor, later.separator, said, work.table.finish(xor=later.xor)
+    with closing(Table()) as table:
+        work = _Squashing(first, later, table)
+        rows, files = tuple(work.rows()), tuple(work.files())
+        said = tuple(dict.fromkeys((*first.said, *later.said)))
+        return rows, files, later.checksum, later.xor, later.separator, said, table.finish(xor=later.xor)
 
 
 class _Squashing:
-    def __init__(self, first: "Delta", later: "Delta") -> None:
-        self.first, self.later, self.table = first, later, Table()
+    def __init__(self, first: "Delta", later: "Delta", table: Table) -> None:
+        self.first, self.later, self.table = first, later, table
         self._known: dict[tuple[str, str], int] = {}
         after, before = by_name(first.rows, "path"), by_name(later.rows, "was")
         wrong = [first.called(row) for name, row in after.items() if name not in before]
@@ -58,7 +59,7 @@ class _Squashing:
                     row if old is None else replace(row, was=old.was, before=old.before, base=old.base), row, old
                 )
             elif old is not None and old.was is not None:
-                yield replace(old, path=None, spec=None, result="", changed=0, held="")
+                yield replace(old, path=None, spec=None, result="", changed=0, held="", nbytes=0)
         yield from (row for row in self.first.rows if row.path is None)
 
     def _held(self, both: LeafRow, row: LeafRow, old: LeafRow | None) -> LeafRow:
@@ -66,7 +67,7 @@ class _Squashing:
         assert both.spec is not None
         before = "" if old is None else old.held
         if both.kind in ("kept", "renamed") or not (before or row.held):
-            return replace(both, changed=0, held="")
+            return replace(both, changed=0, held="", nbytes=0)
         name, key = row.held or before, (before, row.held)
         if key not in self._known:  # of a leaf with several paths, what changes is held once
             replaced = row.whole or (old is not None and old.whole)
@@ -87,7 +88,7 @@ class _Squashing:
             values, mask = np.zeros((2, min(SPAN, both.nbytes - start)), np.uint8)
             for each in changes:
                 each.put(values, start, mask)
-            changed += self.table.window(name, start, values, mask[::width] > 0, both.spec.dtype)
+            changed += self.table.window(name, start, values, mask[::width] > 0, both.spec.dtype, known=self.later.xor)
         return changed
 
     def _contents(self, row: LeafRow, old: LeafRow | None) -> Iterator[memoryview]:
