@@ -45,7 +45,9 @@ def apply(recipe: Path, path: Path | None, **given: Any) -> None:
     """
     if path is not None and not (given["in_place"] or given["dry_run"] or given["out"]):
         edit_checkpoint(path, partial(Recipe.apply_file, recipe), **given)  # which says what is missing
-    if recipe.is_dir() and path is not None:
+    if recipe.is_dir():
+        if path is None:
+            raise click.UsageError("PATH is needed: what the delta is applied to.")
         from paramend.cli.delta import apply_delta  # most are recipes
 
         apply_delta(recipe, path, **given)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from paramend.anatomy.documents import Change, Document
 from paramend.arrays.initializers import NOWHERE
-from paramend.checkpoints.assemble import assemble
+from paramend.checkpoints.assemble import Pick, assemble
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.gathering import ties_of
 from paramend.deltas.base import Base, Task
 from paramend.deltas.patched import Patched, whole_of
 from paramend.deltas.payload import itemsize_of
-from paramend.deltas.rows import FileRow, Keys
+from paramend.deltas.rows import FileRow, LeafRow
 from paramend.edits.damage import Damage
 from paramend.edits.memory import Memory, editable
 from paramend.edits.plan import call
@@ -38,92 +38,96 @@ def applied(delta: "Delta", tree: Any, progress: Progress | None) -> Any:
     leaves = editable(tree, raw=True)
     base = Base(delta, leaves, progress)
     tasks = base.tasks()
-    if isinstance(leaves, Checkpoint):
-        documents = _documents(delta, leaves)
-        if not tasks and not documents:
-            return tree
-        texts = {document.name: document for document in (*leaves.texts, *documents)}
-        made = leaves.planned(replace(leaves.plan, texts=tuple(texts.values())))
-        return (_checkpoint(base, made, tasks) if tasks else made).as_stored(cast(Checkpoint, tree).raw)
-    return _in_memory(base, cast(Memory, leaves), tasks) if tasks else tree
+    if not isinstance(leaves, Checkpoint):
+        return _Outcome(base, leaves, tasks).tree() if tasks else tree
+    documents = _documents(delta, leaves)
+    if not tasks and not documents:
+        return tree
+    texts = {document.name: document for document in (*leaves.texts, *documents)}
+    leaves = leaves.planned(replace(leaves.plan, texts=tuple(texts.values())))
+    return (_Outcome(base, leaves, tasks).checkpoint() if tasks else leaves).as_stored(tree.raw)
 
 
-def origin_of(delta: "Delta", leaves: Editable, task: Task) -> Origin:
-    """Where the new values of a leaf come from."""
-    row, number = task
-    if row.whole or number is None:
-        made = whole_of(delta, row)
-        return made.whole if isinstance(made.whole, Stored) else made
-    whole = leaves.expression(number)
-    if whole.spec.dtype.startswith("key<"):
-        raise Unsupported(f"{delta.called(row)} holds typed PRNG keys, which a delta cannot change")
-    return Patched(whole, delta.payload.changes(row.held, whole.nbytes, itemsize_of(whole.spec)))
+class _Outcome:
+    """What a delta makes of its base.
 
+    Attributes:
+        origins: the new values of leaves of the base.
+        gone: leaves that are deleted.
+        moved: leaves that get other paths, and these, in the form of `renames.keys`.
+        added: the values of new leaves.
+        untied: leaves with several paths that get other values under each.
+    """
 
-def _checkpoint(base: Base, leaves: Checkpoint, tasks: list[Task]) -> Checkpoint:
-    """The outcome as a checkpoint, of which nothing is read before it is saved."""
-    origins, gone, moved, added = _parted(base, leaves, tasks)
-    untied = base.differs()
-    rows = {row.source: row for row in leaves.plan.rows}
-    for number, origin in origins.items():
-        if number not in untied:
-            row, edit = rows[number], call("set", {"value": origin})
+    def __init__(self, base: Base, leaves: Editable, tasks: list[Task]) -> None:
+        self.base, self.leaves = base, leaves
+        known = [(row, number) for row, number in tasks if number is not None]
+        self.origins = {n: self._changed(row, n) for row, n in known if row.kind in ("changed", "respecified")}
+        self.gone = [number for row, number in known if row.path is None]
+        self.moved = {n: [(key, None) for key in row.path] for row, n in known if row.path not in (None, row.was)}
+        self.added = {row.path or (): _stored(whole_of(base.delta, row)) for row, number in tasks if number is None}
+        self.untied = base.untied()
+
+    def _changed(self, row: LeafRow, number: int) -> Origin:
+        delta = self.base.delta
+        if row.whole:
+            return _stored(whole_of(delta, row))
+        old = self.leaves.expression(number)
+        if old.spec.dtype.startswith("key<"):
+            raise Unsupported(f"{delta.called(row)} holds typed PRNG keys, which a delta cannot change")
+        return Patched(old, delta.payload.changes(row.held, old.nbytes, itemsize_of(old.spec)))
+
+    def tree(self) -> Any:
+        """The outcome as a tree like the base."""
+        leaves = cast(Memory, self.leaves)
+        for number in self.untied & self.origins.keys():
+            path = leaves.index.path(number)
+            raise Unsupported(f"{path} has several paths in this tree, and the delta has a value for each of them")
+        arrays = {number: leaves.as_given(origin.read(), number) for number, origin in self.origins.items()}
+        tree = leaves.with_leaves(arrays) if arrays else leaves.root
+        tree = relocate(Memory(tree), self.moved, self.gone) if self.gone or self.moved else tree
+        new = [(nested(leaves, keys), native(leaves, origin.read())) for keys, origin in self.added.items()]
+        return enter(Memory(tree), new) if new else tree
+
+    def checkpoint(self) -> Checkpoint:
+        """The outcome as a checkpoint, of which nothing is read before it is saved."""
+        made = self._edited()
+        if not (self.untied or self.added or self.gone or self.moved):
+            return made
+        if not self.untied and not self.added and made.format != "safetensors":  # it holds more than leaves
+            made = made.deleted(self.gone) if self.gone else made
+            return made.relocated(self.moved) if self.moved else made
+        return self._assembled(made)
+
+    def _edited(self) -> Checkpoint:
+        leaves = cast(Checkpoint, self.leaves)
+        rows = {row.source: row for row in leaves.plan.rows}
+        for number in self.origins.keys() - self.untied:
+            row, origin = rows[number], self.origins[number]
+            edit = call("set", {"value": origin})
             rows[number] = row.with_calls((*row.calls, edit), (*row.places, NOWHERE), origin.spec, Damage())
-    made = leaves.planned(replace(leaves.plan, rows=tuple(rows.values())))
-    if not untied and not added and leaves.format != "safetensors":
-        made = made.deleted(gone) if gone else made
-        return made.relocated(moved) if moved else made
-    if not (untied or added or gone or moved):
-        return made
-    numbers = {row: number for number, row in base.rows.items()}
-    places: dict[int, list[int]] = {}
-    picks: list[Any] = []
-    for row in base.after.values():  # in the order of the outcome
-        number, keys = numbers.get(row), row.path or ()
-        if number is None:
-            picks.append((labels_of(keys), added[keys]))
-            continue
-        if number not in untied:
-            places[number] = [len(picks)]
-        path = labels_of(keys) if number in moved else leaves.index.paths[number]
-        picks.append((path, origins.get(number, (made, number)) if number in untied else (made, number)))
-    return assemble(made, picks, ties=ties_of(leaves.ties, places))
+        return leaves.planned(replace(leaves.plan, rows=tuple(rows.values())))
+
+    def _assembled(self, made: Checkpoint) -> Checkpoint:
+        """The checkpoint of all leaves of the outcome, in its order."""
+        numbers = {row: number for number, row in self.base.rows.items()}
+        places: dict[int, list[int]] = {}
+        picks: list[Pick] = []
+        for row in self.base.after.values():
+            number, keys = numbers.get(row), row.path or ()
+            if number is None:
+                picks.append((labels_of(keys), self.added[keys]))
+                continue
+            places |= {number: [len(picks)]} if number not in self.untied else {}
+            path = labels_of(keys) if number in self.moved else made.index.paths[number]
+            alone = self.origins.get(number) if number in self.untied else None
+            picks.append((path, alone or (made, number)))
+        return assemble(made, picks, ties=ties_of(made.ties, places))
 
 
-def _in_memory(base: Base, leaves: Memory, tasks: list[Task]) -> Any:
-    """The outcome as a tree like the base."""
-    origins, gone, moved, added = _parted(base, leaves, tasks)
-    for number in base.differs() & origins.keys():
-        path = leaves.index.path(number)
-        raise Unsupported(f"{path} has several paths in this tree, and the delta has a value for each of them")
-    arrays = {number: leaves.as_given(origin.read(), number) for number, origin in origins.items()}
-    tree = leaves.with_leaves(arrays) if arrays else leaves.root
-    tree = relocate(Memory(tree), moved, gone) if gone or moved else tree
-    new = [(nested(leaves, keys), native(leaves, origin.read())) for keys, origin in added.items()]
-    return enter(Memory(tree), new) if new else tree
-
-
-def _parted(
-    base: Base, leaves: Editable, tasks: list[Task]
-) -> tuple[dict[int, Origin], list[int], dict[int, list[tuple[str, None]]], dict[Keys, Origin]]:
-    """The new values of leaves, those that go, the new paths of those that move, and those that come."""
-    origins, gone, moved, added = (
-        dict[int, Origin](),
-        list[int](),
-        dict[int, list[tuple[str, None]]](),
-        dict[Keys, Origin](),
-    )
-    for row, number in tasks:
-        if number is None:
-            added[row.path or ()] = origin_of(base.delta, leaves, (row, None))
-            continue
-        if row.path is None:
-            gone.append(number)
-        elif row.path != row.was:
-            moved[number] = [(key, None) for key in row.path]
-        if row.kind in ("changed", "respecified"):
-            origins[number] = origin_of(base.delta, leaves, (row, number))
-    return origins, gone, moved, added
+def _stored(made: Patched) -> Origin:
+    """The leaf of a delta itself, where it holds that as it is."""
+    return made.whole if isinstance(made.whole, Stored) else made
 
 
 def _documents(delta: "Delta", leaves: Checkpoint) -> list[Document]:

@@ -77,15 +77,12 @@ class Base:
         """The checksum that a leaf has, and the one that it would have; "" where there is none, or nothing changes."""
         row, number = task
         old, new = hasher(self.delta.checksum), hasher(self.delta.checksum)
-        if row.whole:
-            for piece in whole_of(self.delta, row).contents():
-                new.update(piece)
+        for whole in whole_of(self.delta, row).contents() if row.whole else ():
+            new.update(whole)
         if number is None:
             return "", new.hexdigest()
-        changes = None
-        if row.held and not row.whole:
-            spec = self.leaves.spec(number)
-            changes = self.delta.payload.changes(row.held, self.leaves.nbytes(number), itemsize_of(spec))
+        nbytes, itemsize = self.leaves.nbytes(number), itemsize_of(self.leaves.spec(number))
+        changes = self.delta.payload.changes(row.held, nbytes, itemsize) if row.held and not row.whole else None
         stream = stream_of(self.leaves, number)
         with self._turn if stream.source is not None else nullcontext():  # a decompressor serves one reader
             for start, piece in bytes_of(stream):
@@ -95,14 +92,14 @@ class Base:
                     changed = piece.copy()
                     changes.put(changed, start)
                     new.update(changed.data)
-        return old.hexdigest(), new.hexdigest() if changes is not None or row.whole else ""
+        return old.hexdigest(), new.hexdigest() if row.held else ""
 
     @property
     def rows(self) -> dict[int, LeafRow]:
         """The rows by the leaves of the base that they are for."""
         return {self.numbers[name]: row for name, row in self.before.items()}
 
-    def differs(self) -> set[int]:
+    def untied(self) -> set[int]:
         """The leaves with several paths that get other values under each."""
         found: dict[int, set[tuple[str, Any]]] = {}
         for number, row in self.rows.items():
@@ -111,18 +108,9 @@ class Base:
         return {n for n, one in self.leaves.ties.items() if len(found.get(one, ())) > 1}
 
     def _names(self) -> dict[str, str]:
-        index = self.leaves.index
+        more = [] if self.delta.slime else [n for name, n in self.numbers.items() if name not in self.before]
         absent = {self.delta.called(row): "there is none" for n, row in self.before.items() if n not in self.numbers}
-        more = (
-            {}
-            if self.delta.slime
-            else {
-                index.path(number): "it is not in the base"
-                for n, number in self.numbers.items()
-                if n not in self.before
-            }
-        )
-        return absent | more
+        return absent | {self.leaves.index.path(number): "it is not in the base" for number in more}
 
     def _other(self, changes: Mapping[str, str]) -> UnexpectedChange:
         lines = [f"  {path}: {why}" for path, why in list(changes.items())[:20]]

@@ -1,6 +1,8 @@
 """Comparing: two models read once, side by side, and what is different as a delta."""
 
 import hashlib
+import os
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -11,7 +13,7 @@ import numpy as np
 
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.checkpoint import open as open_checkpoint
-from paramend.deltas.checksums import Checksum, Hasher, hasher
+from paramend.deltas.checksums import Checksum, hasher
 from paramend.deltas.delta import Delta
 from paramend.deltas.payload import Table, itemsize_of
 from paramend.deltas.rows import FileRow, LeafRow, name_of
@@ -72,28 +74,43 @@ def delta(
     """
     if encoding not in ("overwrite", "xor"):
         raise BadArgument(f"encoding={encoding!r} is none", hint='encoding="overwrite" or encoding="xor"')
+    hasher(checksum)  # for its error
     with ExitStack() as stack:
-        sides = [
-            stack.enter_context(open_checkpoint(side)) if isinstance(side, str | Path) else side
+        sides = (
+            stack.enter_context(open_checkpoint(side)) if isinstance(side, str | os.PathLike) else side
             for side in (before, after)
-        ]
+        )
         old, new = (editable(side, raw=True) for side in sides)
         table = stack.enter_context(closing(Table()))
-        comparing = _Comparing(old, new, table, checksum, xor=encoding == "xor", progress=progress)
+        pool = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="paramend"))
+        comparing = _Comparing(old, new, table, pool, checksum, xor=encoding == "xor", progress=progress)
         rows, files = tuple(comparing.rows()), tuple(comparing.files())
-        payload = table.finish(xor=encoding == "xor")
-        access = access_of_paths([*read_by(old), *read_by(new)])
-        said = (*comparing.said, *_unheld(old, new))
-        return Delta(rows, files, checksum, encoding == "xor", new.index.separator, said, payload, access=access)
+        return Delta(
+            rows=rows,
+            files=files,
+            checksum=checksum,
+            xor=comparing.xor,
+            separator=new.index.separator,
+            said=(*comparing.said, *_unheld(old, new)),
+            payload=table.finish(xor=comparing.xor),
+            access=access_of_paths([*read_by(old), *read_by(new)]),
+        )
 
 
 class _Comparing:
     def __init__(
-        self, old: Editable, new: Editable, table: Table, checksum: str, *, xor: bool, progress: Progress | None
+        self,
+        old: Editable,
+        new: Editable,
+        table: Table,
+        pool: ThreadPoolExecutor,
+        checksum: str,
+        *,
+        xor: bool,
+        progress: Progress | None,
     ) -> None:
-        self.old, self.new, self.table, self.checksum, self.xor = old, new, table, checksum, xor
-        total = sum(leaves.nbytes(number) for leaves in (old, new) for number in leaves.index.numbers)
-        self.meter = Meter(progress, total)
+        self.old, self.new, self.table, self.pool, self.checksum, self.xor = old, new, table, pool, checksum, xor
+        self.meter = Meter(progress, sum(side.nbytes(n) for side in (old, new) for n in side.index.numbers))
         self.said: list[str] = []
         self._known: dict[tuple[int | None, int | None], tuple[str, str, int, str]] = {}
 
@@ -105,86 +122,67 @@ class _Comparing:
         come = [number for number, a in pairs.items() if a is None]
         moved = moves(self.old, gone, self.new, come, Comparer(Meter(None, 0)))
         pairs |= {b: a for a, b in moved.items()}
-        with ThreadPoolExecutor(1, thread_name_prefix="paramend") as pool:
-            for b, a in pairs.items():
-                yield self._row(a, b, pool)
-            for a in gone:
-                if a not in moved:
-                    yield self._row(a, None, pool)
+        yield from (self._row(a, b) for b, a in pairs.items())
+        yield from (self._row(a, None) for a in gone if a not in moved)
 
-    def _row(self, a: int | None, b: int | None, pool: ThreadPoolExecutor) -> LeafRow:
+    def _row(self, a: int | None, b: int | None) -> LeafRow:
         was, before = (None, None) if a is None else (keys_of(self.old.index.paths[a]), self.old.spec(a))
         path, spec = (None, None) if b is None else (keys_of(self.new.index.paths[b]), self.new.spec(b))
         one = None if a is None else self.old.ties.get(a, a), None if b is None else self.new.ties.get(b, b)
         if one not in self._known:  # of a leaf with several paths, the new values are held once
-            self._known[one] = self._compared(
-                a, b, before, spec, name_of(path or was or (), self.new.index.separator), pool
-            )
+            self._known[one] = self._compared(a, b, name_of(path or was or (), self.new.index.separator))
         base, result, changed, held = self._known[one]
         nbytes = self.new.nbytes(b) if held and b is not None else 0
         return LeafRow(path, was, spec, before, base, result, changed, held, nbytes)
 
-    def _compared(
-        self, a: int | None, b: int | None, before: Spec | None, spec: Spec | None, name: str, pool: ThreadPoolExecutor
-    ) -> tuple[str, str, int, str]:
+    def _compared(self, a: int | None, b: int | None, name: str) -> tuple[str, str, int, str]:
         """The checksums of two leaves, how many elements differ, and the name that these are held under, or ""."""
         old = None if a is None else stream_of(self.old, a)
         new = None if b is None else stream_of(self.new, b)
-        if old is not None and new is not None and before == spec and old.size != new.size:
-            raise Unsupported(f"{name} cannot be compared: its values, {spec}, are packed on one side")
-        if old is None or new is None or spec is None or before != spec:
-            base = "" if old is None else self._checksum(old)
-            if new is None or spec is None:
-                return base, "", 0, ""
-            return base, self._whole(new, spec, name), spec.size, name
-        base, result, changed = self._changes(old, new, spec, name, pool)
-        return base, result, changed, name if changed else ""
+        if old is not None and new is not None and old.spec == new.spec:
+            return self._changes(old, new, name)
+        base = "" if old is None else self._whole(old, "")
+        return (base, "", 0, "") if new is None else (base, self._whole(new, name), new.spec.size, name)
 
-    def _whole(self, stream: Stream, spec: Spec, name: str) -> str:
-        """The checksum of a leaf, which goes into the table as it is, or as what fills one of zeros."""
+    def _whole(self, stream: Stream, name: str) -> str:
+        """The checksum of a leaf, which goes into the table if it has a name there."""
         digest = hasher(self.checksum)
-        self.table.whole(name, spec, self._counted(stream, digest))
+
+        def pieces() -> Iterator[memoryview]:
+            for _, piece in bytes_of(stream):
+                digest.update(piece.data)
+                self.meter.advance(len(piece))
+                yield piece.data
+
+        if name:
+            self.table.whole(name, stream.spec, pieces())
+        else:
+            deque(pieces(), maxlen=0)
         return digest.hexdigest()
 
-    def _checksum(self, stream: Stream) -> str:
-        digest = hasher(self.checksum)
-        for _ in self._counted(stream, digest):
-            pass
-        return digest.hexdigest()
-
-    def _counted(self, stream: Stream, digest: Hasher) -> Iterator[memoryview]:
-        """The bytes of a leaf on their way into its checksum."""
-        for _, piece in bytes_of(stream):
-            digest.update(piece.data)
-            self.meter.advance(len(piece))
-            yield piece.data
-
-    def _changes(
-        self, old: Stream, new: Stream, spec: Spec, name: str, pool: ThreadPoolExecutor
-    ) -> tuple[str, str, int]:
-        """The checksums of two leaves of one spec, and how many elements differ, which go into the table."""
-        base, changed, width = hasher(self.checksum), 0, itemsize_of(spec)
+    def _changes(self, old: Stream, new: Stream, name: str) -> tuple[str, str, int, str]:
+        """What `_compared` says of two leaves of one spec, whose new elements go into the table."""
+        if old.size != new.size:
+            raise Unsupported(f"{name} cannot be compared: its values, {new.spec}, are packed on one side")
+        base, changed, width = hasher(self.checksum), 0, itemsize_of(new.spec)
         result = None  # until a byte differs, the two are one
         for start, one, two in _both(old, new):
             self.meter.advance(len(one) + len(two), name)
             same = same_bytes(one, two)
             result = result or (None if same else base.copy())
-            second = None if result is None else pool.submit(result.update, two.data)
+            second = None if result is None else self.pool.submit(result.update, two.data)
             base.update(one.data)
             if not same:
                 values = two ^ one if self.xor else two
-                changed += self.table.window(name, start, values, _differ(one, two, width), spec.dtype)
+                changed += self.table.window(name, start, values, _differ(one, two, width), new.spec.dtype)
             if second is not None:
                 second.result()
-        return base.hexdigest(), (result or base).hexdigest(), changed
+        return base.hexdigest(), (result or base).hexdigest(), changed, name if changed else ""
 
     def files(self) -> Iterator[FileRow]:
         """The files beside the weights of two directories that differ, whose new content goes into the table."""
-        sides = [_beside(leaves) for leaves in (self.old, self.new)]
-        if None in sides:
-            return
-        old, new = (side or {} for side in sides)
-        for name in sorted({*old, *new}):
+        old, new = _beside(self.old), _beside(self.new)
+        for name in sorted({*old, *new}) if old is not None and new is not None else ():
             before, after = (side[name].read_bytes() if name in side else None for side in (old, new))
             if before != after and not BESIDE.fullmatch(name):
                 self.said.append(f"not in the delta: {name}, which differs")
@@ -211,8 +209,9 @@ def _both(a: Stream, b: Stream) -> Iterator[tuple[int, Array, Array]]:
 
 def _differ(one: Array, two: Array, width: int) -> Array:
     """Which elements differ, bit by bit."""
-    differ: Array = one.view(f"u{min(width, 8)}") != two.view(f"u{min(width, 8)}")
-    return differ.reshape(-1, 2).any(1) if width == 16 else differ
+    one, two = (side.view(f"u{min(width, 8)}") for side in (one, two))
+    differ = np.not_equal(one, two)
+    return np.asarray(differ.reshape(-1, 2).any(1) if width == 16 else differ)
 
 
 def _beside(leaves: Editable) -> dict[str, Path] | None:

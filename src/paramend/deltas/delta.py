@@ -1,30 +1,24 @@
 """`Delta`: what is different in one model, which makes it of another: in memory, and as a directory."""
 
-import hashlib
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from paramend.deltas.checksums import hasher
-from paramend.deltas.payload import FILE, Payload, copy_all, digest_of
-from paramend.deltas.rows import FileRow, LeafRow, file_dict, file_row, leaf_row, name_of
-from paramend.disk.io import get, reading, release, write_file
+from paramend.deltas import manifest
+from paramend.deltas.payload import FILE, Payload, copy_all
+from paramend.deltas.rows import FileRow, LeafRow, name_of
+from paramend.disk.io import reading, release
 from paramend.disk.permissions import NEW_FILE, Access, create_file, of_folder, settle
 from paramend.disk.publishing import exists, published
-from paramend.errors import BadCheckpoint, CannotRead, CannotWrite
+from paramend.errors import BadCheckpoint, CannotRead, CannotWrite, Unsupported
 from paramend.formats.files import near
-from paramend.formats.jsontext import parse_object
 from paramend.reports import wording
 from paramend.reports.progress import Progress
 from paramend.reports.report import Line, Report, Section
 
 T = TypeVar("T")
 
-MANIFEST = "delta.json"
-VERSION = 1
-_MOST = 1 << 29  # bytes of a manifest
 KINDS = "changed", "respecified", "renamed", "added", "deleted"
 
 
@@ -64,16 +58,14 @@ class Delta(Report):
         folder = Path(path)
         if not folder.is_dir():
             raise CannotRead(f"{folder}: there is no such directory", hint=near(folder))
-        if not (folder / MANIFEST).is_file():
-            from paramend.deltas.slime import read  # most deltas are our own
+        if not (folder / manifest.NAME).is_file():
+            from paramend.deltas.slime import metadata_of, read  # most deltas are our own
 
-            found = read(folder)
-            if found is None:
-                raise BadCheckpoint(
-                    f"{folder}: it holds no delta: there is no {MANIFEST}", hint=f"paramend show {folder}"
-                )
-            return cls(*found, slime=True)
-        return cls(*_loaded(folder))
+            if metadata_of(folder) is None:
+                hint = f"paramend show {folder}"
+                raise BadCheckpoint(f"{folder}: it holds no delta: there is no {manifest.NAME}", hint=hint)
+            return cls(**read(folder), slime=True)
+        return cls(**manifest.read(folder))
 
     def save(
         self, out: str | os.PathLike[str], *, force: bool = False, slime: bool = False, progress: Progress | None = None
@@ -91,9 +83,11 @@ class Delta(Report):
             Unsupported: slime cannot express it.
         """
         out = Path(out)
+        if self.slime:
+            raise Unsupported("a delta of slime is a directory already", hint=f"cp -r, to {out}")
         if os.path.lexists(out) and not force:
             raise exists(out)
-        if os.path.lexists(out) and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        if os.path.lexists(out) and not (_is_delta(out) or (out.is_dir() and not any(out.iterdir()))):
             raise CannotWrite(f"{out} is not a delta, and its content would be lost", hint="write to another name")
         if not out.parent.is_dir():
             raise CannotWrite(f"{out}: {out.parent} does not exist", hint=f"mkdir -p {out.parent}")
@@ -114,17 +108,14 @@ class Delta(Report):
             copy_all(source, target, self.payload.source.path)
             release(target)
         table = {
-            "version": VERSION,
             "checksum": self.checksum,
             "encoding": "xor" if self.xor else "overwrite",
             "separator": self.separator,
-            "payload": {"file": FILE, "sha256": digest_of(folder / FILE)},
             "leaves": [row.to_dict() for row in self.rows],
-            "files": [file_dict(row) for row in self.files],
+            "files": [row.to_dict() for row in self.files],
             "said": list(self.said),
         }
-        text = json.dumps(table, ensure_ascii=False, indent=0, separators=(",", ":"))[1:].encode("utf-8", "replace")
-        write_file(folder / MANIFEST, _seal(text) + text)
+        manifest.write(folder, table)
 
     def apply(self, tree: T, *, progress: Progress | None = None) -> T:
         """The outcome: the base with what is different. A tree that is the outcome already is returned as it is.
@@ -159,7 +150,7 @@ class Delta(Report):
         """
         from paramend.deltas.squashing import squashed  # most deltas stay alone
 
-        return Delta(*squashed(self, later), access=self.access.within(later.access.mode))
+        return Delta(**squashed(self, later), access=self.access.within(later.access.mode))
 
     # ---- what it is ------------------------------------------------------------------------------------------
 
@@ -208,7 +199,7 @@ class Delta(Report):
         found: dict[str, Any] = {"checksum": self.checksum, "encoding": "xor" if self.xor else "overwrite"}
         for kind in KINDS:
             found[kind] = [row.to_dict() | {"path": self.called(row)} for row in self.of_kind(kind)]
-        found |= {"kept": len(self.of_kind("kept")), "files": [file_dict(row) for row in self.files]}
+        found |= {"kept": len(self.of_kind("kept")), "files": [row.to_dict() for row in self.files]}
         return found | {"bytes": self.nbytes, "said": list(self.said)}
 
 
@@ -220,36 +211,10 @@ def _cells(row: LeafRow) -> tuple[str, ...]:
     return " -> ".join(dict.fromkeys(specs)), *was
 
 
-def _seal(text: bytes) -> bytes:
-    """How a manifest begins: with the digest of all that follows."""
-    return b'{\n"sha256":"' + hashlib.sha256(text).hexdigest().encode() + b'",'
+def _is_delta(folder: Path) -> bool:
+    """Whether there is a delta, damaged or not."""
+    if (folder / manifest.NAME).is_file():
+        return True
+    from paramend.deltas.slime import metadata_of  # most deltas are our own
 
-
-def _loaded(folder: Path) -> tuple[Any, ...]:
-    """The attributes of a delta in a directory; `BadCheckpoint` if any bit of it is not what was written."""
-    path = folder / MANIFEST
-    with reading(path) as descriptor:
-        size = os.fstat(descriptor).st_size
-        raw = bytes(get(descriptor, 0, min(size, _MOST), path))
-    head = len(_seal(b""))
-    if size > _MOST or raw[:head] != _seal(raw[head:]):
-        raise BadCheckpoint(f"{path}: it is damaged: its digest is not that of its bytes", hint=_AGAIN)
-    table = parse_object(raw, str(path), "delta")
-    try:
-        version, checksum, encoding, separator = (
-            table[key] for key in ("version", "checksum", "encoding", "separator")
-        )
-        file, digest, said = table["payload"]["file"], table["payload"]["sha256"], tuple(map(str, table["said"]))
-        rows = tuple(leaf_row(data, str(path)) for data in table["leaves"])
-        files = tuple(file_row(data, str(path)) for data in table["files"])
-    except (KeyError, TypeError) as error:
-        raise BadCheckpoint(f"{path}: it is no manifest of a delta: {error!r:.200}") from None
-    if version != VERSION or encoding not in ("xor", "overwrite") or separator not in ("/", ".") or file != FILE:
-        raise BadCheckpoint(f"{path}: it is of a version that is unknown: another version of Paramend may read it")
-    if not (folder / FILE).is_file() or digest_of(folder / FILE) != digest:
-        raise BadCheckpoint(f"{folder / FILE}: it is missing, or not what was written: its digest differs", hint=_AGAIN)
-    hasher(checksum)  # for its error
-    return rows, files, checksum, encoding == "xor", separator, said, Payload(folder / FILE, xor=encoding == "xor")
-
-
-_AGAIN = "copy or download it again"
+    return metadata_of(folder) is not None

@@ -146,7 +146,7 @@ class Table:
         folder = Path(tempfile.mkdtemp(prefix="paramend-delta-"))
         self.write(folder / FILE)
         payload = Payload(folder / FILE, xor=xor)
-        weakref.finalize(payload, shutil.rmtree, folder, ignore_errors=True)
+        weakref.finalize(payload.source, shutil.rmtree, folder, ignore_errors=True)
         return payload
 
 

@@ -1,15 +1,11 @@
-"""The rows of a delta: what becomes of each leaf, and of each file beside the weights; as JSON and back."""
+"""The rows of a delta: what becomes of each leaf, and of each file beside the weights."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from paramend.errors import BadCheckpoint
 from paramend.evidence.pairing import Name
-from paramend.formats.index import is_index
-from paramend.formats.limits import MAX_AXES, MAX_PIECES, shown
-from paramend.journal.store import BESIDE
 from paramend.leaves.leaves import labels_of, plain
 from paramend.leaves.paths import text_of
 from paramend.leaves.specs import Spec
@@ -76,7 +72,11 @@ class FileRow:
     name: str
     base: str
     result: str
-    nbytes: int = 0
+    nbytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as data that JSON can hold."""
+        return {"name": self.name, "base": self.base, "result": self.result, "nbytes": self.nbytes}
 
 
 def name_of(keys: Keys, separator: str) -> str:
@@ -95,60 +95,3 @@ def by_name(rows: Iterable[LeafRow], side: str) -> dict[Name, LeafRow]:
             found[pieces, seen[pieces]] = row
             seen[pieces] += 1
     return found
-
-
-def leaf_row(data: Any, file: str) -> LeafRow:
-    """The row that JSON holds; `BadCheckpoint` if it is none."""
-    try:
-        path, spec = _keys(data["path"]), _spec(data.get("spec"))
-        was = _keys(data["was"]) if "was" in data else path
-        before = _spec(data["before"]) if "before" in data else spec if was is not None and "spec" in data else None
-        base, held = _text(data["base"]), _text(data.get("held", ""))
-        result, counts = _text(data.get("result", base)), [data.get("changed", 0), data.get("nbytes", 0)]
-        sound = all(type(count) is int and count >= 0 for count in counts) and (path or was) is not None
-        sound = sound and (was is None or bool(base and before)) and (path is None or bool(result and spec))
-    except (KeyError, TypeError, ValueError, AttributeError):
-        sound = False
-    if not sound:
-        raise BadCheckpoint(f"{file}: {shown(repr(data))} does not say what becomes of a leaf")
-    return LeafRow(path, was, spec, before, base, result if path is not None else "", counts[0], held, counts[1])
-
-
-def file_row(data: Any, file: str) -> FileRow:
-    """The row that JSON holds; `BadCheckpoint` if it is none."""
-    try:
-        row = FileRow(_text(data["name"]), _text(data["base"]), _text(data["result"]), int(data["nbytes"]))
-        sound = BESIDE.fullmatch(row.name) is not None and not is_index(row.name)
-    except (KeyError, TypeError, ValueError):
-        sound = False
-    if not sound:
-        raise BadCheckpoint(f"{file}: {shown(repr(data))} does not say what becomes of a file beside the weights")
-    return row
-
-
-def file_dict(row: FileRow) -> Mapping[str, Any]:
-    """The row as data that JSON can hold."""
-    return {"name": row.name, "base": row.base, "result": row.result, "nbytes": row.nbytes}
-
-
-def _text(data: Any) -> str:
-    if type(data) is not str:
-        raise TypeError
-    return data
-
-
-def _keys(data: Any) -> Keys | None:
-    if data is None:
-        return None
-    if type(data) is not list or not 0 < len(data) <= MAX_PIECES:
-        raise TypeError
-    return tuple(map(_text, data))
-
-
-def _spec(data: Any) -> Spec | None:
-    if data is None:
-        return None
-    dtype, *shape = data
-    if len(shape) > MAX_AXES or not all(type(length) is int and length >= 0 for length in shape):
-        raise TypeError
-    return Spec(tuple(shape), _text(dtype))

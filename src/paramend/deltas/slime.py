@@ -128,14 +128,16 @@ def _bad(file: SafetensorsFile, name: str, reason: str) -> BadCheckpoint:
     return BadCheckpoint(f"{file.path}: tensor {name!r:.120}: {reason}; nothing was changed")
 
 
-def read(folder: Path) -> tuple[Any, ...] | None:
-    """The attributes of a delta of slime in a directory; None if there is none."""
-    if not (folder / INDEX).is_file():
-        return None
-    metadata = read_index(folder / INDEX).table.get("metadata") or {}
+def metadata_of(folder: Path) -> dict[str, Any] | None:
+    """What the index of a directory says of the delta that it is; None if it is none."""
+    found = read_index(folder / INDEX).table.get("metadata") if (folder / INDEX).is_file() else None
+    return found if found and "delta_encoding" in found else None
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The attributes of a delta of slime in a directory."""
+    metadata = metadata_of(folder) or {}
     encoding = metadata.get("delta_encoding")
-    if encoding is None:
-        return None
     if encoding not in ("xor", "overwrite") or metadata.get("compression_format") != "zstd":
         said = f"{encoding!r:.40} in {metadata.get('compression_format')!r:.40}"
         raise Unsupported(f"{folder / INDEX}: {said} is not among the encodings of slime that are known")
@@ -150,7 +152,9 @@ def read(folder: Path) -> tuple[Any, ...] | None:
                 raise _bad(file, name, "it is no stream of bytes with a checksum")
             rows.append(LeafRow((name,), (name,), None, None, "", file.metadata[name], held=name))
             files[name] = file
-    return tuple(rows), (), checksum, encoding == "xor", ".", (), SlimePayload(files, xor=encoding == "xor")
+    xor = encoding == "xor"
+    found = {"rows": tuple(rows), "files": (), "checksum": checksum, "xor": xor, "separator": ".", "said": ()}
+    return found | {"payload": SlimePayload(files, xor=xor)}
 
 
 def write(delta: "Delta", folder: Path, name: str, progress: Progress | None) -> None:
@@ -160,7 +164,7 @@ def write(delta: "Delta", folder: Path, name: str, progress: Progress | None) ->
         raise Unsupported(f"slime has no checksums of {delta.checksum}", hint=hint)
     other = [delta.called(row) for row in delta.rows if row.kind not in ("changed", "kept")]
     other += [row.name for row in delta.files]
-    if other or delta.slime:
+    if other:
         raise Unsupported(f"slime can only change values, and the delta does more: {', '.join(other[:4])}")
     rows, zstd = delta.of_kind("changed"), need("zstandard", extra="deltas", to="write deltas of slime")
     meter = Meter(progress, sum(row.nbytes for row in rows))

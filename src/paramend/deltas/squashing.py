@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from paramend.deltas.delta import Delta
 
 
-def squashed(first: "Delta", later: "Delta") -> tuple[Any, ...]:
+def squashed(first: "Delta", later: "Delta") -> dict[str, Any]:
     """The attributes of both as one."""
     for name in ("checksum", "xor"):
         if getattr(first, name) != getattr(later, name) or first.slime or later.slime:
@@ -29,9 +29,9 @@ def squashed(first: "Delta", later: "Delta") -> tuple[Any, ...]:
             )
     with closing(Table()) as table:
         work = _Squashing(first, later, table)
-        rows, files = tuple(work.rows()), tuple(work.files())
-        said = tuple(dict.fromkeys((*first.said, *later.said)))
-        return rows, files, later.checksum, later.xor, later.separator, said, table.finish(xor=later.xor)
+        found = {"rows": tuple(work.rows()), "files": tuple(work.files()), "payload": table.finish(xor=later.xor)}
+        found |= {"checksum": later.checksum, "xor": later.xor, "separator": later.separator}
+        return found | {"said": tuple(dict.fromkeys((*first.said, *later.said)))}
 
 
 class _Squashing:
