@@ -4,6 +4,7 @@ import json
 import pickle
 import random
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import equinox as eqx
@@ -146,7 +147,9 @@ def test_leaves_come_go_and_change_their_name_and_spec(tmp_path):
     safetensors.numpy.save_file(before, tmp_path / "a.safetensors")
     safetensors.numpy.save_file(after, tmp_path / "b.safetensors")
     found = pm.delta(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
-    kinds = {kind: list(map(found.called, found.of_kind(kind))) for kind in ("respecified", "renamed", "added", "deleted")}
+    kinds = {
+        kind: list(map(found.called, found.of_kind(kind))) for kind in ("respecified", "renamed", "added", "deleted")
+    }
     assert kinds == {"respecified": ["b"], "renamed": ["moved"], "added": ["new"], "deleted": ["d"]}
     with pm.open(tmp_path / "a.safetensors") as base:
         made = found.apply(base)
@@ -278,14 +281,22 @@ def model(folder, seed, files):
         part = {f"layers.{n}.w": rng.normal(size=(8, 8)).astype("float32"), f"layers.{n}.b": np.zeros(8, "float16")}
         safetensors.numpy.save_file(part, folder / f"model-{n}.safetensors")
     table = {f"layers.{n}.{leaf}": f"model-{n}.safetensors" for n in range(2) for leaf in "wb"}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 544}, "weight_map": table}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": 544}, "weight_map": table})
+    )
     for name, data in files.items():
         (folder / name).write_bytes(data)
     return folder
 
 
 OLD = {"config.json": b'{"a": 1}\n', "tokenizer.model": bytes(range(256)), "merges.txt": b"x y\n", "code.py": b"1"}
-NEW = {"config.json": b'{"a":  2}', "tokenizer.model": bytes(9), "merges.txt": b"x y\n", "code.py": b"2", "n.json": b"{}"}
+NEW = {
+    "config.json": b'{"a":  2}',
+    "tokenizer.model": bytes(9),
+    "merges.txt": b"x y\n",
+    "code.py": b"2",
+    "n.json": b"{}",
+}
 
 
 def test_files_beside_the_weights_go_along(tmp_path):
@@ -356,7 +367,10 @@ def test_another_base_is_refused(changed, name, tmp_path):
     [
         ({"a": np.arange(50.0), "b": np.ones((3, 4), "float32")}, "c: there is none"),
         ({"a": np.arange(50.0), "b": np.ones(12, "float32"), "c": np.zeros(4, "int8")}, "b: its bytes differ"),
-        ({"a": np.arange(50.0), "b": np.ones((3, 4), "float32"), "c": np.zeros(4, "int8"), "d": NAN}, "d: it is not in"),
+        (
+            {"a": np.arange(50.0), "b": np.ones((3, 4), "float32"), "c": np.zeros(4, "int8"), "d": NAN},
+            "d: it is not in",
+        ),
     ],
 )
 def test_a_base_with_other_leaves_is_refused(changed, base, said):
@@ -365,7 +379,7 @@ def test_a_base_with_other_leaves_is_refused(changed, base, said):
 
 
 def test_a_delta_is_applied_once(changed):
-    before, after, path, folder = changed
+    _, after, path, folder = changed
     found = pm.Delta.load(folder)
     assert found.apply(after) is after
     pm.patch(path, found.apply)
@@ -533,7 +547,10 @@ def test_a_delta_is_small(share, dtype, tmp_path):
     size = sum(file.stat().st_size for file in (tmp_path / "D").iterdir())
     assert found.nbytes <= changed * (dtype.itemsize + 4)
     assert size - 4000 <= min(1.1 * changed * (dtype.itemsize + 4), 4 * 90_000 * dtype.itemsize)
-    assert sum(row.changed for row in found.rows) in (changed, 360_000)  # all, where a leaf is shorter than what changes
+    assert sum(row.changed for row in found.rows) in (
+        changed,
+        360_000,
+    )  # all, where a leaf is shorter than what changes
 
 
 def test_nothing_differs(tmp_path):
@@ -584,7 +601,7 @@ def versions(count, seed=0):
 @pytest.mark.parametrize("encoding", ["overwrite", "xor"])
 def test_a_chain_of_a_hundred_is_one(encoding, tmp_path):
     models = versions(100)
-    chain = [pm.delta(one, two, encoding=encoding) for one, two in zip(models, models[1:], strict=False)]
+    chain = [pm.delta(one, two, encoding=encoding) for one, two in pairwise(models)]
     one = chain[0]
     for each in chain[1:]:
         one = one.then(each)
@@ -628,7 +645,7 @@ def test_files_of_a_chain(tmp_path):
 def test_deltas_one_after_the_other_in_one_go(tmp_path):
     models = versions(3)
     safetensors.numpy.save_file(models[0], tmp_path / "a.safetensors")
-    chain = [pm.delta(one, two) for one, two in zip(models, models[1:], strict=False)]
+    chain = [pm.delta(one, two) for one, two in pairwise(models)]
 
     def all_of(tree):
         for each in chain:
@@ -645,4 +662,4 @@ def test_deltas_one_after_the_other_in_one_go(tmp_path):
 def test_an_applied_checkpoint_goes_to_other_processes(changed):
     _, after, path, folder = changed
     twin = pickle.loads(pickle.dumps(pm.Delta.load(folder).apply(pm.open(path))))
-    same({name: twin[name] for name in twin.keys()}, after)
+    same({name: twin[name] for name in twin}, after)

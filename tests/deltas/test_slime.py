@@ -51,7 +51,9 @@ def slime(folder, before, after, encoding="xor", checksum="adler32", version=7, 
     for n, some in enumerate((names[:1], names[1:])):
         file = f"model-{n:05d}-of-00002.safetensors"
         packed = {
-            name: np.frombuffer(zstandard.ZstdCompressor(level=1).compress(stream(before[name], after[name], encoding)), np.uint8)
+            name: np.frombuffer(
+                zstandard.ZstdCompressor(level=1).compress(stream(before[name], after[name], encoding)), np.uint8
+            )
             for name in some
         }
         sums = {name: CHECKSUMS[checksum](after[name].tobytes()) for name in some}
@@ -69,7 +71,8 @@ def pull(folder, before):
     metadata, made = table["metadata"], {name: bytearray(array.tobytes()) for name, array in before.items()}
     for file in sorted(folder.glob("*.safetensors")):
         with safetensors.safe_open(file, "np") as opened:
-            for name in opened.keys():
+            names = opened.keys()
+            for name in names:
                 data = zstandard.ZstdDecompressor().stream_reader(opened.get_tensor(name).tobytes()).read()
                 if metadata["delta_encoding"] == "xor":
                     assert len(data) == len(made[name])
@@ -79,7 +82,9 @@ def pull(folder, before):
                     for place, value in zip(places, data[4 + 4 * count :], strict=True):
                         made[name][place] = value
                 assert CHECKSUMS[metadata["checksum_format"]](made[name]) == opened.metadata()[name]
-    return metadata, {name: np.frombuffer(made[name], array.dtype).reshape(array.shape) for name, array in before.items()}
+    return metadata, {
+        name: np.frombuffer(made[name], array.dtype).reshape(array.shape) for name, array in before.items()
+    }
 
 
 def same(one, two):
@@ -165,7 +170,8 @@ def test_what_slime_cannot_express_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "more", [{"delta_encoding": "add"}, {"compression_format": "lz4"}, {"checksum_format": "md5"}, {"checksum_format": 3}]
+    "more",
+    [{"delta_encoding": "add"}, {"compression_format": "lz4"}, {"checksum_format": "md5"}, {"checksum_format": 3}],
 )
 def test_unknown_forms_are_refused(more, tmp_path):
     before, after = models()

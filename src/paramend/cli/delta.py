@@ -19,7 +19,9 @@ from paramend.errors import Unsupported
 
 @click.command()
 @click.argument("paths", metavar="A B", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--encoding", type=click.Choice(get_args(Encoding)), help="Hold new values, or what old and new differ in.")
+@click.option(
+    "--encoding", type=click.Choice(get_args(Encoding)), help="Hold new values, or what old and new differ in."
+)
 @click.option("--checksum", type=click.Choice(get_args(Checksum)), help="Of leaves; by default sha256.")
 @click.option("--slime", is_flag=True, help="Write it as slime has it: by default xor, with xxh3-128.")
 @takes("out", "force", "dry_run", "json", out="The directory to write.", dry_run="Show what differs; write nothing.")

@@ -182,7 +182,9 @@ class _Comparing:
     def files(self) -> Iterator[FileRow]:
         """The files beside the weights of two directories that differ, whose new content goes into the table."""
         old, new = _beside(self.old), _beside(self.new)
-        for name in sorted({*old, *new}) if old is not None and new is not None else ():
+        if old is None or new is None:
+            return
+        for name in sorted({*old, *new}):
             before, after = (side[name].read_bytes() if name in side else None for side in (old, new))
             if before != after and not BESIDE.fullmatch(name):
                 self.said.append(f"not in the delta: {name}, which differs")

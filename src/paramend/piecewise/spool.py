@@ -7,7 +7,6 @@ from typing import IO, Any
 
 import numpy as np
 
-from paramend.disk.io import Bytes
 from paramend.edits.plan import Row
 from paramend.leaves.origins.boxes import Box, select
 from paramend.leaves.origins.origin import Given, Origin
