@@ -564,7 +564,7 @@ def test_nothing_differs(tmp_path):
 
 
 def test_a_leaf_of_many_windows(monkeypatch, tmp_path):
-    monkeypatch.setattr("paramend.deltas.comparing.SPAN", 96)
+    monkeypatch.setattr("paramend.deltas.checksums.SPAN", 96)
     rng = np.random.default_rng(0)
     before = {"w": rng.normal(size=1000).astype("float32"), "z": rng.normal(size=501), "c": np.ones(77, "complex64")}
     after = {name: array.copy() for name, array in before.items()}

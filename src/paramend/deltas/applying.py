@@ -13,7 +13,7 @@ from paramend.checkpoints.gathering import ties_of
 from paramend.deltas.base import Base, Task
 from paramend.deltas.patched import Patched, whole_of
 from paramend.deltas.payload import itemsize_of
-from paramend.deltas.rows import FileRow, LeafRow
+from paramend.deltas.rows import FileChange, LeafRow
 from paramend.edits.damage import Damage
 from paramend.edits.memory import Memory, editable
 from paramend.edits.plan import call
@@ -137,7 +137,7 @@ def _documents(delta: "Delta", leaves: Checkpoint) -> list[Document]:
     return list(filter(None, (_document(delta, leaves.source, row) for row in delta.files)))
 
 
-def _document(delta: "Delta", source: Shards, row: FileRow) -> Document | None:
+def _document(delta: "Delta", source: Shards, row: FileChange) -> Document | None:
     file = source.folder / row.name
     before = file.read_bytes() if file.exists() else None
     found = "" if before is None else hashlib.sha256(before).hexdigest()

@@ -6,8 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from paramend.deltas.checksums import hasher
-from paramend.deltas.comparing import bytes_of
+from paramend.deltas.checksums import bytes_of, hasher
 from paramend.deltas.patched import whole_of
 from paramend.deltas.payload import itemsize_of
 from paramend.deltas.rows import LeafRow, by_name

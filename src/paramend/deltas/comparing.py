@@ -13,18 +13,17 @@ import numpy as np
 
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.checkpoint import open as open_checkpoint
-from paramend.deltas.checksums import Checksum, hasher
+from paramend.deltas.checksums import Checksum, both, bytes_of, hasher
 from paramend.deltas.delta import Delta
 from paramend.deltas.payload import Table, itemsize_of
-from paramend.deltas.rows import FileRow, LeafRow, name_of
-from paramend.deltas.windows import SPAN
+from paramend.deltas.rows import FileChange, LeafRow, name_of
 from paramend.disk.permissions import access_of_paths
 from paramend.edits.memory import editable
 from paramend.errors import BadArgument, Unsupported
 from paramend.evidence.comparisons import Comparer, same_bytes
 from paramend.evidence.moves import moves
 from paramend.evidence.pairing import named
-from paramend.evidence.streams import Desk, Stream, read_by, stream_of
+from paramend.evidence.streams import Stream, read_by, stream_of
 from paramend.formats.shards import Shards
 from paramend.journal.store import BESIDE
 from paramend.leaves.leaves import Editable, keys_of
@@ -67,7 +66,7 @@ def delta(
 
     >>> found = delta({"w": np.zeros(1000), "b": np.ones(1)}, {"w": np.eye(1, 1000)[0], "b": np.ones(1)})
     >>> print(found)
-    1 changed, 1 kept: 1 element, 12 bytes
+    1 changed, 1 kept: 1 element, 12 B
     <BLANKLINE>
     changed: 1 leaf
       w  float64[1000]  1 of 1,000
@@ -166,7 +165,7 @@ class _Comparing:
             raise Unsupported(f"{name} cannot be compared: its values, {new.spec}, are packed on one side")
         base, changed, width = hasher(self.checksum), 0, itemsize_of(new.spec)
         result = None  # until a byte differs, the two are one
-        for start, one, two in _both(old, new):
+        for start, one, two in both(old, new):
             self.meter.advance(len(one) + len(two), name)
             same = same_bytes(one, two)
             result = result or (None if same else base.copy())
@@ -179,7 +178,7 @@ class _Comparing:
                 second.result()
         return base.hexdigest(), (result or base).hexdigest(), changed, name if changed else ""
 
-    def files(self) -> Iterator[FileRow]:
+    def files(self) -> Iterator[FileChange]:
         """The files beside the weights of two directories that differ, whose new content goes into the table."""
         old, new = _beside(self.old), _beside(self.new)
         if old is None or new is None:
@@ -190,23 +189,7 @@ class _Comparing:
                 self.said.append(f"not in the delta: {name}, which differs")
             elif before != after:
                 self.table.add(f"file/{name}", Spec((len(after or b""),), "uint8"), [after or b""])
-                yield FileRow(name, _sha256(before), _sha256(after), len(after or b""))
-
-
-def bytes_of(stream: Stream) -> Iterator[tuple[int, Array]]:
-    """The bytes of a leaf, piece by piece: (the first byte, those bytes)."""
-    return ((start, piece) for start, piece, _ in _both(stream, stream))
-
-
-def _both(a: Stream, b: Stream) -> Iterator[tuple[int, Array, Array]]:
-    """The bytes of two streams of one size, piece by piece: (the first byte, those of one, those of the other)."""
-    step = max(SPAN // a.width, 1)
-    with Desk() as desk:
-        for start in range(0, a.size, step):
-            stop = min(start + step, a.size)
-            one = a.piece(desk, 0, start, stop).view(np.uint8)
-            two = one if b is a else b.piece(desk, 1, start, stop).view(np.uint8)
-            yield start * a.width, one, two
+                yield FileChange(name, _sha256(before), _sha256(after), len(after or b""))
 
 
 def _differ(one: Array, two: Array, width: int) -> Array:

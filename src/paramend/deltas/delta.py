@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from paramend.deltas import manifest
 from paramend.deltas.payload import FILE, Payload, copy_all
-from paramend.deltas.rows import FileRow, LeafRow, name_of
+from paramend.deltas.rows import FileChange, LeafRow, name_of
 from paramend.disk.io import reading, release
 from paramend.disk.permissions import NEW_FILE, Access, create_file, of_folder, settle
 from paramend.disk.publishing import exists, published
@@ -38,7 +38,7 @@ class Delta(Report):
     """
 
     rows: tuple[LeafRow, ...]
-    files: tuple[FileRow, ...]
+    files: tuple[FileChange, ...]
     checksum: str
     xor: bool
     separator: str

@@ -9,7 +9,7 @@ from typing import Any
 
 from paramend.deltas.checksums import hasher
 from paramend.deltas.payload import FILE, Payload, digest_of
-from paramend.deltas.rows import FileRow, Keys, LeafRow
+from paramend.deltas.rows import FileChange, Keys, LeafRow
 from paramend.disk.io import get, reading, write_file
 from paramend.errors import BadCheckpoint
 from paramend.formats.index import is_index
@@ -79,9 +79,9 @@ def _leaf_row(data: Any, file: str) -> LeafRow:
     return LeafRow(path, was, spec, before, base, result if path is not None else "", counts[0], held, counts[1])
 
 
-def _file_row(data: Any, file: str) -> FileRow:
+def _file_row(data: Any, file: str) -> FileChange:
     try:
-        row = FileRow(_text(data["name"]), _text(data["base"]), _text(data["result"]), int(data["nbytes"]))
+        row = FileChange(_text(data["name"]), _text(data["base"]), _text(data["result"]), int(data["nbytes"]))
         sound = BESIDE.fullmatch(row.name) is not None and not is_index(row.name)
     except (KeyError, TypeError, ValueError):
         sound = False

@@ -9,7 +9,7 @@ import numpy as np
 from paramend.deltas.payload import itemsize_of
 from paramend.deltas.rows import LeafRow
 from paramend.deltas.windows import SPAN, Changes
-from paramend.disk.io import Bytes, get, reading
+from paramend.disk.io import get, reading
 from paramend.errors import BadCheckpoint
 from paramend.leaves.origins.boxes import Box, select
 from paramend.leaves.origins.origin import Computed
@@ -36,10 +36,10 @@ class Patched(Computed, Partly):
     def changed(self) -> Array:
         return self.changes.pages if isinstance(self.whole, Stored) else np.array([[0, self.nbytes]])
 
-    def data(self, start: int, stop: int, old: Callable[[], bytearray]) -> Bytes:
+    def data(self, start: int, stop: int, old: Callable[[], bytearray]) -> memoryview:
         return self._put(old(), start) if isinstance(self.whole, Stored) else self.raw(start, stop).data
 
-    def _put(self, old: Any, start: int) -> Bytes:
+    def _put(self, old: Any, start: int) -> memoryview:
         buffer = np.frombuffer(old, np.uint8)
         self.changes.put(buffer, start)
         return buffer.data

@@ -66,7 +66,7 @@ class LeafRow:
 
 
 @dataclass(frozen=True, slots=True)
-class FileRow:
+class FileChange:
     """What becomes of a file beside the weights: the SHA-256 in the base and in the outcome, "" where it is not."""
 
     name: str

@@ -9,7 +9,7 @@ import numpy as np
 
 from paramend.deltas.patched import Patched, whole_of
 from paramend.deltas.payload import Table, itemsize_of
-from paramend.deltas.rows import FileRow, LeafRow, by_name
+from paramend.deltas.rows import FileChange, LeafRow, by_name
 from paramend.deltas.windows import SPAN
 from paramend.errors import BadArgument, Unsupported
 from paramend.leaves.specs import Spec
@@ -105,7 +105,7 @@ class _Squashing:
             raise Unsupported(f"{name} had another spec in between, and then xor needs its values before")
         return self.table.dense(name, spec, pieces)
 
-    def files(self) -> Iterator[FileRow]:
+    def files(self) -> Iterator[FileChange]:
         """The files beside the weights that differ, whose content goes into the table."""
         sides = [{row.name: row for row in delta.files} for delta in (self.first, self.later)]
         for name in {**sides[0], **sides[1]}:

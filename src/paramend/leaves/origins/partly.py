@@ -1,13 +1,9 @@
 """`Partly`: new values of a leaf of which only some bytes are not what they were."""
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.specs import Array
-
-if TYPE_CHECKING:
-    from paramend.disk.io import Bytes
 
 
 class Partly(Origin):
@@ -20,7 +16,7 @@ class Partly(Origin):
         """The bytes of the leaf that are not what they were, as (start, stop), ascending."""
         raise NotImplementedError
 
-    def data(self, start: int, stop: int, old: "Callable[[], bytearray]") -> "Bytes":
+    def data(self, start: int, stop: int, old: Callable[[], bytearray]) -> bytes | memoryview:
         """Some bytes of the leaf; `old` reads those that it had there."""
         raise NotImplementedError
 
