@@ -326,8 +326,9 @@ def _not_own(base: Path, record: Path) -> BadCheckpoint:
     )
 
 
-# The files beside weights that a patch may put whole into a folder of shards, or replace there. None holds code.
-BESIDE = re.compile(r"[^./\\\0][^/\\\0]*\.(json|txt|model|jinja|md)")
+# The files beside weights that a patch may put whole into a folder of shards, or replace there: configurations and what
+# tokenizers are made of. None holds code.
+BESIDE = re.compile(r"[^./\\\0][^/\\\0]*\.(json|model|jinja)|(vocab|merges)\.txt")
 _PUT = re.compile(rf"{BESIDE.pattern}|[^./][^/]*\.safetensors")
 # Records that were begun, new files that never replaced old ones, and old files that were put back in part.
 _LEFT = re.compile(rf"[0-9]+\.({PARTIAL}|{STAGED}|{BACK})")
