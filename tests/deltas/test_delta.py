@@ -487,6 +487,7 @@ def beside(name):
         beside("/etc/passwd.json"),
         beside("model.safetensors.index.json"),
         beside("x.py"),
+        beside("notes.txt"),
         lambda table, payload: table.update(version=2),
         lambda table, payload: table.update(encoding="add"),
         lambda table, payload: table.pop("leaves"),
