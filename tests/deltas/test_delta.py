@@ -310,7 +310,12 @@ def test_files_beside_the_weights_go_along(tmp_path):
     expected = {name.relative_to("b"): data for name, data in content(b).items()} | {Path("code.py"): b"1"}
     assert {name.relative_to("out"): data for name, data in content(tmp_path / "out").items()} == expected
     old = content(a)
-    pm.patch(a, found.apply)
+    with pytest.raises(Unsupported, match=r"tokenizer\.model cannot change in place"):
+        pm.patch(a, found.apply)
+    assert content(a) == old
+    (b / "tokenizer.model").write_bytes(OLD["tokenizer.model"])
+    expected[Path("tokenizer.model")] = OLD["tokenizer.model"]
+    pm.patch(a, pm.delta(a, b).apply)
     assert {name.relative_to("a"): data for name, data in content(a).items()} == expected
     pm.undo(a)
     assert content(a) == old

@@ -18,7 +18,7 @@ from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.checkpoints.exchanging import Addition, carried_out, staged
 from paramend.checkpoints.report import PatchReport
 from paramend.disk.copying import begin_write_back
-from paramend.disk.failures import check_room, explained, linked
+from paramend.disk.failures import ELSEWHERE, check_room, explained, linked
 from paramend.disk.identity import check_still, check_unchanged
 from paramend.disk.io import put, write_file
 from paramend.disk.locks import opened
@@ -29,7 +29,7 @@ from paramend.formats.shards import Shards
 from paramend.formats.source import Chunked, Overlapping, Released, Sealed, Source
 from paramend.journal.exchange import NewFiles, WholeFiles, check_replaceable
 from paramend.journal.ranges import OpenRanges, Ranges
-from paramend.journal.store import UndoStore
+from paramend.journal.store import PUT, UndoStore
 from paramend.journal.writer import Writer
 from paramend.leaves.leaves import uncollected
 from paramend.leaves.origins.origin import Extent
@@ -174,6 +174,10 @@ class _Patch:
         self.chunked = isinstance(source, Chunked)
         self.files = [] if self.chunked else sorted({each.extent.path for each in self.work})
         self.documents = [document for document in plan.texts if document.text != document.before]
+        for document in self.documents:
+            if not (document.text and PUT.fullmatch(document.name)):  # an undo record of it would not be believed
+                self.spool.close()
+                raise Unsupported(f"{document.file} cannot change in place", hint=ELSEWHERE)
         known: dict[Any, str] = {}  # many leaves take the same calls
         said = ((each.row, tuple(map(id, each.row.calls))) for each in self.work)
         self.edits = [(row.path, known.get(key) or known.setdefault(key, row.edit)) for row, key in said]

@@ -16,7 +16,7 @@ from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.deltas.checksums import Checksum, both, bytes_of, hasher
 from paramend.deltas.delta import Delta
 from paramend.deltas.payload import Table, itemsize_of
-from paramend.deltas.rows import FileChange, LeafRow, name_of
+from paramend.deltas.rows import BESIDE, FileChange, LeafRow, name_of
 from paramend.disk.permissions import access_of_paths
 from paramend.edits.memory import editable
 from paramend.errors import BadArgument, Unsupported
@@ -25,7 +25,6 @@ from paramend.evidence.moves import moves
 from paramend.evidence.pairing import named
 from paramend.evidence.streams import Stream, read_by, stream_of
 from paramend.formats.shards import Shards
-from paramend.journal.store import BESIDE
 from paramend.leaves.leaves import Editable, keys_of
 from paramend.leaves.outlines import Outlined
 from paramend.leaves.specs import AnyTree, Array, Spec

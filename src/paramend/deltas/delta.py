@@ -13,6 +13,7 @@ from paramend.disk.permissions import NEW_FILE, Access, create_file, of_folder, 
 from paramend.disk.publishing import exists, published
 from paramend.errors import BadCheckpoint, CannotRead, CannotWrite, Unsupported
 from paramend.formats.files import near
+from paramend.journal.store import PUT
 from paramend.reports import wording
 from paramend.reports.progress import Progress
 from paramend.reports.report import Line, Report, Section
@@ -160,9 +161,7 @@ class Delta(Report):
     @property
     def restructures(self) -> bool:
         """Whether leaves or files come, go, or get another name or spec, so that new files are needed."""
-        return any(row.kind not in ("kept", "changed") for row in self.rows) or not all(
-            row.result for row in self.files
-        )
+        return any(row.kind not in ("kept", "changed") for row in self.rows) or not all(map(_is_json, self.files))
 
     def of_kind(self, kind: str) -> list[LeafRow]:
         """The rows of a kind: "changed", "respecified", "renamed", "added", "deleted" or "kept"."""
@@ -209,6 +208,11 @@ def _cells(row: LeafRow) -> tuple[str, ...]:
     specs = [str(spec) for spec in (row.before, row.spec) if spec is not None]
     was = (f"from {'/'.join(row.was or ())}",) if row.kind == "renamed" else ()
     return " -> ".join(dict.fromkeys(specs)), *was
+
+
+def _is_json(row: FileChange) -> bool:
+    """Whether a file stays, and a patch may put it there."""
+    return bool(row.result and PUT.fullmatch(row.name))
 
 
 def _is_delta(folder: Path) -> bool:

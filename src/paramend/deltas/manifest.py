@@ -9,13 +9,12 @@ from typing import Any
 
 from paramend.deltas.checksums import hasher
 from paramend.deltas.payload import FILE, Payload, digest_of
-from paramend.deltas.rows import FileChange, Keys, LeafRow
+from paramend.deltas.rows import BESIDE, FileChange, Keys, LeafRow
 from paramend.disk.io import get, reading, write_file
 from paramend.errors import BadCheckpoint
 from paramend.formats.index import is_index
 from paramend.formats.jsontext import parse_object
 from paramend.formats.limits import MAX_AXES, MAX_PIECES, shown
-from paramend.journal.store import BESIDE
 from paramend.leaves.specs import Spec
 
 NAME, VERSION = "delta.json", 1

@@ -1,5 +1,6 @@
 """The rows of a delta: what becomes of each leaf, and of each file beside the weights."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from paramend.leaves.leaves import labels_of, plain
 from paramend.leaves.paths import text_of
 from paramend.leaves.specs import Spec
 
+# The files beside weights that a delta takes along: configurations and what tokenizers are made of. None holds code.
+BESIDE = re.compile(r"[^./\\\0][^/\\\0]*\.(json|model|jinja)|(vocab|merges)\.txt")
 # The keys of a leaf, as its containers have them.
 Keys = tuple[str, ...]
 

@@ -99,7 +99,7 @@ class UndoStore:
             written -= weight_files(self.base) if self.is_folder else {self.base.name}
         replaced = set(head.files[head.written :]).union(*head.moved)
         if self.is_folder:
-            replaced = {n for n in replaced if not (may_change(self.base, n) if tree else _PUT.fullmatch(n))}
+            replaced = {n for n in replaced if not (may_change(self.base, n) if tree else PUT.fullmatch(n))}
         return sorted(written | replaced)
 
     @contextlib.contextmanager
@@ -326,10 +326,8 @@ def _not_own(base: Path, record: Path) -> BadCheckpoint:
     )
 
 
-# The files beside weights that a patch may put whole into a folder of shards, or replace there: configurations and what
-# tokenizers are made of. None holds code.
-BESIDE = re.compile(r"[^./\\\0][^/\\\0]*\.(json|model|jinja)|(vocab|merges)\.txt")
-_PUT = re.compile(rf"{BESIDE.pattern}|[^./][^/]*\.safetensors")
+# The files that a patch puts whole into a folder of shards, or replaces there.
+PUT = re.compile(r"[^./][^/]*\.(safetensors|json)")
 # Records that were begun, new files that never replaced old ones, and old files that were put back in part.
 _LEFT = re.compile(rf"[0-9]+\.({PARTIAL}|{STAGED}|{BACK})")
 
