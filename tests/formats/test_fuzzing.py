@@ -8,7 +8,7 @@ import pytest
 
 from support import fuzzing
 
-COUNTS = {"safetensors": 500, "index": 400, "torch": 500, "npz": 400, "msgpack": 500, "orbax": 150}
+COUNTS = {"gguf": 500, "safetensors": 500, "index": 400, "torch": 500, "npz": 400, "msgpack": 500, "orbax": 150}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:orbax")

@@ -166,6 +166,17 @@ FORMATS: tuple[Format, ...] = (
         framework="flax",
     ),
     Format(
+        "gguf",
+        "GGUF files of llama.cpp",
+        (".gguf",),
+        lambda path, head: head.startswith(b"GGUF"),
+        "paramend.formats.gguf.source",
+        "open_gguf",
+        keeps="keys and their types, blocks as they are, unknown types",
+        framework="",
+        single=False,
+    ),
+    Format(
         "orbax",
         "Orbax directories",
         (".orbax",),
@@ -187,7 +198,7 @@ DEFAULT = FORMATS[0]
 SUFFIXES = tuple(suffix for row in FORMATS for suffix in row.suffixes)
 
 # Suffixes of formats that cannot be written here: those of weights, and others.
-FOREIGN_WEIGHTS = (".gguf", ".ggml", ".h5", ".hdf5", ".keras", ".onnx", ".ot", ".tflite", ".pkl", ".pickle", ".npy")
+FOREIGN_WEIGHTS = (".ggml", ".h5", ".hdf5", ".keras", ".onnx", ".ot", ".tflite", ".pkl", ".pickle", ".npy")
 FOREIGN_SUFFIXES = (
     *FOREIGN_WEIGHTS,
     *(".zarr", ".tar", ".gz", ".tgz", ".zip", ".7z", ".json", ".yaml", ".parquet", ".distcp", ".mlmodel"),

@@ -57,7 +57,7 @@ def quantize(
             tree in memory: dicts, a state dict; with `simulate` modules and kernels of JAX too.
         selector: the weights.
         scheme: "fp8-tensor", "fp8-channel", "fp8-block", "int8" or "int4" (as compressed-tensors packs them), "gptq",
-            "awq", "mxfp4", "nvfp4", "nf4", "fp4", "bnb-int8".
+            "awq", "mxfp4", "nvfp4", "nf4", "fp4", "bnb-int8"; "q8_0" or "q4_0", which GGUF files alone hold.
         simulate: whether the leaves stay floats, with the values that the scheme gives: what int4 in this layer costs.
         group_size: how many inputs share a scale, where the scheme leaves it open; -1 for all. int4, GPTQ and AWQ have
             128, int8 all of them.

@@ -79,6 +79,11 @@ class Codec:
     axes: tuple[int, ...] = ()
     shape: tuple[int, ...] = field(default=())
 
+    @property
+    def writes(self) -> bool:
+        """Whether new values can be encoded."""
+        return True
+
     def views(self, parts: Parts) -> Parts:
         """The leaves with the axes of the weight in storage."""
         return {role: each.view(parts[role]) for role, each in self.fields.items() if role in parts}

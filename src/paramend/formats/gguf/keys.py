@@ -1,0 +1,266 @@
+"""Keys and values of a GGUF file: how they are read and written, and as the configuration that they are.
+
+A value is a `str`, a bool, a number of numpy, whose dtype is its type in the file, or an array: of numpy for numbers, a
+list for texts and for arrays.
+"""
+
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from paramend.errors import BadArgument
+from paramend.formats.files import OpenFile
+from paramend.formats.jsontext import bad
+from paramend.formats.limits import shown
+from paramend.leaves.specs import Array
+
+ALIGNMENT = "general.alignment"
+# The keys that say which part of a model a file is.
+SPLIT = "split."
+# Longer headers are refused: the largest vocabularies take a tenth of it.
+MAX_HEADER = 1 << 28
+# Longer arrays, as those of tokens, are kept as they are, and are no part of the configuration.
+_FEW = 4096
+_TYPES = {
+    0: "u1",
+    1: "i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+    7: "?",
+    8: "text",
+    9: "array",
+}
+_CODES = {np.dtype(code): number for number, code in _TYPES.items() if number not in (8, 9)}
+_WINDOW = 1 << 20
+
+
+class Cursor:
+    """The header of a file, read from its first byte on, in bounded memory."""
+
+    def __init__(self, file: OpenFile) -> None:
+        self.file, self.at = file, 0
+        self.wide = True  # whether counts and lengths have 64 bits: not in the first version
+        self._window, self._start = b"", 0
+
+    def bad(self, reason: str, at: int | None = None) -> Exception:
+        """The error for a fault at a byte, by default the next one."""
+        return bad(str(self.file.path), f"byte {self.at if at is None else at}", reason)
+
+    @property
+    def left(self) -> int:
+        """How many bytes may follow."""
+        return min(self.file.size, MAX_HEADER) - self.at
+
+    def take(self, nbytes: int, what: str) -> bytes:
+        """The next bytes."""
+        if nbytes > self.left:
+            most = "a header may have" if self.file.size > MAX_HEADER else "are there"
+            raise self.bad(f"{what} takes {nbytes:,} bytes, and no more than {max(self.left, 0):,} {most}")
+        first = self.at - self._start
+        if first + nbytes > len(self._window):
+            self._start, first = self.at, 0
+            self._window = self.file.read(self.at, min(max(nbytes, _WINDOW), self.file.size - self.at))
+        self.at += nbytes
+        return self._window[first : first + nbytes]
+
+    def u32(self, what: str) -> int:
+        """A whole number of 32 bits."""
+        return int.from_bytes(self.take(4, what), "little")
+
+    def u64(self, what: str) -> int:
+        """A whole number of 64 bits."""
+        return int.from_bytes(self.take(8, what), "little")
+
+    def count(self, what: str, least: int = 1) -> int:
+        """A count of things that take so many bytes at least."""
+        at, found = self.at, self.u64(what) if self.wide else self.u32(what)
+        if found * least > self.left:
+            raise self.bad(f"{what} is {found:,}, for which {max(self.left, 0):,} bytes are too few", at)
+        return found
+
+    def text(self, what: str) -> str:
+        """A string; bytes that are not UTF-8 are kept as half surrogate pairs."""
+        return self.take(self.count(f"the length of {what}"), what).decode("utf-8", "surrogateescape")
+
+    def value(self, what: str, kind: int | None = None, depth: int = 0) -> Any:
+        """A value of a type, which comes first if it is not known."""
+        at, kind = self.at, self.u32(f"the type of {what}") if kind is None else kind
+        code = _TYPES.get(kind)
+        if code == "text":
+            return self.text(what)
+        if code == "array" and depth < 4:
+            return self._array(what, depth)
+        if code is None or code == "array":
+            raise self.bad(
+                f"{what} has the type {kind}, which is unknown" if code is None else f"{what} nests arrays", at
+            )
+        return self._numbers(1, code, what)[0]
+
+    def _array(self, what: str, depth: int) -> Any:
+        kind = self.u32(f"the type in {what}")
+        code = _TYPES.get(kind, "")
+        if code in ("text", "array", ""):
+            least = 8 if self.wide else 4
+            return [self.value(what, kind, depth + 1) for _ in range(self.count(f"the length of {what}", least))]
+        return self._numbers(self.count(f"the length of {what}", np.dtype(code).itemsize), code, what)
+
+    def _numbers(self, count: int, code: str, what: str) -> Array:
+        at, dtype = self.at, np.dtype(code)
+        data = self.take(count * dtype.itemsize, what)
+        if code == "?" and data.strip(b"\0\1"):
+            raise self.bad(f"{what} is neither true nor false", at)
+        return np.frombuffer(data, dtype)
+
+
+def written(key: str, value: Any) -> bytes:
+    """A key with its value."""
+    kind, data = _typed(key, value)
+    return _text(key) + struct.pack("<I", kind) + data
+
+
+def _text(text: str) -> bytes:
+    data = text.encode("utf-8", "surrogateescape")
+    return struct.pack("<Q", len(data)) + data
+
+
+def _typed(key: str, value: Any) -> tuple[int, bytes]:
+    if isinstance(value, str):
+        return 8, _text(value)
+    if not isinstance(value, list | np.ndarray):
+        number = np.asarray(value)
+        return _CODES[number.dtype], number.tobytes()
+    if isinstance(value, np.ndarray):
+        kind, data = _CODES[value.dtype], value.tobytes()
+    else:
+        kinds, parts = zip(*(_typed(key, each) for each in value), strict=True) if value else ((8,), ())
+        kind, data = kinds[0], b"".join(parts)
+    return 9, struct.pack("<IQ", kind, len(value)) + data
+
+
+# ---- as a configuration ------------------------------------------------------------------------------------------
+
+
+def nested(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The values by the pieces of their keys, as JSON has them; without long arrays, such as those of tokens.
+
+    >>> nested({"general.name": "m", "llama.rope.freq_base": np.float32(1e-5), "a": "", "a.b": np.uint8(3)})
+    {'general': {'name': 'm'}, 'llama': {'rope': {'freq_base': 1e-05}}, 'a': '', 'a.b': 3}
+    """
+    found: dict[str, Any] = {}
+    for key, value in metadata.items():
+        if _is_long(value):
+            continue
+        part, pieces = found, key.split(".")
+        for at in range(1, len(pieces)):
+            if ".".join(pieces[:at]) in metadata:  # a value, in which nothing can be
+                pieces[at - 1 :] = [".".join(pieces[at - 1 :])]
+                break
+            part = part.setdefault(pieces[at - 1], {})
+        part[pieces[-1]] = _plain(value)
+    return found
+
+
+def as_json(metadata: Mapping[str, Any]) -> bytes:
+    """The values as the text of a configuration; half surrogate pairs are bytes that are not UTF-8."""
+    return json.dumps(nested(metadata), indent=2).encode()
+
+
+def entered(metadata: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata with what a configuration says; a value that changes keeps its type.
+
+    Raises:
+        BadArgument: a value has another type than the one that is there, or one that GGUF lacks.
+
+    >>> entered({"llama.block_count": np.uint32(2)}, {"llama": {"block_count": 3}, "general": {"name": "m"}})
+    {'llama.block_count': np.uint32(3), 'general.name': 'm'}
+    """
+    new = dict(_flat(values))
+    found: dict[str, Any] = {}
+    for key, old in metadata.items():
+        if key not in new and _is_long(old):
+            found[key] = old
+        elif key in new:
+            value = new.pop(key)
+            found[key] = old if _plain(old) == value else _like(key, value, old)
+    found |= {key: _like(key, value, None) for key, value in new.items()}
+    _alignment(found)
+    return found
+
+
+def alignment(metadata: Mapping[str, Any]) -> int:
+    """What the offsets of tensors are multiples of."""
+    return _alignment(metadata)
+
+
+def _alignment(metadata: Mapping[str, Any]) -> int:
+    value = metadata.get(ALIGNMENT, 32)
+    if not isinstance(value, int | np.integer) or value < 1 or value & (value - 1) or value > 1 << 20:
+        raise BadArgument(f"{ALIGNMENT} is {value}, and no power of two", hint=f"{ALIGNMENT}: 32")
+    return int(value)
+
+
+def _is_long(value: Any) -> bool:
+    return isinstance(value, list | np.ndarray) and len(value) > _FEW
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: a float32 with no more digits than it needs."""
+    if isinstance(value, list | np.ndarray):
+        return [_plain(each) for each in value]
+    if isinstance(value, np.float32):
+        return float(str(value))
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield above + key, value
+
+
+def _like(key: str, value: Any, old: Any) -> Any:
+    """A value of JSON as one of GGUF, of the type of another."""
+    if isinstance(value, list):
+        inner = old[0] if isinstance(old, list | np.ndarray) and len(old) else None if isinstance(old, list) else old
+        found = [_like(key, each, inner) for each in value]
+        if len({type(each) for each in found}) > 1:
+            if any(isinstance(each, bool | str | list) for each in found):
+                raise BadArgument(f"{key}: an array of GGUF has values of one type: {shown(str(value))}")
+            found = [np.float32(each) for each in found] if _has_float(found) else [np.int32(each) for each in found]
+        return np.array(found) if found and isinstance(found[0], np.generic) else found
+    dtype = old.dtype if isinstance(old, np.generic | np.ndarray) else None
+    if (
+        isinstance(value, str | bool)
+        and (dtype is None or dtype == np.bool_)
+        and not (dtype and isinstance(value, str))
+    ):
+        return np.bool_(value) if isinstance(value, bool) else value
+    if isinstance(value, int | float) and not isinstance(value, bool) and not isinstance(old, str):
+        for kind in [dtype] if dtype is not None else [np.dtype(code) for code in _kinds(value)]:
+            with np.errstate(all="ignore"):
+                number: Any = np.asarray(value).astype(kind)[()] if kind != np.bool_ else None
+            if number is not None and (kind.kind == "f" or number == value):
+                return number
+    there = (
+        f"is {dtype.name if dtype is not None else 'a text'} there" if old is not None else "can be no value of GGUF"
+    )
+    raise BadArgument(f"{key}: {shown(str(value))} is {type(value).__name__}, and {there}")
+
+
+def _kinds(value: int | float) -> list[str]:
+    return ["<f4"] if isinstance(value, float) else ["<u4", "<i4", "<u8", "<i8"]
+
+
+def _has_float(values: list[Any]) -> bool:
+    return any(isinstance(each, np.floating) for each in values)
