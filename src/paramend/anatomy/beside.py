@@ -3,6 +3,7 @@
 A damaged one says nothing here: whoever needs it reports it.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,8 @@ def in_layer(path: tuple[str, ...]) -> bool:
 
 def mark_blocks(source: Source, path: Path) -> None:
     """Mark the blocks among the numbered layers of a checkpoint, so that positions such as `[-1]` do not count them."""
-    config = config_beside(path)
+    own = getattr(source, "configuration", None)
+    config = config_beside(path) if own is None else json.loads(own)
     for layers, blocks in dict.fromkeys(counted(config)):
         for place in list(_places(source.index.names, (), layers, blocks)):
             source.index.mark(place, layers)

@@ -66,6 +66,10 @@ def fresh_file(made: Plan, rows: Sequence[Row], form: Format, name: str) -> File
         metadata = {"format": own.framework, **metadata}  # transformers requires it
     if name:
         metadata.pop(RECORD, None)  # a directory keeps its record in a separate file
+    if form.name == "gguf":
+        from paramend.rewriting import gguf  # most programs use no GGUF files
+
+        return gguf.gguf_file(made, rows, gguf.keys_of(made), name)
     writer = form.writer()
     outline = None if writer.flat else arranged(made, rows)
     pieces, ranges, nbytes = laid(made, rows, writer.parts(items_of(made, rows), metadata, outline))

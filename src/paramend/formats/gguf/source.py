@@ -47,13 +47,14 @@ class GgufFile(FileSource):
     format = "gguf"
     rows: Sequence[GgufEntry]
     metadata: Mapping[str, Any]  # the values by key, whose numbers have the types of numpy that are those of the file
+    start: int  # where the bytes of tensors begin
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(path, holds="*.gguf")
 
     @uncollected()
     def _begin(self) -> None:
-        self.metadata, self.rows = _read_header(self._file)
+        self.metadata, self.rows, self.start = _read_header(self._file)
 
     @cached_property
     def index(self) -> Index:  # type: ignore[override]  # made on first use
@@ -87,7 +88,9 @@ class GgufParts(Shards):
 
     def __init__(self, path: Path, files: Sequence[GgufFile]) -> None:
         super().__init__(path, path.parent, files, None)
-        self.metadata = {key: value for key, value in files[0].metadata.items() if not key.startswith(SPLIT)}
+
+    def _together(self, metadata: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        return {key: value for key, value in metadata[0].items() if not key.startswith(SPLIT)}
 
     @property
     def configuration(self) -> bytes:
@@ -110,7 +113,7 @@ def open_gguf(path: Path) -> GgufFile | GgufParts:
         files += [GgufFile(part) for part in _parts(path, int(count)) if part != path]
         files.sort(key=lambda file: file.path.name)
         _check_parts(path, files)
-        return GgufParts(path, files)
+        return GgufParts(files[0].path, files)
     except BaseException:
         for file in files:
             file.close()
@@ -146,7 +149,8 @@ def _check_parts(path: Path, files: Sequence[GgufFile]) -> None:
         raise BadCheckpoint(f"{path}: its files hold {there:,} tensors, and split.tensors.count is {total}")
 
 
-def _read_header(file: OpenFile) -> tuple[dict[str, Any], list[GgufEntry]]:
+def _read_header(file: OpenFile) -> tuple[dict[str, Any], list[GgufEntry], int]:
+    """The keys, the tensors, and where the bytes of tensors begin."""
     cursor = Cursor(file)
     if cursor.take(4, "the magic number") != MAGIC:
         raise cursor.bad("it is not a GGUF file", 0)
@@ -171,7 +175,7 @@ def _read_header(file: OpenFile) -> tuple[dict[str, Any], list[GgufEntry]]:
         raise cursor.bad(str(error).partition("\n")[0]) from None
     infos = [_read_info(cursor) for _ in range(tensors)]
     start = -(-cursor.at // step) * step
-    return metadata, _placed(cursor, infos, start, step)
+    return metadata, _placed(cursor, infos, start, step), start
 
 
 def bad_version(file: OpenFile, reason: str, swapped: object) -> BadCheckpoint:

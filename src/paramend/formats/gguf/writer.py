@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from paramend.errors import RenameClash
-from paramend.formats.gguf.keys import SPLIT, alignment, written
+from paramend.formats.gguf.keys import alignment, written
 from paramend.formats.limits import shown
 from paramend.formats.writer import Item, LeafBytes
 from paramend.leaves.outlines import Outline
@@ -70,23 +70,23 @@ class GgufWriter:
         self, items: Sequence[Item], metadata: Mapping[str, Any], outline: Outline | None = None
     ) -> Iterator[bytes | LeafBytes]:
         """The file from its first byte to its last; each leaf needs a name of its own."""
-        keys = {key: value for key, value in metadata.items() if "." in key}
-        step, at = alignment(keys), 0
-        head = [MAGIC, struct.pack("<IQQ", 3, len(items), len(keys)), *(written(*each) for each in keys.items())]
-        taken: set[str] = set()
-        for item in items:
-            head.append(_info(item, taken, at))
-            at += item.nbytes + -item.nbytes % step
-        data = b"".join(head)
-        yield data + b"\0" * (-len(data) % step)
+        yield header(items, metadata)
+        step = alignment(metadata)
         for place, item in enumerate(items):
             yield LeafBytes(place, 0, item.nbytes)
             yield b"\0" * (-item.nbytes % step)
 
 
-def whole(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata of a model in one file, of what may have been in several."""
-    return {key: value for key, value in metadata.items() if not key.startswith(SPLIT)}
+def header(items: Sequence[Item], metadata: Mapping[str, Any]) -> bytes:
+    """What stands before the tensors, with its padding."""
+    keys = {key: value for key, value in metadata.items() if "." in key}
+    step, at, taken = alignment(keys), 0, set[str]()
+    head = [MAGIC, struct.pack("<IQQ", 3, len(items), len(keys)), *(written(*each) for each in keys.items())]
+    for item in items:
+        head.append(_info(item, taken, at))
+        at += item.nbytes + -item.nbytes % step
+    data = b"".join(head)
+    return data + b"\0" * (-len(data) % step)
 
 
 def _info(item: Item, taken: set[str], offset: int) -> bytes:
