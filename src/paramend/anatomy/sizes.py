@@ -11,7 +11,15 @@ from paramend.leaves.paths import number_of
 # Size → the keys that say it, the first of which counts; `{side}` is "encoder" or "decoder".
 KEYS: Mapping[str, tuple[str, ...]] = {
     "hidden": ("hidden_size", "d_model", "n_embd", "embed_dim", "emb_dim", "dim", "model_dim", "embedding_length"),
-    "mlp": ("{side}_ffn_dim", "intermediate_size", "d_ff", "ffn_dim", "n_inner", "ffn_hidden_size", "feed_forward_length"),
+    "mlp": (
+        "{side}_ffn_dim",
+        "intermediate_size",
+        "d_ff",
+        "ffn_dim",
+        "n_inner",
+        "ffn_hidden_size",
+        "feed_forward_length",
+    ),
     "heads": (
         *(
             "{side}_attention_heads",

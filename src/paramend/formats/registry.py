@@ -174,8 +174,8 @@ FORMATS: tuple[Format, ...] = (
         "paramend.formats.gguf.source",
         "open_gguf",
         keeps="keys and their types, blocks as they are, unknown types, the parts of a model in several files",
+        framework="pt",
         structural=True,
-        framework="",
         single=False,
     ),
     Format(

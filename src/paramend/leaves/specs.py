@@ -173,6 +173,10 @@ def dtype_name(dtype: DtypeLike) -> str:
             name = str(dtype)
     if name in BITS or name.startswith("key<"):
         return name
+    if name in BLOCKS:
+        raise BadArgument(
+            f"{name} is a code, not a dtype", hint=f'pm.quantize(tree, selector, scheme="{name}"), for q8_0 and q4_0'
+        )
     near = wording.closest(name, BITS) if len(name) < 40 else []
     shown = repr(dtype) if len(name) < 40 else wording.described(dtype)
     raise BadArgument(

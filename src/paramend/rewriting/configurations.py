@@ -43,9 +43,11 @@ def followed_files(made: Plan, files: Sequence[File]) -> tuple[tuple[File, ...],
 
 def left_behind(made: Plan, source: Any) -> tuple[str, ...]:
     """What the configuration beside the weights says that does not hold for a file of these leaves alone."""
+    if any(document.own and not document.before for document in made.texts):
+        return ()
     changed = [document for document in made.texts if document.text != document.before and not document.own]
     own = getattr(source, "configuration", None)
-    if own is not None:
+    if own is not None and not changed:
         return tuple(_said_by(made, next((each.text for each in made.texts if each.own), own)))
     if changed:
         told = [line for document in changed for line in document.said]

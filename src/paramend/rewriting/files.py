@@ -62,6 +62,8 @@ def fresh_file(made: Plan, rows: Sequence[Row], form: Format, name: str) -> File
     source = base_of(made)
     metadata = dict(source.metadata)
     own = format_of(source)
+    if own is not None and own.name == "gguf":  # its keys are a configuration
+        metadata = {}
     if own is not None and own is not form and own.framework:
         metadata = {"format": own.framework, **metadata}  # transformers requires it
     if name:

@@ -18,7 +18,8 @@ from paramend.rewriting.files import File, copied_file, items_of, laid
 
 def keys_of(made: Plan) -> dict[str, Any]:
     """The keys of a model, with the edits of its configuration."""
-    metadata = dict(base_of(made).metadata)
+    base = base_of(made)
+    metadata = dict(base.metadata) if base.format == "gguf" else {}
     document = document_in(made)
     return metadata if document is None else entered(metadata, document.values)
 

@@ -168,7 +168,9 @@ def _again(made: Plan, source: Any, wish: Wish, *, link: bool) -> Layout:
 
 def _beside(made: Plan, source: Any) -> tuple[Sequence[File], list[str], tuple[str, ...]]:
     """The files beside the weights, what is left out, and what is to be said of them."""
-    files, left_out, weights = sidecars(source) if isinstance(source, Shards) else ([], [], [])
+    files, left_out, weights = (
+        sidecars(source) if isinstance(source, Shards) and source.format != "gguf" else ([], [], [])
+    )
     changed = {document.name: document.text for document in made.texts if not document.own}
     files = [file for file in files if file.name not in changed]
     files += [text_file(name, text) for name, text in changed.items() if text]

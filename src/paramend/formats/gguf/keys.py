@@ -149,15 +149,15 @@ def _typed(key: str, value: Any) -> tuple[int, bytes]:
 # ---- as a configuration ------------------------------------------------------------------------------------------
 
 
-def nested(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The values by the pieces of their keys, as JSON has them; without long arrays, such as those of tokens.
+def nested(metadata: Mapping[str, Any], *, every: bool = False) -> dict[str, Any]:
+    """The values by the pieces of their keys, as JSON has them; long arrays, such as those of tokens, if asked for.
 
     >>> nested({"general.name": "m", "llama.rope.freq_base": np.float32(1e-5), "a": "", "a.b": np.uint8(3)})
     {'general': {'name': 'm'}, 'llama': {'rope': {'freq_base': 1e-05}}, 'a': '', 'a.b': 3}
     """
     found: dict[str, Any] = {}
     for key, value in metadata.items():
-        if _is_long(value):
+        if _is_long(value) and not every:
             continue
         part, pieces = found, key.split(".")
         for at in range(1, len(pieces)):
