@@ -1,4 +1,4 @@
-"""GGUF files of a rewrite: their keys follow the configuration that they are, and the parts of a model stay its parts."""
+"""GGUF files of a rewrite: keys follow the configuration that they are, and the parts of a model stay its parts."""
 
 from collections.abc import Sequence
 from pathlib import Path

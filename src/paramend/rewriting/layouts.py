@@ -79,9 +79,9 @@ def lay_out(
 
 
 def lay_in_place(made: Plan) -> tuple[list[File], list[tuple[str, str]]]:
-    """What a plan that adds leaves to its source, or lengthens its keys, changes in the folder of it: the files that are new there or replace
-    others, and (old name, new name) of those that get another name. `Unsupported` if leaves of the source go or move,
-    or it has no place for further files."""
+    """What a plan that adds leaves to its source, or lengthens its keys, changes in the folder of it: the files that
+    are new there or replace others, and (old name, new name) of those that get another name. `Unsupported` if leaves of
+    the source go or move, or it has no place for further files."""
     source = base_of(made)
     if any(document.own for document in made.texts):
         from paramend.rewriting import gguf  # most programs use no GGUF files
@@ -147,7 +147,7 @@ def _folder(made: Plan, source: Any, wish: Wish, *, link: bool) -> Layout:
 
 def _again(made: Plan, source: Any, wish: Wish, *, link: bool) -> Layout:
     """The files of the source, each with its remaining leaves."""
-    if wish.format is DEFAULT:
+    if wish.format is DEFAULT or wish.format.name == "gguf":
         _check(made, wish.format)
     if wish.format.name == "gguf" and (wish.folder or not overlays(made)):
         from paramend.rewriting import gguf  # most programs use no GGUF files
