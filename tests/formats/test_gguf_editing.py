@@ -1,4 +1,4 @@
-"""GGUF files, edited: in codes and scales, by keys, in place and back, in several files, with layers and experts moved."""
+"""GGUF files, edited: in codes and scales, by keys, in place, in several files, with layers and experts moved."""
 
 import json
 
