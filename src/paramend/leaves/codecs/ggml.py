@@ -1,7 +1,7 @@
 """Blocks of ggml, as GGUF stores them: codes and scales of a few values in a row, together in a few bytes.
 
-Values are those of `gguf.quants`, bit for bit. Codes that stand for points of a grid (iq1 to iq3) are left to that
-package, which holds the grids.
+Values are those of `gguf.quants`, bit for bit. That package decodes what is not common: its iq types hold grids of
+thousands of numbers.
 """
 
 import math
@@ -22,9 +22,6 @@ from paramend.leaves.specs import BLOCKS, Array, Spec, numpy_dtype
 _F32 = np.float32
 # Blocks that are computed together, so that they stay in the cache of a processor.
 _STEP = 1 << 12
-_TABLE = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], _F32)
-_E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], _F32)
-_THREES = np.array([1, 3, 9, 27, 81], np.uint8)[:, None]
 # Where the scales of float16 are in a block, all of which a factor multiplies.
 _SCALES: Mapping[str, tuple[int, ...]] = {
     **dict.fromkeys(("q4_0", "q5_0", "q8_0", "iq4_nl", "iq4_xs"), (0,)),
@@ -171,28 +168,11 @@ def _signed(codes: Array, zero: int) -> Array:
     return codes.astype(np.int16) - np.int16(zero)
 
 
-def _five(blocks: Array, at: int) -> Array:
-    """Codes of five bits, the highest of which are in bytes of their own."""
-    high = np.unpackbits(blocks[:, at : at + 4], axis=1, bitorder="little")
-    return _planes(blocks[:, at + 4 :], 4, 16) | high << 4
-
-
 def _sixes(packed: Array) -> tuple[Array, Array]:
     """Eight scales and eight minima of six bits, in twelve bytes."""
     d, m, both = packed[:, :4], packed[:, 4:8], packed[:, 8:]
     scales = np.concatenate([d & 63, both & 15 | d >> 2 & 48], axis=1)
     return scales.astype(_F32), np.concatenate([m & 63, both >> 4 | m >> 2 & 48], axis=1).astype(_F32)
-
-
-def _q2_k(blocks: Array) -> Array:
-    scales, d, low = blocks[:, :16], _halves(blocks, 80), _halves(blocks, 82)
-    return _times(d * (scales & 15).astype(_F32), _planes(blocks[:, 16:80], 2, 32), low * (scales >> 4).astype(_F32))
-
-
-def _q3_k(blocks: Array) -> Array:
-    scales = _planes(blocks[:, 96:104], 4, 8) | _planes(blocks[:, 104:108], 2, 4) << 4
-    codes = _planes(blocks[:, 32:96], 2, 32) | _planes(blocks[:, :32], 1, 32) << 2
-    return _times(_halves(blocks, 108) * _signed(scales, 32).astype(_F32), _signed(codes, 4))
 
 
 def _q4_k(blocks: Array) -> Array:
@@ -212,46 +192,18 @@ def _q6_k(blocks: Array) -> Array:
     return _times(_halves(blocks, 208) * scales, _signed(codes, 32))
 
 
-def _iq4_xs(blocks: Array) -> Array:
-    scales = _planes(blocks[:, 4:8], 4, 1) | _planes(blocks[:, 2:4], 2, 1) << 4
-    return _times(_halves(blocks, 0) * _signed(scales, 32).astype(_F32), _TABLE[_planes(blocks[:, 8:], 4, 16)])
-
-
-def _tq1_0(blocks: Array) -> Array:
-    parts = ((blocks[:, :32], 32, 5), (blocks[:, 32:48], 16, 5), (blocks[:, 48:52], 4, 4))
-    digits = [
-        (data.reshape(len(data), -1, 1, run) * _THREES[:count]).reshape(len(data), -1) for data, run, count in parts
-    ]
-    codes = np.concatenate(digits, axis=1).astype(np.uint16) * 3 >> 8
-    return _halves(blocks, 52) * _signed(codes, 1).astype(_F32)
-
-
-def _mxfp4(blocks: Array) -> Array:
-    return np.ldexp(_F32(1), blocks[:, :1].astype(np.int32) - 128) * _E2M1[_planes(blocks[:, 1:], 4, 16)]
-
-
 _DECODE: Mapping[str, Callable[[Array], Array]] = {
     "q4_0": lambda blocks: _halves(blocks, 0) * _signed(_planes(blocks[:, 2:], 4, 16), 8).astype(_F32),
-    "q4_1": lambda blocks: _halves(blocks, 0) * _planes(blocks[:, 4:], 4, 16).astype(_F32) + _halves(blocks, 2),
-    "q5_0": lambda blocks: _halves(blocks, 0) * _signed(_five(blocks, 2), 16).astype(_F32),
-    "q5_1": lambda blocks: _halves(blocks, 0) * _five(blocks, 4).astype(_F32) + _halves(blocks, 2),
     "q8_0": lambda blocks: _halves(blocks, 0) * np.ascontiguousarray(blocks[:, 2:]).view(np.int8).astype(_F32),
-    "q2_k": _q2_k,
-    "q3_k": _q3_k,
     "q4_k": _q4_k,
     "q5_k": _q5_k,
     "q6_k": _q6_k,
-    "iq4_nl": lambda blocks: _halves(blocks, 0) * _TABLE[_planes(blocks[:, 2:], 4, 16)],
-    "iq4_xs": _iq4_xs,
-    "tq1_0": _tq1_0,
-    "tq2_0": lambda blocks: _halves(blocks, 64) * _signed(_planes(blocks[:, :64], 2, 32), 1).astype(_F32),
-    "mxfp4": _mxfp4,
 }
 
 
 def _by_gguf(scheme: str, blocks: Array) -> Array:
     need("gguf", extra="gguf", to=f"decode {scheme}")
-    import gguf  # holds the grids
+    import gguf  # only for what is not common
 
     kind = gguf.GGMLQuantizationType[scheme.upper()]
     found: Array = gguf.quants.dequantize(np.ascontiguousarray(blocks), kind)
