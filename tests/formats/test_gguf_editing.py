@@ -186,7 +186,9 @@ def test_keys_are_the_configuration(path, tmp_path):
         ({"llama.block_count": 2.5}, "is uint32 there"),
         ({"general.name": 3}, "is a text there"),
         ({"x.y": None}, "can be no value of GGUF"),
-        ({"x.y": [1, "a"]}, "an array of GGUF has values of one type"),
+        ({"x.y": [1, "a"]}, "can be no value of GGUF"),
+        ({"llama.attention.head_count_kv": [1, 2.5]}, "is int32 there"),
+        ({"x.y": 1 << 70}, "can be no value of GGUF"),
         ({"general.alignment": 48}, "no power of two"),
     ],
 )

@@ -123,7 +123,7 @@ def test_what_is_not_known_is_refused(tmp_path):
     )
     scaled = config | {"rope_parameters": {"rope_theta": 1e4, "rope_type": "llama3", "factor": 8.0}}
     file.write_text(json.dumps(scaled))
-    assert "scales positions by llama3" in run("convert", tmp_path / "m", tmp_path / "o.gguf", code=2)
+    assert "positions scaled by llama3" in run("convert", tmp_path / "m", tmp_path / "o.gguf", code=2)
     file.unlink()  # weights alone, under the names that they have
     run("convert", tmp_path / "m", tmp_path / "o.gguf")
     assert "model.norm.weight" in read(tmp_path / "o.gguf")[0]

@@ -5,17 +5,18 @@ What a key means is said in https://github.com/ggml-org/ggml/blob/master/docs/gg
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from paramend.anatomy.documents import Document, document_of
+from paramend.anatomy.documents import Document, document_of, place_of
 from paramend.edits.plan import call
-from paramend.errors import Unsupported
+from paramend.errors import NoMatch, Unsupported
 from paramend.formats.gguf.keys import nested
 from paramend.formats.jsontext import CONFIG
-from paramend.leaves.specs import BLOCKS
+from paramend.leaves.specs import BLOCKS, Spec
 from paramend.mapping.llama_cpp_tokens import tokens_of
 from paramend.mapping.shelf import layout
 
@@ -33,8 +34,11 @@ _NUMBERS = {
     "head_dim": "attention.key_length",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "rope_theta": "rope.freq_base",
+    "sliding_window": "attention.sliding_window",
     "vocab_size": "vocab_size",
 }
+# What these architectures are in llama.cpp, whatever a configuration says.
+_FIXED = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "mlp_bias": False}
 # `general.file_type` by the dtype of most leaves.
 _FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}
 _ROPE = ("rope_parameters", "rope_scaling")
@@ -74,11 +78,10 @@ def _to_gguf(checkpoint: Any, config: Mapping[str, Any], kind: str) -> tuple[Any
     # llama.cpp computes with norms and biases of float32 alone.
     short = [n for n, spec in specs.items() if spec.ndim < 2 and spec.kind == "float" and spec.dtype != "float32"]
     made = made.edited(dict.fromkeys(short, call("cast", {"dtype": "float32"}))) if short else made
-    most = Counter(spec.dtype for spec in specs.values() if spec.ndim > 1).most_common(1)
     general = {
         "general.architecture": kind,
         "general.name": Path(checkpoint.path).resolve().name,
-        "general.file_type": _FILE_TYPES.get(most[0][0] if most else "", 0),
+        "general.file_type": _FILE_TYPES.get(_most(specs.values()), 0),
         "general.quantization_version": 2,
     }
     text = json.dumps(nested(general | _numbers(config, kind) | keys, every=True)).encode()
@@ -90,56 +93,55 @@ def _numbers(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
     heads = config["num_attention_heads"]
     values = {"num_key_value_heads": heads, "rms_norm_eps": 1e-6, "rope_theta": 10000.0} | dict(config)
     values["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
-    rope = next((config[key] for key in _ROPE if config.get(key)), {})
+    rope: Mapping[str, Any] = next((config[key] for key in _ROPE if config.get(key)), {})
     values["rope_theta"] = float(rope.get("rope_theta") or values["rope_theta"])
+    way = rope.get("rope_type", rope.get("type", "default"))
+    wrong = [f"{key}={config[key]}" for key, usual in _FIXED.items() if config.get(key, usual) not in (usual, None)]
+    wrong += [f"positions scaled by {way}"] if way not in ("default", "linear") else []
+    if wrong:
+        raise Unsupported(f"the configuration has {wrong[0]}, which is not translated to GGUF")
     found = {f"{kind}.{key}": values[name] for name, key in _NUMBERS.items() if values.get(name) is not None}
     found |= {f"{kind}.attention.value_length": values["head_dim"], f"{kind}.rope.dimension_count": values["head_dim"]}
-    way = rope.get("rope_type", rope.get("type", "default"))
-    if way not in ("default", "linear"):
-        raise Unsupported(f"the configuration scales positions by {way}, which is not translated to GGUF")
     if way == "linear":
         found |= {f"{kind}.rope.scaling.type": way, f"{kind}.rope.scaling.factor": float(rope["factor"])}
-    if config.get("use_sliding_window", kind == "llama") and config.get("sliding_window"):
-        found[f"{kind}.attention.sliding_window"] = config["sliding_window"]
     return found
 
 
-def _from_gguf(checkpoint: Any, values: Mapping[str, Any]) -> tuple[Any, tuple[str, ...]]:
-    kind = values.get("general", {}).get("architecture")
-    coded = next((n for n in checkpoint.index.numbers if checkpoint.spec(n).dtype in BLOCKS), None)
+def _from_gguf(checkpoint: Any, values: dict[str, Any]) -> tuple[Any, tuple[str, ...]]:
+    names = {checkpoint.index.path(number): checkpoint.spec(number) for number in checkpoint.index.numbers}
+    kind, coded = _value(values, "general.architecture"), next((n for n in names if names[n].dtype in BLOCKS), None)
     if coded is not None:
         raise Unsupported(
-            f"{checkpoint.index.path(coded)} is in {checkpoint.spec(coded).dtype}, which GGUF alone holds",
+            f"{coded} is in {names[coded].dtype}, which GGUF alone holds",
             hint=f"paramend dequantize {checkpoint.path} --dtype float16 -o FLOATS.gguf, and convert that",
         )
     if kind not in _CLASSES:
         return checkpoint, (f"names stay those of llama.cpp: there is no layout for {kind}",) if kind else ()
-    metadata = {f"{kind}.{key}": None for key in _NUMBERS.values()} | dict(checkpoint.metadata)
-    found = {name: _plain(metadata[f"{kind}.{key}"]) for name, key in _NUMBERS.items()}
-    config = {"architectures": [_CLASSES[kind]], "model_type": kind, "hidden_act": "silu"}
-    config |= {name: value for name, value in found.items() if value is not None}
-    heads = config["num_attention_heads"]
-    names = {checkpoint.index.path(number): number for number in checkpoint.index.numbers}
-    config["num_key_value_heads"] = config.get("num_key_value_heads", heads)
-    config.setdefault("vocab_size", checkpoint.spec(names["token_embd.weight"]).shape[0])
-    config["tie_word_embeddings"] = "output.weight" not in names
-    config["dtype"] = Counter(
-        spec.dtype for number in names.values() if (spec := checkpoint.spec(number)).ndim > 1
-    ).most_common(1)[0][0]
-    for name in ("bos", "eos"):
-        if (token := metadata.get(f"tokenizer.ggml.{name}_token_id")) is not None:
-            config[f"{name}_token_id"] = int(token)
-    if "rope_freqs.weight" in names or metadata.get(f"{kind}.rope.scaling.type") not in (None, "none"):
+    if "rope_freqs.weight" in names or _value(values, f"{kind}.rope.scaling.type") not in (None, "none"):
         raise Unsupported(f"{checkpoint.path} scales positions, which is not translated from GGUF")
-    numbers = {} if kind != "llama" else {key: config[key] for key in ("num_attention_heads", "num_key_value_heads")}
+    found = {name: _value(values, f"{kind}.{key}") for name, key in _NUMBERS.items()}
+    found |= {f"{name}_token_id": _value(values, f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+    config = {"architectures": [_CLASSES[kind]], "model_type": kind, "hidden_act": _FIXED["hidden_act"]}
+    config |= {name: value for name, value in found.items() if value is not None}
+    config.setdefault("num_key_value_heads", config["num_attention_heads"])
+    config.setdefault("vocab_size", names["token_embd.weight"].shape[0])
+    config["tie_word_embeddings"] = "output.weight" not in names
+    config["dtype"] = _most(names.values())
+    numbers = {key: config[key] for key in ("num_attention_heads", "num_key_value_heads") if kind == "llama"}
     made, _ = layout(f"hf_to_llama_cpp_{kind}").back(checkpoint, **numbers)
     text = json.dumps(config, indent=2).encode() + b"\n"
-    document = Document(Path(checkpoint.path).with_name(CONFIG), b"", text)
-    plan = replace(made.plan, texts=(document,))
-    return made.planned(plan), (
-        "the tokenizer stays in the GGUF file: take the files of the model that it was made of",
-    )
+    plan = replace(made.plan, texts=(Document(Path(checkpoint.path).with_name(CONFIG), b"", text),))
+    return made.planned(plan), ("the tokens stay in GGUF: take the tokenizer of the model that it was made of",)
 
 
-def _plain(value: Any) -> Any:
-    return value if value is None else float(str(value)) if value.dtype.kind == "f" else value.item()
+def _value(values: dict[str, Any], key: str) -> Any:
+    """The value of a key, None if there is none."""
+    with suppress(NoMatch):
+        part, last = place_of(values, key)
+        return part.get(last)
+    return None
+
+
+def _most(specs: Iterable[Spec]) -> str:
+    """The dtype of most matrices."""
+    return Counter(spec.dtype for spec in specs if spec.ndim > 1).most_common(1)[0][0]

@@ -71,12 +71,12 @@ def _special(
     checkpoint: Any, config: Mapping[str, Any], options: Mapping[str, Any], tokens: Mapping[int, str]
 ) -> Iterator[tuple[str, Any]]:
     """The numbers of special tokens, whether they are added, and the template of a chat."""
-    numbers = {token: number for number, token in tokens.items()}
+    numbers: dict[str, Any] = {token: number for number, token in tokens.items()}
     for name, key in _SPECIAL.items():
         said = options.get(f"{name}_token")
         text = said.get("content") if isinstance(said, dict) else said
         known = config.get(f"{name}_token_id")
-        number = numbers.get(text, known[0] if isinstance(known, list) and known else known)
+        number: Any = numbers.get(str(text), known[0] if isinstance(known, list) and known else known)
         if type(number) is int:
             yield f"{_PREFIX}{key}_token_id", number
     for name in ("bos", "eos"):

@@ -7,6 +7,7 @@ list for texts and for arrays.
 import json
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -192,16 +193,12 @@ def entered(metadata: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str,
             value = new.pop(key)
             found[key] = old if _plain(old) == value else _like(key, value, old)
     found |= {key: _like(key, value, None) for key, value in new.items()}
-    _alignment(found)
+    alignment(found)
     return found
 
 
 def alignment(metadata: Mapping[str, Any]) -> int:
-    """What the offsets of tensors are multiples of."""
-    return _alignment(metadata)
-
-
-def _alignment(metadata: Mapping[str, Any]) -> int:
+    """What the offsets of tensors are multiples of; `BadArgument` for what is no power of two."""
     value = metadata.get(ALIGNMENT, 32)
     if not isinstance(value, int | np.integer) or value < 1 or value & (value - 1) or value > 1 << 20:
         raise BadArgument(f"{ALIGNMENT} is {value}, and no power of two", hint=f"{ALIGNMENT}: 32")
@@ -231,36 +228,35 @@ def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any
 
 def _like(key: str, value: Any, old: Any) -> Any:
     """A value of JSON as one of GGUF, of the type of another."""
-    if isinstance(value, list):
-        inner = old[0] if isinstance(old, list | np.ndarray) and len(old) else None if isinstance(old, list) else old
-        found = [_like(key, each, inner) for each in value]
-        if len({type(each) for each in found}) > 1:
-            if any(isinstance(each, bool | str | list) for each in found):
-                raise BadArgument(f"{key}: an array of GGUF has values of one type: {shown(str(value))}")
-            found = [np.float32(each) for each in found] if _has_float(found) else [np.int32(each) for each in found]
-        return np.array(found) if found and isinstance(found[0], np.generic) else found
-    dtype = old.dtype if isinstance(old, np.generic | np.ndarray) else None
-    if (
-        isinstance(value, str | bool)
-        and (dtype is None or dtype == np.bool_)
-        and not (dtype and isinstance(value, str))
-    ):
-        return np.bool_(value) if isinstance(value, bool) else value
-    if isinstance(value, int | float) and not isinstance(value, bool) and not isinstance(old, str):
-        for kind in [dtype] if dtype is not None else [np.dtype(code) for code in _kinds(value)]:
-            with np.errstate(all="ignore"):
-                number: Any = np.asarray(value).astype(kind)[()] if kind != np.bool_ else None
-            if number is not None and (kind.kind == "f" or number == value):
-                return number
-    there = (
-        f"is {dtype.name if dtype is not None else 'a text'} there" if old is not None else "can be no value of GGUF"
-    )
+    dtype, many = getattr(old, "dtype", None), value if isinstance(value, list) else [value]
+    if any(isinstance(each, list) for each in many):
+        return [_like(key, each, None) for each in many]
+    if dtype is None and all(isinstance(each, str) for each in many):
+        return value
+    if not isinstance(old, str) and all(isinstance(each, bool | int | float) for each in many):
+        found = _numbers(many, dtype, single=many is not value)
+        if found is not None:
+            return found if many is value else found[0]
+    there = "can be no value of GGUF" if old is None else f"is {'a text' if dtype is None else dtype.name} there"
     raise BadArgument(f"{key}: {shown(str(value))} is {type(value).__name__}, and {there}")
 
 
-def _kinds(value: int | float) -> list[str]:
-    return ["<f4"] if isinstance(value, float) else ["<u4", "<i4", "<u8", "<i8"]
+def _numbers(values: list[Any], dtype: np.dtype[Any] | None, *, single: bool) -> Array | None:
+    """Numbers, or bools, of a dtype, else of the first one that holds them; None if none does."""
+    kinds = [dtype] if dtype is not None else [np.dtype(code) for code in _codes(values, single=single)]
+    for kind in kinds:
+        with suppress(OverflowError):
+            found = np.array(values, kind)
+            if kind.kind == "f" or found.tolist() == values:
+                return found
+    return None
 
 
-def _has_float(values: list[Any]) -> bool:
-    return any(isinstance(each, np.floating) for each in values)
+def _codes(values: list[Any], *, single: bool) -> list[str]:
+    """The types that new numbers may get, as the package of llama.cpp gives them."""
+    kinds = {type(each) for each in values}
+    if bool in kinds:
+        return ["?"] if len(kinds) == 1 else []
+    if float in kinds:
+        return ["<f4"]
+    return ["<u4", "<i4", "<u8", "<i8"] if single else ["<i4", "<u4", "<i8", "<u8"]
