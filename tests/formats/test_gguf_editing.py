@@ -232,6 +232,61 @@ def test_keys_change_in_place_and_back_with_values(path, name):
     assert sorted(each.name for each in path.parent.iterdir()) == ["m.gguf", "other"]
 
 
+def test_tensors_out_of_order_keep_their_bytes(path):
+    """llama.cpp wants them in order; a file that has them otherwise is made anew where its keys change."""
+    raw, reader = path.read_bytes(), gguf.GGUFReader(path)
+    one, two = (next(each for each in reader.tensors if each.name == f"blk.{n}.attn_q.weight") for n in (0, 1))
+    places = {each.name: raw.index(each.name.encode()) + len(each.name) + 4 + 16 + 4 for each in (one, two)}
+    swapped = bytearray(raw)
+    for each, other in ((one, two), (two, one)):
+        at = places[each.name]
+        swapped[at : at + 8] = raw[places[other.name] : places[other.name] + 8]
+    path.write_bytes(swapped)
+    before = floats(path)
+    assert np.array_equal(before[one.name], values(two.tensor_type, two.data))
+    pm.patch(path, lambda tree: pm.config(tree).set({"general.name": "tinx"}))
+    after = floats(path)
+    assert all(np.array_equal(after[name], right) for name, right in before.items())
+    assert pm.undo(path).left == 0 and path.read_bytes() == swapped
+
+
+def test_a_graft_onto_codes_that_are_only_decoded_is_refused(path, tmp_path):
+    shape = (4, 256)
+    pm.save({"blk.0.ffn_up.weight": np.ones(shape, "float32")}, tmp_path / "one.safetensors")
+    pm.save({"blk.0.attn_q.weight": np.full(shape, 0.5, "float32")}, tmp_path / "two.safetensors")
+    with (
+        pm.open(path) as onto,
+        pm.open(tmp_path / "one.safetensors") as one,
+        pm.open(tmp_path / "two.safetensors") as two,
+    ):
+        with pytest.raises(Quantized, match="q4_k would be encoded"):
+            pm.graft(onto, one)
+        pm.graft(onto, two)[0].save(tmp_path / "o.gguf")
+    assert np.array_equal(
+        floats(tmp_path / "o.gguf")["blk.0.attn_q.weight"],
+        quants.dequantize(quants.quantize(np.full(shape, 0.5, "f4"), Type.Q8_0), Type.Q8_0),
+    )
+
+
+def test_a_record_is_verified(path, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text('version: 1\nsteps:\n  - zero: "blk.0.attn_q.weight"\n')
+    run("apply", recipe, path, "-o", tmp_path / "o.gguf", "--record")
+    run("verify", tmp_path / "o.gguf")
+    raw = bytearray((tmp_path / "o.gguf").read_bytes())
+    with pm.open(tmp_path / "o.gguf") as checkpoint:
+        raw[checkpoint.source.extent(2).start] ^= 1
+    (tmp_path / "o.gguf").write_bytes(raw)
+    assert CliRunner().invoke(cli, ["verify", str(tmp_path / "o.gguf")]).exit_code == 1
+
+
+def test_layers_are_left_out_in_place_and_come_back(path):
+    before = path.read_bytes()
+    pm.patch(path, lambda tree: pm.deepen(tree, order=[1], identity=None)[0])
+    assert read(path)[1]["llama.block_count"] == 1 and not [name for name in read(path)[0] if "blk.1" in name]
+    assert pm.undo(path).left == 0 and path.read_bytes() == before
+
+
 def test_only_values_and_keys_change_in_place(path):
     before = path.read_bytes()
     for edit in (

@@ -73,11 +73,7 @@ def coded(
                 payload=weight.path,
                 hint='pm.at(tree, selector).cast("float16") makes floats of it, pm.quantize(..., scheme="q8_0") blocks',
             )
-        misfit = (
-            None
-            if call.op.name == "zero"
-            else Misfit(blocks=codec.fields.get("scale", codec.fields["payload"]).spec.size)
-        )
+        misfit = None if call.op.name == "zero" else Misfit(blocks=codec.count)
         # All values are new, and so may a scale of scales be that no other weight has; not if they are computed.
         value = call.args.get("value")
         fresh = whole and not call.op.reads and not (keep or shares) and bool(codec.top)

@@ -1,6 +1,7 @@
 """GGUF files of a rewrite: keys follow the configuration that they are, and the parts of a model stay its parts."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from paramend.anatomy.documents import Document
 from paramend.edits.plan import Plan, Row
+from paramend.errors import Unsupported
 from paramend.formats.gguf.keys import SPLIT, alignment, entered
 from paramend.formats.gguf.source import WRITER, GgufFile, GgufParts
 from paramend.formats.gguf.writer import header
@@ -63,6 +65,10 @@ def _of_part(made: Plan, file: GgufFile, *, first: bool) -> dict[str, Any]:
 def in_place(made: Plan, source: Any) -> list[File]:
     """The files that take the places of those whose headers change, or whose leaves do."""
     if isinstance(source, GgufParts):
+        if made.leaves is not source:
+            raise Unsupported(
+                f"{source.path}: leaves of a model in several files move only into a new one", hint="-o OUT.gguf"
+            )
         return [file for file in same_parts(made, source, link=False) if file.origin is None]
     return [gguf_file(made, made.rows, keys_of(made), source.path.name)]
 
@@ -74,5 +80,8 @@ def new_head(made: Plan, source: Any) -> tuple[Path, bytes]:
         file, rows = source.files[0], tuple(row for row in made.rows if not source.home(row.source)[0])
     metadata = _of_part(made, file, first=True)
     data = header(items_of(made, rows), metadata)
-    fits = len(data) == file.start and alignment(metadata) == alignment(file.metadata)
+    step = alignment(metadata)
+    places = accumulate((-(-entry.nbytes // step) * step for entry in file.rows), initial=file.start)
+    stays = all(entry.start == at for entry, at in zip(file.rows, places, strict=False))
+    fits = len(data) == file.start and stays and step == alignment(file.metadata)
     return file.path, data if fits and not made.restructured else b""

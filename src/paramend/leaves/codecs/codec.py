@@ -80,6 +80,11 @@ class Codec:
     shape: tuple[int, ...] = field(default=())
 
     @property
+    def count(self) -> int:
+        """How many blocks the weight has."""
+        return self.fields.get("scale", self.fields["payload"]).spec.size
+
+    @property
     def writes(self) -> bool:
         """Whether new values can be encoded."""
         return True

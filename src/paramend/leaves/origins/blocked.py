@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from paramend.errors import Quantized
 from paramend.leaves.codecs.encoding import Misfit
 from paramend.leaves.codecs.ggml import Blocks
 from paramend.leaves.origins.boxes import Box
@@ -89,7 +90,14 @@ class Times(Computed):
 def encoded_blocks(
     codec: Blocks, weight: Origin, kept: Mapping[str, Origin], misfit: Misfit | None
 ) -> dict[str, Origin]:
-    """The blocks for new values of a weight, as the leaves of its group."""
+    """The blocks for new values of a weight, as the leaves of its group.
+
+    Raises:
+        Quantized: values are only decoded from such blocks.
+    """
+    if not codec.writes:
+        said = f"a weight in {codec.scheme} would be encoded, which is only decoded"
+        raise Quantized(said, scheme=codec.scheme, payload="", hint='pm.dequantize(tree, selector, dtype="float16")')
     return {"payload": Blocked(codec, reshape(weight, codec.spec.shape), kept.get("payload"), misfit)}
 
 
