@@ -19,6 +19,7 @@ from paramend.edits.plan import call
 from paramend.edits.weights import Weights
 from paramend.errors import BadArgument, Quantized, SpecMismatch, Unsupported
 from paramend.leaves.codecs.fresh import check_scheme, codec_for, layout_of
+from paramend.leaves.codecs.ggml import WRITABLE
 from paramend.leaves.groups import groups_of
 from paramend.leaves.leaves import Group
 from paramend.leaves.origins.decoded import decoded
@@ -29,7 +30,7 @@ from paramend.leaves.origins.stored import Held, Made
 from paramend.leaves.paths import Label, renamed, write_path
 from paramend.leaves.rules import Codec
 from paramend.leaves.schemes import WEIGHTS
-from paramend.leaves.specs import BLOCKS, Array, Spec
+from paramend.leaves.specs import Array, Spec
 from paramend.quantizing.choice import named, whole
 from paramend.quantizing.report import Coded, QuantizeReport
 from paramend.selectors.selector import SelectorLike, Union, resolve, sel
@@ -100,7 +101,7 @@ def quantize(
         tree = leaves.edited({number: call("set", {"value": value}) for number, value in values.items()})
     else:
         tree = leaves.regrouped([new.regrouped(seen, simulate=simulate) for new in news])
-    if not simulate and scheme and scheme not in BLOCKS:  # each leaf in blocks says itself what it is
+    if not simulate and scheme and scheme not in WRITABLE:  # each leaf in blocks says itself what it is
         left = floats(leaves, [*numbers, *(each for group in seen.groups.values() for each in group.numbers)])
         named_ = modules(leaves, numbers)
         says = partial(quantised, scheme=scheme, group_size=group_size, modules=named_, floats=left)
