@@ -125,9 +125,9 @@ class _Head:
 
 def _head(plan: Plan, source: Any) -> _Head | None:
     """The header of the file with the configuration of a model, if that changes."""
-    from paramend.rewriting import gguf  # most programs use no GGUF files
+    from paramend.rewriting import gguf, keys  # most programs use no GGUF files
 
-    return _Head(*gguf.new_head(plan, source)) if gguf.document_in(plan) is not None else None
+    return _Head(*gguf.new_head(plan, source)) if keys.document_in(plan) is not None else None
 
 
 @uncollected()

@@ -62,16 +62,16 @@ def fresh_file(made: Plan, rows: Sequence[Row], form: Format, name: str) -> File
     source = base_of(made)
     metadata = dict(source.metadata)
     own = format_of(source)
-    if own is not None and own.name == "gguf":  # its keys are a configuration
+    if form.name == "gguf":
+        from paramend.rewriting.keys import keys_of  # most programs use no GGUF files
+
+        metadata = keys_of(made)
+    elif source.format == "gguf":  # its keys are a configuration
         metadata = {}
     if own is not None and own is not form and own.framework:
         metadata = {"format": own.framework, **metadata}  # transformers requires it
     if name:
         metadata.pop(RECORD, None)  # a directory keeps its record in a separate file
-    if form.name == "gguf":
-        from paramend.rewriting import gguf  # most programs use no GGUF files
-
-        return gguf.gguf_file(made, rows, gguf.keys_of(made), name)
     writer = form.writer()
     outline = None if writer.flat else arranged(made, rows)
     pieces, ranges, nbytes = laid(made, rows, writer.parts(items_of(made, rows), metadata, outline))

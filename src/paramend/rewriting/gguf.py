@@ -7,28 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from paramend.anatomy.documents import Document
 from paramend.edits.plan import Plan, Row
 from paramend.errors import Unsupported
-from paramend.formats.gguf.keys import SPLIT, alignment, entered
+from paramend.formats.gguf.keys import SPLIT, alignment
 from paramend.formats.gguf.source import WRITER, GgufFile, GgufParts
 from paramend.formats.gguf.writer import header
-from paramend.rewriting.arrangement import base_of
 from paramend.rewriting.copies import rows_by_file
 from paramend.rewriting.files import File, copied_file, items_of, laid
-
-
-def keys_of(made: Plan) -> dict[str, Any]:
-    """The keys of a model, with the edits of its configuration."""
-    base = base_of(made)
-    metadata = dict(base.metadata) if base.format == "gguf" else {}
-    document = document_in(made)
-    return metadata if document is None else entered(metadata, document.values)
-
-
-def document_in(made: Plan) -> Document | None:
-    """The configuration in the file of the weights, if edits change it."""
-    return next((each for each in made.texts if each.own and each.text != each.before), None)
+from paramend.rewriting.keys import keys_of
 
 
 def gguf_file(made: Plan, rows: Sequence[Row], metadata: dict[str, Any], name: str) -> File:

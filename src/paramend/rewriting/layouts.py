@@ -149,15 +149,13 @@ def _again(made: Plan, source: Any, wish: Wish, *, link: bool) -> Layout:
     """The files of the source, each with its remaining leaves."""
     if wish.format is DEFAULT or wish.format.name == "gguf":
         _check(made, wish.format)
-    if wish.format.name == "gguf" and (wish.folder or not overlays(made)):
+    if wish.format.name == "gguf" and wish.folder:
         from paramend.rewriting import gguf  # most programs use no GGUF files
 
-        files = (
-            gguf.same_parts(made, source, link=link)
-            if wish.folder
-            else [gguf.gguf_file(made, made.rows, gguf.keys_of(made), "")]
-        )
-        return Layout(tuple(files), wish.folder, wish.format, said=left_behind(made, source))
+        return Layout(tuple(gguf.same_parts(made, source, link=link)), True, wish.format)
+    if wish.format.name == "gguf" and not overlays(made):
+        file = fresh_file(made, made.rows, wish.format, "")
+        return Layout((file,), False, wish.format, said=left_behind(made, source))
     if not wish.folder:
         rows = [(row.source, row) for row in made.rows]
         file = edited_file(made, source, rows, "", link=link)
