@@ -355,7 +355,8 @@ def test_several_files_change_in_place_and_back(parts, name):
 def test_a_copy_keeps_the_parts_and_what_they_count(parts, tmp_path):
     with pm.open(parts[0]) as checkpoint:
         made = pm.config(pm.at(checkpoint, "blk.0.**").delete()).set({"general.name": LONG})
-        made.save(tmp_path / "out")
+        made = pm.config(made).set({"llama.attention.head_count_kv": [2]})
+        assert made.save(tmp_path / "out").said[0].endswith("llama.block_count: 2, and blk has 1, without 0")
         with pytest.raises(Unsupported, match="cannot be laid out"):
             pm.deepen(checkpoint, order=[1, 0], identity=None)[0].save(tmp_path / "other")
     found = [read(tmp_path / "out" / part.name) for part in parts]

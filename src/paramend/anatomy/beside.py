@@ -17,14 +17,7 @@ from paramend.leaves.paths import Names, number_of, text_of
 HEADS = {"lm_head", "embed_out", "proj_out", "output_projection", "vocab_projector", "pred_layer", "generator_lm_head"}
 _LAST_HEADS = {"output", "decoder"}  # heads if nothing but the name of the weight follows
 EMBEDDINGS = (
-    "embed_tokens",
-    "wte",
-    "shared",
-    "word_embeddings",
-    "tok_embeddings",
-    "embed_in",
-    "tokens_embed",
-    "token_embd",
+    *("embed_tokens", "wte", "shared", "word_embeddings", "tok_embeddings", "embed_in", "tokens_embed", "token_embd"),
 )
 WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining", "Seq2Seq")
 

@@ -12,12 +12,7 @@ from paramend.leaves.paths import number_of
 KEYS: Mapping[str, tuple[str, ...]] = {
     "hidden": ("hidden_size", "d_model", "n_embd", "embed_dim", "emb_dim", "dim", "model_dim", "embedding_length"),
     "mlp": (
-        "{side}_ffn_dim",
-        "intermediate_size",
-        "d_ff",
-        "ffn_dim",
-        "n_inner",
-        "ffn_hidden_size",
+        *("{side}_ffn_dim", "intermediate_size", "d_ff", "ffn_dim", "n_inner", "ffn_hidden_size"),
         "feed_forward_length",
     ),
     "heads": (

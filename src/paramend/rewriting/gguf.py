@@ -14,7 +14,7 @@ from paramend.formats.gguf.source import WRITER, GgufFile, GgufParts
 from paramend.formats.gguf.writer import header
 from paramend.rewriting.copies import rows_by_file
 from paramend.rewriting.files import File, copied_file, items_of, laid
-from paramend.rewriting.keys import keys_of
+from paramend.rewriting.keys import document_in, keys_of
 
 
 def gguf_file(made: Plan, rows: Sequence[Row], metadata: dict[str, Any], name: str) -> File:
@@ -29,14 +29,11 @@ def same_parts(made: Plan, source: GgufParts, *, link: bool) -> list[File]:
     rows = {id(file): mine for file, mine in rows_by_file(source, [(row.source, row) for row in made.rows])}
     for file in source.files:
         mine = [row for _, row in rows.get(id(file), ())]
-        metadata = _of_part(made, file, first=not found)
-        stays = metadata == file.metadata and not made.restructured and not any(row.calls for row in mine)
-        name = file.path.name
-        found.append(
-            copied_file(file.path, file.stat.st_size, name, link=link)
-            if stays
-            else gguf_file(made, mine, metadata, name)
-        )
+        metadata, name = _of_part(made, file, first=not found), file.path.name
+        if made.restructured or any(row.calls for row in mine) or (not found and document_in(made) is not None):
+            found.append(gguf_file(made, mine, metadata, name))
+        else:
+            found.append(copied_file(file.path, file.stat.st_size, name, link=link))
     return found
 
 

@@ -152,7 +152,8 @@ def _again(made: Plan, source: Any, wish: Wish, *, link: bool) -> Layout:
     if wish.format.name == "gguf" and wish.folder:
         from paramend.rewriting import gguf  # most programs use no GGUF files
 
-        return Layout(tuple(gguf.same_parts(made, source, link=link)), True, wish.format)
+        files = gguf.same_parts(made, source, link=link)
+        return Layout(tuple(files), True, wish.format, said=left_behind(made, source))
     if wish.format.name == "gguf" and not overlays(made):
         file = fresh_file(made, made.rows, wish.format, "")
         return Layout((file,), False, wish.format, said=left_behind(made, source))
