@@ -101,6 +101,15 @@ def test_codes_become_floats(path, tmp_path):
     assert read(tmp_path / "h.gguf")[0]["blk.0.ffn_up.weight"][0] == Type.F16
 
 
+def test_floats_of_codes_move_in_any_order(path, tmp_path):
+    leaf, right = "blk.0.ffn_down.weight", floats(path)["blk.0.ffn_down.weight"]
+    places = [*range(511, -1, -1)]
+    for name, some in (("a", places), ("b", places[::3]), ("c", [300, 2, 2, 511, 40]), ("d", [*range(5, 400)])):
+        with pm.open(path) as checkpoint:
+            pm.at(pm.at(checkpoint, leaf).cast("float32"), leaf).take(some, axis=1).save(tmp_path / f"{name}.gguf")
+        assert np.array_equal(floats(tmp_path / f"{name}.gguf")[leaf], right[:, some])
+
+
 def test_whole_rows_and_blocks_move_as_they_are(path, tmp_path):
     leaf, old = "blk.0.ffn_up.weight", read(path)[0]["blk.0.ffn_up.weight"][1]
     after = edited(path, tmp_path / "a.gguf", lambda tree: pm.at(tree, leaf).take([3, 1], axis=0))

@@ -157,12 +157,12 @@ def _read_header(file: OpenFile) -> tuple[dict[str, Any], list[GgufEntry], int]:
     version = cursor.u32("the version")
     if version not in (1, 2, 3):
         swapped = version and not version & 0xFFFF
-        raise bad_version(file, "its numbers are big-endian" if swapped else f"version {version} is unknown", swapped)
+        reason = "its numbers are big-endian" if swapped else f"version {version} is unknown"
+        hint = f"gguf-convert-endian {file.path} little" if swapped else "versions 1, 2 and 3 can be read"
+        raise BadCheckpoint(f"{file.path}: byte 4: {reason}", hint=hint)
     cursor.wide = version > 1
-    tensors, keys = (
-        cursor.count("the number of tensors", 24 if version > 1 else 20),
-        cursor.count("the number of keys", 9),
-    )
+    tensors = cursor.count("the number of tensors", 24 if cursor.wide else 20)
+    keys = cursor.count("the number of keys", 9)
     metadata: dict[str, Any] = {}
     for _ in range(keys):
         at, key = cursor.at, cursor.text("a key")
@@ -176,12 +176,6 @@ def _read_header(file: OpenFile) -> tuple[dict[str, Any], list[GgufEntry], int]:
     infos = [_read_info(cursor) for _ in range(tensors)]
     start = -(-cursor.at // step) * step
     return metadata, _placed(cursor, infos, start, step), start
-
-
-def bad_version(file: OpenFile, reason: str, swapped: object) -> BadCheckpoint:
-    """The error for a version that cannot be read."""
-    hint = f"gguf-convert-endian {file.path} little" if swapped else "versions 1, 2 and 3 can be read"
-    return BadCheckpoint(f"{file.path}: byte 4: {reason}", hint=hint)
 
 
 def _read_info(cursor: Cursor) -> tuple[int, str, tuple[int, ...], int, int]:
@@ -220,8 +214,7 @@ def _placed(
                 )
             shape = (*shape[:-1], shape[-1] // values)
         spec = Spec(shape, dtype)
-        nbytes = following.get(offset, 0) if kind not in GGML else spec.nbytes
-        nbytes -= offset if kind not in GGML and nbytes else 0
+        nbytes = spec.nbytes if kind in GGML else max(following.get(offset, 0) - offset, 0)
         if offset % step:
             raise cursor.bad(f"{what}: its offset, {offset:,}, is no multiple of {step}", at)
         if first + offset + nbytes > size:

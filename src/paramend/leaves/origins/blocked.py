@@ -1,4 +1,4 @@
-"""`Blocked` and `Rescaled`: the blocks of a weight that is stored in blocks, for new values and times a number."""
+"""`Blocked` and `Times`: the blocks of a weight that is stored in blocks, for new values and times a number."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
