@@ -25,22 +25,8 @@ SPLIT = "split."
 MAX_HEADER = 1 << 28
 # Longer arrays, as those of tokens, are kept as they are, and are no part of the configuration.
 _FEW = 4096
-_TYPES = {
-    0: "u1",
-    1: "i1",
-    2: "<u2",
-    3: "<i2",
-    4: "<u4",
-    5: "<i4",
-    6: "<f4",
-    10: "<u8",
-    11: "<i8",
-    12: "<f8",
-    7: "?",
-    8: "text",
-    9: "array",
-}
-_CODES = {np.dtype(code): number for number, code in _TYPES.items() if number not in (8, 9)}
+_TYPES = dict(enumerate(["u1", "i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?", "text", "array", "<u8", "<i8", "<f8"]))
+_CODES = {np.dtype(code): number for number, code in _TYPES.items() if code not in ("text", "array")}
 _WINDOW = 1 << 20
 
 
