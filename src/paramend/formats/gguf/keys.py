@@ -96,9 +96,22 @@ class Cursor:
         kind = self.u32(f"the type in {what}")
         code = _TYPES.get(kind, "")
         if code in ("text", "array", ""):
-            least = 8 if self.wide else 4
-            return [self.value(what, kind, depth + 1) for _ in range(self.count(f"the length of {what}", least))]
+            count = self.count(f"the length of {what}", 8 if self.wide else 4)
+            texts = code == "text"
+            return [
+                near if texts and (near := self._near()) is not None else self.value(what, kind, depth + 1)
+                for _ in range(count)
+            ]
         return self._numbers(self.count(f"the length of {what}", np.dtype(code).itemsize), code, what)
+
+    def _near(self) -> str | None:
+        """The next string if it is in the window, as most of a hundred thousand tokens are; else None."""
+        width, at = 8 if self.wide else 4, self.at - self._start
+        stop = at + width + int.from_bytes(self._window[at : at + width], "little")
+        if stop > len(self._window) or stop - at > self.left:
+            return None
+        self.at += stop - at
+        return self._window[at + width : stop].decode("utf-8", "surrogateescape")
 
     def _numbers(self, count: int, code: str, what: str) -> Array:
         at, dtype = self.at, np.dtype(code)
@@ -128,8 +141,8 @@ def _typed(key: str, value: Any) -> tuple[int, bytes]:
     if isinstance(value, np.ndarray):
         kind, data = _CODES[value.dtype], value.tobytes()
     else:
-        kinds, parts = zip(*(_typed(key, each) for each in value), strict=True) if value else ((8,), ())
-        kind, data = kinds[0], b"".join(parts)
+        nested_ = bool(value) and not isinstance(value[0], str)
+        kind, data = 9 if nested_ else 8, b"".join(_typed(key, each)[1] if nested_ else _text(each) for each in value)
     return 9, struct.pack("<IQ", kind, len(value)) + data
 
 
