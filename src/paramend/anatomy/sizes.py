@@ -16,15 +16,8 @@ KEYS: Mapping[str, tuple[str, ...]] = {
         "feed_forward_length",
     ),
     "heads": (
-        *(
-            "{side}_attention_heads",
-            "num_{side}_attention_heads",
-            "num_attention_heads",
-            "n_head",
-            "n_heads",
-            "num_heads",
-        ),
-        *("attention_heads", "head_count"),
+        *("{side}_attention_heads", "num_{side}_attention_heads", "num_attention_heads"),
+        *("n_head", "n_heads", "num_heads", "attention_heads", "head_count"),
     ),
     "kv_heads": ("num_key_value_heads", "num_kv_heads", "kv_n_heads", "head_count_kv"),
     "head_dim": ("head_dim", "d_kv", "kv_channels", "key_length"),
