@@ -62,6 +62,12 @@ def fresh_file(made: Plan, rows: Sequence[Row], form: Format, name: str) -> File
     source = base_of(made)
     metadata = dict(source.metadata)
     own = format_of(source)
+    if form.name == "gguf":
+        from paramend.rewriting.keys import keys_of  # most programs use no GGUF files
+
+        metadata = keys_of(made)
+    elif source.format == "gguf":  # its keys are a configuration
+        metadata = {}
     if own is not None and own is not form and own.framework:
         metadata = {"format": own.framework, **metadata}  # transformers requires it
     if name:
