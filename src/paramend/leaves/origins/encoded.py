@@ -60,9 +60,10 @@ class Encoded(Origin):
     even: bool = True
     free: bool = False
     misfit: Misfit | None = None
-    made: _Shared = field(default_factory=_Shared)
-    _last: tuple[Box, Array] | None = field(default=None, init=False)
+    made: _Shared = field(default_factory=_Shared, compare=False)
+    _last: tuple[Box, Array] | None = field(default=None, init=False, compare=False)
     moves = False
+    together = True
 
     @property
     def children(self) -> tuple[Origin, ...]:  # type: ignore[override]

@@ -76,6 +76,11 @@ class Origin(Unread, ABC):
         return all(child.moves for child in self.children)
 
     @property
+    def together(self) -> bool:
+        """Whether other leaves are computed along with it, which is done best in one place."""
+        return any(child.together for child in self.children)
+
+    @property
     def boxed(self) -> bool:
         """Whether its boxes can be read in any order, in memory that is bounded by a box."""
         return all(child.boxed for child in self.children)

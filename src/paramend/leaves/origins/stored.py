@@ -133,6 +133,7 @@ class Made(Given):
     """A leaf that is computed when it is first read, and freed when its last element has been read."""
 
     moves = False
+    together = True
 
     def __init__(self, spec: Spec, make: Callable[[], Array], says: str = "values in memory") -> None:
         self._spec, self._make, self.says = spec, make, says
