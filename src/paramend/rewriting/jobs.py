@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -92,7 +92,7 @@ class Order:
     folder: Path
 
     @classmethod
-    def of(cls, made: Plan, jobs: Sequence[Job], recorded: Sequence[int], place: Path) -> "Order":
+    def of(cls, made: Plan, jobs: Sequence[Job], recorded: Collection[int], place: Path) -> "Order":
         """The order of the jobs of a plan."""
         rows = {row.source: row for job in jobs for row in job.rows}
         part = replace(made, rows=tuple(rows.values()), deleted=(), texts=())
@@ -125,8 +125,8 @@ class Hand:
         found, rows = filler.digests.found, job.rows
         leaves = {row.source: found.pop(row.source) for row in rows if row.source in found}
         measured = {row.source: measured_of(row) for row in rows if row.calls}
-        counts = (after - was for was, after in zip(before, filler.counts, strict=True))
-        return Done(hashed.hexdigest(), leaves, measured, *counts)
+        copied, computed, shared = (after - was for was, after in zip(before, filler.counts, strict=True))
+        return Done(hashed.hexdigest(), leaves, measured, copied, computed, shared)
 
     def close(self) -> None:
         """Close the files that were read."""
