@@ -559,5 +559,5 @@ def test_killed_workers_do_not_change_the_bytes(tmp_path):
 
 
 def test_a_crew_of_one_is_this_process():
-    assert Crew().alone and Crew(1).alone and not Crew(2).alone and not Crew(resume=True).alone
+    assert Crew().alone and not Crew(1).alone and not Crew(2).alone and not Crew(resume=True).alone
     assert Crew(1, resume=True).here and not Crew(2, resume=True).here and not Crew(1, "ray").here
