@@ -11,6 +11,8 @@ from pathlib import Path
 import notebooks
 import pytest
 
+from support.sessions import run_session
+
 TOP = Path(__file__).parents[2]
 DOCS = TOP / "docs"
 PAGES = [TOP / "README.md", *sorted(DOCS.rglob("*.md"))]
@@ -19,6 +21,9 @@ LINKING = [*PAGES, TOP / "CONTRIBUTING.md", TOP / "CHANGELOG.md", TOP / "bench" 
 FENCE = re.compile(r"^( *)```(\w+)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 # Those that train and compile.
 LONG = {"README.md", "ablation.md", "freezing.md", "grafting.md", "growth.md", "lessons.md", "porting.md", "stacks.md"}
+
+
+SESSIONS = {"readers", "uses", "tutorials"}  # folders whose pages show sessions of a shell
 
 
 def called(page):
@@ -38,6 +43,8 @@ def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
     for indent, language, block in FENCE.findall(page.read_text()):
         if language == "python":
             exec(compile(re.sub(rf"(?m)^{indent}", "", block), page.name, "exec"), names)
+        elif language == "console" and page.parent.name in SESSIONS:
+            run_session(block, tmp_path)
 
 
 @pytest.mark.numeric
