@@ -80,7 +80,13 @@ def methods_table() -> str:
     return "\n".join(rows)
 
 
+def costs_lines() -> str:
+    """The costs that README.md has from the results of benchmarks; a test holds that it does."""
+    return re.search(r"<!-- costs -->\n(.*?)\n<!-- /costs -->", (DOCS.parent / "README.md").read_text(), re.DOTALL)[1]
+
+
 TABLES = {
+    "costs": ("costs.md", costs_lines),
     "ops": ("reference.md", ops_table),
     "steps": ("reference.md", steps_table),
     "errors": ("reference.md", errors_table),
