@@ -134,9 +134,9 @@ def commands_page() -> str:
     for title, rows in (("Commands", ROWS), ("Edits of the leaves that a selector matches", edits())):
         parts.append(f"## {title}")
         for row in rows:
-            context = click.Context(cli, info_name="paramend", max_content_width=100, terminal_width=100)
+            context = click.Context(cli, info_name="paramend", max_content_width=92, terminal_width=92)
             command = cli.get_command(context, row.name)
-            inner = click.Context(command, info_name=row.name, parent=context, terminal_width=100)
+            inner = click.Context(command, info_name=row.name, parent=context, terminal_width=92)
             also = f"Also `{'`, `'.join(row.aliases)}`.\n\n" if row.aliases else ""
             parts.append(f"### {row.name}\n\n{also}{text(click.unstyle(command.get_help(inner)))}")
     return "\n\n".join(parts)
