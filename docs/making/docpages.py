@@ -145,17 +145,17 @@ def commands_page() -> str:
 def errors_page() -> str:
     parts = [
         "# Errors",
-        "All are a `pm.errors.ParamendError`. Each has a stable `code`, and most a `hint` with what to type.",
+        "All are a `pm.errors.ParamendError`. Each has a `code`, and most a `hint` with what to type; "
+        "`paramend explain CODE` prints what stands here.",
         errors_table(),
     ]
-    explained = PACKAGE / "cli" / "errors.md"  # what `paramend explain CODE` prints
-    return "\n\n".join([*parts, explained.read_text()] if explained.exists() else parts)
+    return "\n\n".join([*parts, (PACKAGE / "cli" / "errors.md").read_text()])
 
 
 def layouts_page() -> str:
     parts = [
         "# Layouts that ship",
-        "`pm.layout(name)` opens one; `paramend layout NAME MODEL -o OUT` stores a model by it, with `--back` the other way. "
+        "`pm.layout(name)` opens one; `paramend layout NAME MODEL -o OUT` stores a model by it, `--back` undoes it. "
         "[Layouts](../layouts.md) says what the rules mean.",
     ]
     rows = ["| layout | what it is |", "|---|---|"]
