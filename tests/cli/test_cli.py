@@ -506,8 +506,8 @@ def test_names_beyond_the_encoding_of_stdout(tmp_path):
 def test_the_sessions_in_the_docs(tmp_path):
     """Runs every console block of docs/cli.md, in order, in one folder, and compares what is printed."""
     text = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
-    blocks = re.findall(r"^```console\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    assert sum(run_session(block, tmp_path) for block in blocks) > 5
+    blocks = re.findall(r"^(````?)console\n(.*?)^\1$", text, re.DOTALL | re.MULTILINE)
+    assert sum(run_session(block, tmp_path) for _, block in blocks) > 5
 
 
 def test_in_place_history_and_undo(tmp_path):

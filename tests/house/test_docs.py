@@ -18,7 +18,7 @@ DOCS = TOP / "docs"
 PAGES = [TOP / "README.md", *sorted(DOCS.rglob("*.md"))]
 NOTEBOOKS = sorted(DOCS.rglob("*.ipynb"))
 LINKING = [*PAGES, TOP / "CONTRIBUTING.md", TOP / "CHANGELOG.md", TOP / "bench" / "README.md"]
-FENCE = re.compile(r"^( *)```(\w+)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^( *)(`{3,})(\w+)[^\n]*\n(.*?)^\1\2$", re.MULTILINE | re.DOTALL)
 # Those that train and compile.
 LONG = {"README.md", "ablation.md", "freezing.md", "grafting.md", "growth.md", "lessons.md", "porting.md", "stacks.md"}
 
@@ -40,7 +40,7 @@ def page_of(page):
 def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": page.stem}
-    for indent, language, block in FENCE.findall(page.read_text()):
+    for indent, _, language, block in FENCE.findall(page.read_text()):
         if language == "python":
             exec(compile(re.sub(rf"(?m)^{indent}", "", block), page.name, "exec"), names)
         elif language == "console" and page.parent.name in SESSIONS:
