@@ -116,6 +116,12 @@ def _is_orbax(path: Path, head: bytes) -> bool:
     )
 
 
+def _is_dcp(path: Path, head: bytes) -> bool:
+    from paramend.formats.dcp.source import is_checkpoint  # the readers of formats are opened when needed
+
+    return not head and path.is_dir() and is_checkpoint(path)
+
+
 def _steps(path: Path) -> Iterator[Path]:
     for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
         if entry.name.rpartition("_")[2].isdigit() and entry.is_dir():
@@ -178,6 +184,18 @@ FORMATS: tuple[Format, ...] = (
         framework="flax",
         single=False,
         typed_keys=True,
+    ),
+    Format(
+        "dcp",
+        "distributed checkpoints of torch",
+        (".dcp",),
+        _is_dcp,
+        "paramend.formats.dcp.source",
+        "DcpCheckpoint",
+        keeps="objects that are not tensors, places in the nested state dict, other files of the directory",
+        folder=True,
+        framework="pt",
+        single=False,
     ),
 )
 
@@ -269,6 +287,12 @@ def _open_folder(path: Path) -> Source:
         row = find_format(path, b"")
         if row is not None:
             return row.open(path)
+        names = [entry.name for entry in os.scandir(path) if entry.name.startswith("shard-")]
+        if names and not any(path.glob("*.index.json")):
+            from paramend.formats.dcp.sharded import is_sharded, open_sharded  # few models are in this form
+
+            if is_sharded(names):
+                return open_sharded(path, _open_file)
         found = open_directory(path, _open_file, _holds_weights) or open_directory(path, _open_file, _is_weights(path))
     except OSError as error:
         if isinstance(error, CannotRead):
@@ -276,10 +300,8 @@ def _open_folder(path: Path) -> Source:
         raise CannotRead(f"{path}: {error.strerror or error}") from None
     if found is not None:
         return found
-    if (path / ".metadata").is_file() and any(path.glob("*.distcp")):
-        raise _distributed(path)
     inside = sorted(entry.name for entry in os.scandir(path) if not entry.name.startswith("."))
-    below = [name for name in inside if any((path / name).glob("*.safetensors"))]
+    below = [name for name in inside if any((path / name).glob("*.safetensors")) or _is_dcp(path / name, b"")]
     held = f"it holds {wording.listing(inside, 4)}" if inside else "it is empty"
     raise BadCheckpoint(
         f"{path}: it is a directory without a checkpoint: {held}",
@@ -335,7 +357,7 @@ def _head(path: Path) -> bytes:
 def _distributed(folder: Path) -> BadCheckpoint:
     return BadCheckpoint(
         f"{folder}: it is a distributed checkpoint of torch (DCP), whose tensors are spread over its files",
-        hint=f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} {folder.name or 'model'}.pt",
+        hint=f"open the directory: {folder}",
     )
 
 
