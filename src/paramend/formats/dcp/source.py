@@ -9,6 +9,7 @@ from paramend.errors import BadCheckpoint
 from paramend.formats.dcp.files import DistFile, ItemRow
 from paramend.formats.dcp.metadata import METADATA, SUFFIX, Manifest, read_manifest
 from paramend.formats.dcp.tiles import Tile, assembled
+from paramend.formats.dcp.writer import DcpWriter
 from paramend.formats.files import OpenFile
 from paramend.formats.source import Few, Gathering
 from paramend.formats.torch.pickles import Foreign
@@ -18,6 +19,8 @@ from paramend.leaves.origins.origin import Origin
 from paramend.leaves.outlines import Keys, Outline, Place
 from paramend.leaves.specs import Array
 from paramend.reports import wording
+
+WRITER = DcpWriter()
 
 
 class Assembled(Gathering):
