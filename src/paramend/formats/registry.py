@@ -43,6 +43,8 @@ class Format:
     framework: str = ""  # the name of the library of these files in the metadata of a safetensors file
     padded: bool = True  # whether each leaf is aligned, whatever comes before it
     structural: bool = False  # whether an edited file keeps its other content when leaves get other names or specs
+    data: str = ""  # of a folder, the pattern of its files whose bytes change in place
+    table: str = ""  # of a folder, the file that says which leaves it has, for which an edit in place puts another
     single: bool = True  # whether a checkpoint may be a single array without a name
     typed_keys: bool = False  # whether it tells typed PRNG keys from their numbers
 
@@ -194,6 +196,8 @@ FORMATS: tuple[Format, ...] = (
         "DcpCheckpoint",
         keeps="objects that are not tensors, places in the nested state dict, other files of the directory",
         folder=True,
+        data="*.distcp",
+        table=".metadata",
         framework="pt",
         single=False,
     ),
@@ -241,6 +245,12 @@ def is_tree(path: Path) -> bool:
     return row is not None and row.folder
 
 
+def table_of(path: Path) -> str:
+    """The name of the file that says which leaves a directory has, if edits in place replace it; "" for none."""
+    row = find_format(path, b"") if path.is_dir() else None
+    return "" if row is None else row.table
+
+
 def home_of(path: Path) -> Path:
     """The file or folder that identifies a checkpoint, however the user named it: for Orbax, the folder of the tree."""
     try:
@@ -254,7 +264,11 @@ def home_of(path: Path) -> Path:
 
 
 def weight_files(folder: Path) -> set[str]:
-    """The names of the files that are read as weights when a directory, or an index in it, is opened."""
+    """The names of the files that are read as weights when a directory, or an index in it, is opened; of a format whose
+    checkpoints are directories, of those whose bytes change in place."""
+    row = find_format(folder, b"")
+    if row is not None and row.folder:
+        return {path.name for path in folder.glob(row.data)} if row.data else set()
     names = sorted(entry.name for entry in os.scandir(folder))
     indexes = list(filter(is_index, names))
     if indexes:

@@ -153,6 +153,26 @@ class Chunked(Protocol):
 
 
 @runtime_checkable
+class Tiled(Protocol):
+    """A checkpoint whose leaves are stored in chunks over several files, each in place there."""
+
+    def origin(self, number: int) -> Origin:
+        """A leaf as an expression over its chunks."""
+
+    def tiles(self, number: int) -> Sequence[Any]:
+        """The chunks of a leaf."""
+
+
+@runtime_checkable
+class Relabelled(Protocol):
+    """A checkpoint whose leaves get other names, or go, by a new file of metadata alone."""
+
+    def relabelled(self, names: Mapping[int, str]) -> tuple[Path, bytes, bytes]:
+        """The file of metadata, what it holds, and what it will hold: the leaves of these numbers, under these names.
+        `RenameClash` if something else has one of the names."""
+
+
+@runtime_checkable
 class Flat(Protocol):
     """A file that is a table of names, which it has without making an index."""
 

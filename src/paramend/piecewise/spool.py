@@ -1,5 +1,6 @@
 """Spooling: new values of leaves that are made of old ones, computed before the first of these is overwritten."""
 
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,7 +9,7 @@ from typing import IO, Any
 import numpy as np
 
 from paramend.edits.plan import Row
-from paramend.leaves.origins.boxes import Box, select
+from paramend.leaves.origins.boxes import Box, ends, select, shifted
 from paramend.leaves.origins.origin import Given, Origin
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 from paramend.piecewise.rows import expression, pieces
@@ -41,7 +42,13 @@ class Spooled(Given):
         return np.frombuffer(self._file.read((stop - start) * dtype.itemsize), dtype).copy()
 
     def read_box(self, box: Box) -> Array:
-        return np.array(select(self.read_range(0, self.spec.size).reshape(self.spec.shape), box))
+        shape = self.spec.shape
+        if not box:
+            return self.read_range(0, 1).reshape(())
+        low, high = ends(box[0])
+        inner = math.prod(shape[1:])
+        rows = self.read_range(low * inner, high * inner).reshape(high - low, *shape[1:])
+        return np.array(select(rows, (shifted(box[0], low), *box[1:])))
 
     def data(self, start: int, stop: int) -> bytes:
         """Some bytes of the leaf."""

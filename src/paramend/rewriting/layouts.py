@@ -12,6 +12,7 @@ from paramend.errors import Unsupported
 from paramend.formats.gathered import Gathered
 from paramend.formats.registry import DEFAULT, Format
 from paramend.formats.shards import Shards
+from paramend.formats.source import Relabelled, Tiled
 from paramend.reports import wording
 from paramend.rewriting.additions import grown_shards
 from paramend.rewriting.arrangement import base_of, lost
@@ -126,7 +127,10 @@ def _check(made: Plan, form: Format) -> None:
 
 def _folder(made: Plan, source: Any, wish: Wish, *, link: bool) -> Layout:
     """A checkpoint that is a directory: a copy with other values, or a new one if leaves get other names or specs."""
+    if wish.again and isinstance(source, Relabelled) and not any(each.calls for each in made.rows):
+        return _relabelled(made, source, wish, link=link)
     fresh = not wish.again or made.restructured or any(each.spec != each.before for each in made.rows)
+    fresh = fresh or isinstance(source, Tiled)
     more = sum(nbytes_of(made, each) for each in made.rows if fresh or each.calls)
     if fresh:
         _check(made, wish.format)
@@ -136,8 +140,25 @@ def _folder(made: Plan, source: Any, wish: Wish, *, link: bool) -> Layout:
     inner = tree_within(source)
     tree = "" if inner == Path() else inner.as_posix()
     if fresh:
-        files = [file for file in files if tree and not file.name.startswith(f"{tree}/")]
+        own = source.stats if isinstance(source, Tiled) else None
+        files = [file for file in files if not (file.origin in own if own is not None else _is_within(file, tree))]
     return Layout(tuple(files), True, wish.format, tuple(left_out), tree, fresh, more)
+
+
+def _is_within(file: File, tree: str) -> bool:
+    return not tree or file.name.startswith(f"{tree}/")
+
+
+def _relabelled(made: Plan, source: Any, wish: Wish, *, link: bool) -> Layout:
+    """A copy whose leaves get other names, or go, by another file of metadata; files of nothing but what goes, go."""
+    _check(made, wish.format)
+    files, left_out = own_files(source, link=link)
+    stays = {row.source for row in made.rows}
+    kept = {each.source.path for number in stays for each in source.tiles(number)}
+    gone = {each.source.path for row in made.deleted for each in source.tiles(row.source)} - kept - source.objects
+    table, _, text = source.relabelled({row.source: made.name(row) for row in made.rows})
+    files = [file for file in files if file.origin != table and file.origin not in gone]
+    return Layout((*files, text_file(table.name, text)), True, wish.format, tuple(left_out))
 
 
 def _again(made: Plan, source: Any, wish: Wish, *, link: bool) -> Layout:

@@ -3,12 +3,12 @@
 https://docs.pytorch.org/docs/stable/distributed.checkpoint.html describes the classes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from paramend.errors import BadCheckpoint
+from paramend.errors import BadCheckpoint, RenameClash
 from paramend.formats.files import OpenFile
 from paramend.formats.limits import MAX_PIECES, shown
 from paramend.formats.torch.pickles import Flaw, Foreign, Name, unpickle
@@ -215,6 +215,41 @@ def _wholes(values: tuple[Any, ...]) -> tuple[int, ...]:
     if any(type(value) is not int or not 0 <= value < 1 << 62 for value in values):
         raise Flaw("its shape and offsets must be whole numbers below 2**62")
     return values
+
+
+def relabelled(manifest: Manifest, names: Mapping[str, str]) -> Manifest:
+    """The tensors of these names under others, and the objects; `RenameClash` if one has the name of an object."""
+    check_apart(names.values(), manifest)
+    paths = {name: manifest.paths[name] for name in manifest.objects if name in manifest.paths}
+    paths |= {new: moved_path(manifest.paths[old], new) for old, new in names.items() if old in manifest.paths}
+    return replace(manifest, tensors={new: manifest.tensors[old] for old, new in names.items()}, paths=paths)
+
+
+def check_apart(names: Iterable[str], manifest: Manifest | None) -> None:
+    """Raise `RenameClash` if tensors would have one name, or that of an object."""
+    seen = set(manifest.objects if manifest is not None else ())
+    for name in names:
+        if name in seen:
+            raise RenameClash(f"two entries would be named {name} in a distributed checkpoint")
+        seen.add(name)
+
+
+def moved_path(path: Sequence[str | int], name: str) -> tuple[str | int, ...]:
+    """The keys of a tensor that gets another name: cut into keys as the old one is, as far as it goes.
+
+    >>> moved_path(("model", "fc.weight"), "model.out.bias"), moved_path(("groups", 0, "lr"), "groups.1.lr")
+    (('model', 'out.bias'), ('groups', 1, 'lr'))
+    >>> moved_path(("model", "fc.weight"), "model.a.b.c"), moved_path(("fc.weight",), "out.weight")
+    (('model', 'a.b.c'), ('out.weight',))
+    """
+    pieces, found = name.split("."), list[str | int]()
+    for at, key in enumerate(path):
+        count = str(key).count(".") + 1 if at < len(path) - 1 else len(pieces)
+        text = ".".join(pieces[:count])
+        pieces = pieces[count:]
+        if text:
+            found.append(int(text) if type(key) is int and text.isdecimal() and str(int(text)) == text else text)
+    return tuple(found)
 
 
 # ---- written ----------------------------------------------------------------------------------------------------

@@ -11,10 +11,10 @@ from typing import Any
 
 from paramend.errors import BadCheckpoint
 from paramend.formats.dcp.source import Assembled
-from paramend.formats.dcp.tiles import Tile, assembled
 from paramend.formats.jsontext import parse_object
 from paramend.formats.limits import shown
 from paramend.formats.source import Few, release
+from paramend.formats.tiles import Tile, assembled
 from paramend.leaves.leaves import uncollected
 from paramend.leaves.specs import Spec
 from paramend.reports import wording

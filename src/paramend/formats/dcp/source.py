@@ -7,11 +7,11 @@ from typing import Any
 
 from paramend.errors import BadCheckpoint
 from paramend.formats.dcp.files import DistFile, ItemRow
-from paramend.formats.dcp.metadata import METADATA, SUFFIX, Manifest, read_manifest
-from paramend.formats.dcp.tiles import Tile, assembled
+from paramend.formats.dcp.metadata import METADATA, SUFFIX, Manifest, metadata_bytes, read_manifest, relabelled
 from paramend.formats.dcp.writer import DcpWriter
 from paramend.formats.files import OpenFile
 from paramend.formats.source import Few, Gathering
+from paramend.formats.tiles import Tile, assembled
 from paramend.formats.torch.pickles import Foreign
 from paramend.leaves.leaves import Index, separator_of, uncollected
 from paramend.leaves.origins.boxes import Box
@@ -102,6 +102,16 @@ class DcpCheckpoint(Assembled):
             keys[:at]: [] for keys, _ in entries for at, key in enumerate(keys) if type(key) is int
         }
         return Outline(entries, lists, self.format)
+
+    @property
+    def objects(self) -> set[Path]:
+        """The files that hold what is not a tensor."""
+        return {self.path / item.file for item in self.manifest.objects.values()}
+
+    def relabelled(self, names: Mapping[int, str]) -> tuple[Path, bytes, bytes]:
+        old = list(self.manifest.tensors)
+        found = relabelled(self.manifest, {old[number]: name for number, name in names.items()})
+        return self.path / METADATA, (self.path / METADATA).read_bytes(), metadata_bytes(found)
 
 
 def _open_files(path: Path, manifest: Manifest) -> dict[str, DistFile]:

@@ -8,8 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from paramend.disk.io import put, write_file
-from paramend.errors import RenameClash
-from paramend.formats.dcp.metadata import METADATA, SUFFIX, Chunk, Entry, Item, Manifest, metadata_bytes
+from paramend.formats.dcp.metadata import (
+    METADATA,
+    SUFFIX,
+    Chunk,
+    Entry,
+    Item,
+    Manifest,
+    check_apart,
+    metadata_bytes,
+    moved_path,
+)
 from paramend.formats.files import OpenFile
 from paramend.formats.torch.rebuilds import Tensor
 from paramend.formats.torch.recordings import pickled
@@ -17,7 +26,7 @@ from paramend.formats.torch.writer import TorchWriter, tensor
 from paramend.formats.writer import Item as Leaf
 from paramend.formats.zips.headers import ZipHeaders
 from paramend.leaves.outlines import Keys, Outline, Place
-from paramend.leaves.specs import BITS, Spec
+from paramend.leaves.specs import Spec
 
 # The most bytes of a chunk, which a rank that loads a part of it reads as a whole, and about those of a file.
 MAX_CHUNK, MAX_FILE = 1 << 28, 1 << 32
@@ -46,12 +55,11 @@ class DcpWriter:
     ) -> None:
         """Fill an empty folder with a checkpoint; see `OrbaxWriter.write`."""
         old: Manifest | None = base.manifest if getattr(base, "format", "") == "dcp" else None
-        paths = {value.number: keys for keys, value in outline.entries if type(value) is Place}
+        places = {value.number: (keys, value) for keys, value in outline.entries if type(value) is Place}
+        paths = {number: keys for number, (keys, _) in places.items()}
         plain = getattr(base, "format", "") == "safetensors"
-        names = [
-            item.name if old or plain else ".".join(map(str, paths[at] or ("",))) for at, item in enumerate(items)
-        ]
-        _check_apart(names, old)
+        names = [item.name if old or plain else ".".join(map(str, paths[at] or ("",))) for at, item in enumerate(items)]
+        check_apart(names, old)
         files = _Files(folder)
         objects = {} if old is None else {name: files.carry(base.path, item) for name, item in old.objects.items()}
         tensors = {
@@ -64,21 +72,15 @@ class DcpWriter:
             found = Manifest(tensors, paths={name: keys if not plain else (name,) for name, keys in nested.items()})
         else:
             kept = {name: old.paths[name] for name in objects if name in old.paths}
-            moved = {name: _keys(paths[at]) for at, name in enumerate(names)}
+            before = list(old.tensors)
+            likes = {name: before[places[at][1].like] for at, name in enumerate(names) if places[at][1].like >= 0}
+            moved = {name: moved_path(old.paths[was], name) for name, was in likes.items() if was in old.paths}
             found = Manifest(tensors, objects, kept | moved if old.paths else {}, old.kind, old.carried)
         write_file(folder / METADATA, metadata_bytes(found))
 
 
 def _keys(keys: Keys) -> tuple[str | int, ...]:
     return tuple(key if type(key) in (str, int) else str(key) for key in keys or ("",))
-
-
-def _check_apart(names: Sequence[str], old: Manifest | None) -> None:
-    seen = set(old.objects if old is not None else ())
-    for name in names:
-        if name in seen:
-            raise RenameClash(f"two entries would be named {name} in a distributed checkpoint")
-        seen.add(name)
 
 
 def chunk_sizes(spec: Spec) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
