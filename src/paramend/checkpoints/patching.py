@@ -183,8 +183,9 @@ class _Patch:
         if plan.restructured:  # a source that takes that in place
             self.documents.append(Document(*source.relabelled({row.source: plan.name(row) for row in plan.rows})))
         known: dict[Any, str] = {}  # many leaves take the same calls
-        self.rows = list({id(each.row): each.row for each in self.work}.values())
-        said = ((row, tuple(map(id, row.calls))) for row in self.rows)
+        self.rows = list({each.row.source: each.row for each in self.work}.values())
+        rows = {row.source: row for row in plan.changed} if isinstance(source, Tiled) else {}  # values may be spooled
+        said = ((row, tuple(map(id, row.calls))) for row in (rows.get(row.source, row) for row in self.rows))
         self.edits = [(row.path, known.get(key) or known.setdefault(key, row.edit)) for row, key in said]
         self.edits += [(row.path, row.edit) for row in plan.changed if row.was and not row.calls]
         self.edits += [(row.path, "deleted") for row in plan.deleted]
@@ -261,8 +262,8 @@ class _Patch:
             return Ranges(np.empty((0, 4), np.int64))
         places = {file: n for n, file in enumerate(self.files)}
         counts = [len(each.ranges) for each in self.work]
-        numbers = {id(row): number for number, row in enumerate(self.rows)}
-        rows = np.repeat([numbers[id(each.row)] for each in self.work], counts)
+        numbers = {row.source: number for number, row in enumerate(self.rows)}
+        rows = np.repeat([numbers[each.row.source] for each in self.work], counts)
         files = np.repeat([places[each.extent.path] for each in self.work], counts)
         parts = [np.column_stack([rows, files, np.concatenate([each.ranges for each in self.work])])]
         for file, extents in followers:

@@ -350,7 +350,10 @@ def _is_weights(folder: Path) -> Callable[[str], bool]:
 
 def _open_file(path: Path) -> Source:
     if path.name.endswith(".distcp") or (path.name == ".metadata" and any(path.parent.glob("*.distcp"))):
-        raise _distributed(path.parent)
+        raise BadCheckpoint(
+            f"{path}: it is a part of a distributed checkpoint of torch (DCP), which is a directory",
+            hint=f"{path.parent}",
+        )
     head = _head(path)
     row = find_format(path, head)
     if row is None and head:
@@ -366,13 +369,6 @@ def _head(path: Path) -> bytes:
             return file.read(0, min(_HEAD, file.size))
         except OSError as error:
             raise CannotRead(f"{path}: it cannot be read: {error.strerror or error}") from None
-
-
-def _distributed(folder: Path) -> BadCheckpoint:
-    return BadCheckpoint(
-        f"{folder}: it is a distributed checkpoint of torch (DCP), whose tensors are spread over its files",
-        hint=f"open the directory: {folder}",
-    )
 
 
 def _unknown(path: Path, head: bytes) -> BadCheckpoint:

@@ -8,6 +8,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from paramend.edits.ops import OPS
 from paramend.edits.plan import Row
 from paramend.leaves.origins.boxes import Box, ends, select, shifted
 from paramend.leaves.origins.origin import Given, Origin
@@ -71,7 +72,8 @@ class Spool:
         """The row with its new values computed."""
         origin, last = expression(source, row), row.calls[-1]
         values = self._filled(origin, source, row.source)
-        return replace(row, calls=(replace(last, args={"value": values}),), places=row.places[-1:])
+        call = replace(last, op=OPS["set"], args={"value": values}, index=None)
+        return replace(row, calls=(call,), places=row.places[-1:])
 
     def _filled(self, origin: Origin, source: Any, number: int) -> Spooled:
         if self._file is None:

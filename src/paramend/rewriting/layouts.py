@@ -130,7 +130,8 @@ def _folder(made: Plan, source: Any, wish: Wish, *, link: bool) -> Layout:
     if wish.again and isinstance(source, Relabelled) and not any(each.calls for each in made.rows):
         return _relabelled(made, source, wish, link=link)
     fresh = not wish.again or made.restructured or any(each.spec != each.before for each in made.rows)
-    fresh = fresh or isinstance(source, Tiled)
+    tiles = isinstance(source, Tiled)  # all its files are known
+    fresh = fresh or tiles
     more = sum(nbytes_of(made, each) for each in made.rows if fresh or each.calls)
     if fresh:
         _check(made, wish.format)
@@ -140,13 +141,12 @@ def _folder(made: Plan, source: Any, wish: Wish, *, link: bool) -> Layout:
     inner = tree_within(source)
     tree = "" if inner == Path() else inner.as_posix()
     if fresh:
-        own = source.stats if isinstance(source, Tiled) else None
-        files = [file for file in files if not (file.origin in own if own is not None else _is_within(file, tree))]
+        files = [file for file in files if file.origin not in source.stats and (tiles or _is_outside(file, tree))]
     return Layout(tuple(files), True, wish.format, tuple(left_out), tree, fresh, more)
 
 
-def _is_within(file: File, tree: str) -> bool:
-    return not tree or file.name.startswith(f"{tree}/")
+def _is_outside(file: File, tree: str) -> bool:
+    return bool(tree) and not file.name.startswith(f"{tree}/")
 
 
 def _relabelled(made: Plan, source: Any, wish: Wish, *, link: bool) -> Layout:

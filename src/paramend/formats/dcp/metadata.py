@@ -123,7 +123,7 @@ def read_manifest(file: OpenFile) -> Manifest:
                 tensors[place] = _entry(node, place, items)
     except Flaw as flaw:
         raise BadCheckpoint(f"{file.path}: {f'{shown(place)}: ' if place else ''}{flaw}") from None
-    carried = {name: known.get(name) for name in ("storage_meta", "mcore_data") if name in known}
+    carried: dict[str, Any] = {name: known.get(name) for name in ("storage_meta", "mcore_data") if name in known}
     return Manifest(tensors, objects, paths, root.text, carried)
 
 
@@ -158,7 +158,9 @@ def _items(node: Any) -> Iterator[tuple[tuple[str, Any], Item]]:
     for key, value in node.items():
         index, info = _fields(key, f"{_METADATA}MetadataIndex"), _fields(value, _INFO)
         name, offset = index.get("fqn"), index.get("offset")
-        file, start, nbytes = (info.get(each) for each in _CLASSES[_INFO][:3])
+        file: Any = info.get("relative_path")
+        start: Any = info.get("offset")
+        nbytes: Any = info.get("length")
         transforms = info.get("transform_descriptors") or ()
         if type(name) is not str or type(offset) not in (tuple, type(None)):
             raise Flaw("storage_data has an index without a name or offset")

@@ -93,7 +93,8 @@ def _place(file: Any, info: dict[str, Any], name: str, spec: Spec) -> tuple[tupl
     """Where a tensor of a file begins in the whole one, the shape of that one, if it is told, and its name."""
     said = info.get(name)
     said = said if type(said) is dict else {}
-    offsets, shape, logical = said.get("saved_offsets"), said.get("shape"), said.get("logical_fqn", name)
+    offsets: Any = said.get("saved_offsets")
+    shape, logical = said.get("shape"), said.get("logical_fqn", name)
     for each in (offsets, shape) if shape is not None else (offsets,):
         if type(each) is not list or len(each) != spec.ndim or any(type(n) is not int or n < 0 for n in each):
             raise BadCheckpoint(f"{file.path}: {_INFO} has no offsets or a false shape for {shown(name)}")
