@@ -308,7 +308,7 @@ def test_values_change_within_chunks_and_undo_puts_them_back(kind, folder, tmp_p
 
 def test_only_the_bytes_of_a_slice_are_written(folder):
     report = pm.patch(folder, lambda t: pm.at(t, "model.grid")[1:3, 2:4].fill(9))
-    assert report.bytes_written == 8 + 4 * 3 * 4  # four elements, one in each chunk, and three checksums of each
+    assert report.bytes_written == 4 * 2 + 4 * 18  # an element of each chunk, and its checksum in three places
 
 
 def test_leaves_get_other_names_or_go_by_metadata_alone(folder, tmp_path):
@@ -517,14 +517,11 @@ def test_another_mesh_loads_what_was_edited(saved, tmp_path):
     pm.patch(folder, lambda t: pm.at(t, "model.**").multiply(2))
     pm.patch(folder, lambda t: pm.at(pm.at(t, "model.cols.weight").rename("model.c.weight"), "optim.**").delete())
     names = {name: "c.weight" if name == "cols.weight" else name for name in KEPT}
-    for count in (1, 2):
-        distributed.in_ranks("check_spread", count, folder, names, 2)
     pm.open(folder).save(tmp_path / "x.safetensors")
     pm.open(tmp_path / "x.safetensors").save(tmp_path / "back.dcp")
-    converted = pm.at(pm.open(folder), "model.**").multiply(0.5)
-    converted.save(tmp_path / "new.dcp")
+    pm.at(pm.open(folder), "model.**").multiply(2).save(tmp_path / "new.dcp")
     for count in (1, 2):
-        distributed.in_ranks("check_spread", count, tmp_path / "new.dcp", names, 1)
+        distributed.in_ranks("check_spread", count, tmp_path, names, {"step": 2, "new.dcp": 4})
     assert distributed.loaded(tmp_path / "back.dcp", tmp_path).keys() >= {"model.c.weight"}
     assert pm.undo(folder).left == 1
     pm.undo(folder)
@@ -541,31 +538,30 @@ def test_what_hugging_faces_writer_saves_is_one_model(tmp_path):
         assert checkpoint["shared"].astype("float32").tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.slow
-def test_twenty_thousand_kinds_of_damage(folder):
-    damaged(folder, 20_000, 1)
-
-
 MEASURED = """
-import resource, sys, paramend as pm
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-with pm.open(sys.argv[1]) as checkpoint:
-    made = pm.at(checkpoint, "**").multiply(2) if sys.argv[3] == "edit" else checkpoint
-    made.save(sys.argv[2])
-pm.patch(sys.argv[1], lambda t: pm.at(t, "**").multiply(2)) if sys.argv[3] == "patch" else None
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)
+import pathlib, re, sys, paramend as pm
+_, source, out, how = sys.argv
+def double(tree):
+    return pm.at(tree, "**").multiply(2)
+if how == "patch":
+    pm.patch(source, double)
+else:
+    with pm.open(source) as checkpoint:
+        (double(checkpoint) if how == "edit" else checkpoint).save(out)
+print(int(re.search("VmHWM: *\\t* *([0-9]+)", pathlib.Path("/proc/self/status").read_text())[1]) / 1000)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("out", "how"), [("x.safetensors", "copy"), ("x.dcp", "edit"), ("y.safetensors", "patch")])
-def test_a_gigabyte_takes_little_memory(out, how, tmp_path):
+def test_a_gigabyte_takes_little_memory(tmp_path):
     rows = [((n * 4096, 0), (4096, 8192)) for n in range(4)]
     columns = [((0, n * 2048), (16384, 2048)) for n in range(4)]
     whole = torch.arange(16384 * 8192, dtype=torch.float32).reshape(16384, 8192)
     path = distributed.write(tmp_path / "x", {"rows": (whole, rows), "columns": (whole, columns)}, {})
     del whole
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURED, path, tmp_path / out, how], capture_output=True, text=True, check=True
-    )
-    assert float(done.stdout) < 120, done.stdout
+    for out, how in (("x.safetensors", "copy"), ("x.dcp", "edit"), ("", "patch")):
+        command = [sys.executable, "-c", MEASURED, path, tmp_path / out, how]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert float(done.stdout) < 120, (how, done.stdout)
+    with pm.open(tmp_path / "x.dcp") as one, pm.open(path) as other:
+        assert all((one[name] == other[name]).all() for name in ("rows", "columns"))

@@ -134,8 +134,8 @@ def save_hugging_face(mesh, folder):
     dcp.save(model, storage_writer=writer)
 
 
-def check_spread(mesh, folder, names, factor):
-    """Load into zeros on this mesh: tensors of these names, old → new, times a factor."""
+def check_spread(mesh, folder, names, factors):
+    """Load checkpoints in a folder into zeros on this mesh: tensors of these names, old → new, times a factor."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.tensor import DTensor
 
@@ -143,7 +143,8 @@ def check_spread(mesh, folder, names, factor):
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     model = spread(mesh)["model"]
-    state = {"model": {new: torch.zeros_like(model[old]) for old, new in names.items()}}
-    dcp.load(state, checkpoint_id=folder)
-    for old, new in names.items():
-        assert torch.equal(whole(state["model"][new]), whole(model[old]) * factor), new
+    for name, factor in factors.items():
+        state = {"model": {new: torch.zeros_like(model[old]) for old, new in names.items()}}
+        dcp.load(state, checkpoint_id=os.path.join(folder, name))
+        for old, new in names.items():
+            assert torch.equal(whole(state["model"][new]), whole(model[old]) * factor), (name, new)
