@@ -145,6 +145,6 @@ def check_spread(mesh, folder, names, factors):
     model = spread(mesh)["model"]
     for name, factor in factors.items():
         state = {"model": {new: torch.zeros_like(model[old]) for old, new in names.items()}}
-        dcp.load(state, checkpoint_id=os.path.join(folder, name))
+        dcp.load(state, checkpoint_id=f"{folder}/{name}")
         for old, new in names.items():
             assert torch.equal(whole(state["model"][new]), whole(model[old]) * factor), (name, new)

@@ -227,9 +227,9 @@ def relabelled(manifest: Manifest, names: Mapping[str, str]) -> Manifest:
     return replace(manifest, tensors={new: manifest.tensors[old] for old, new in names.items()}, paths=paths)
 
 
-def check_apart(names: Iterable[str], manifest: Manifest | None) -> None:
+def check_apart(names: Iterable[str], manifest: Manifest) -> None:
     """Raise `RenameClash` if tensors would have one name, or that of an object."""
-    seen = set(manifest.objects if manifest is not None else ())
+    seen = set(manifest.objects)
     for name in names:
         if name in seen:
             raise RenameClash(f"two entries would be named {name} in a distributed checkpoint")

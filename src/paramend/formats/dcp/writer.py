@@ -1,9 +1,10 @@
 """`DcpWriter`: distributed checkpoints that `torch.distributed.checkpoint` loads on any mesh, written without torch."""
 
+import contextlib
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,28 +55,29 @@ class DcpWriter:
         base: Any,
     ) -> None:
         """Fill an empty folder with a checkpoint; see `OrbaxWriter.write`."""
-        old: Manifest | None = base.manifest if getattr(base, "format", "") == "dcp" else None
+        form = getattr(base, "format", "")
+        old: Manifest = base.manifest if form == "dcp" else Manifest({})
+        flat = form in ("safetensors", "npz")  # their names are as they are
         places = {value.number: (keys, value) for keys, value in outline.entries if type(value) is Place}
-        paths = {number: keys for number, (keys, _) in places.items()}
-        plain = getattr(base, "format", "") == "safetensors"
-        names = [item.name if old or plain else ".".join(map(str, paths[at] or ("",))) for at, item in enumerate(items)]
+        keys = [_keys(places[at][0]) for at in range(len(items))]
+        names = [
+            item.name if flat or form == "dcp" else ".".join(map(str, own))
+            for item, own in zip(items, keys, strict=True)
+        ]
         check_apart(names, old)
-        files = _Files(folder)
-        objects = {} if old is None else {name: files.carry(base.path, item) for name, item in old.objects.items()}
-        tensors = {
-            name: Entry(Tensor(leaf.spec.shape, (), leaf.spec.dtype), tuple(files.leaf(leaf.spec, data(at))))
-            for at, (name, leaf) in enumerate(zip(names, items, strict=True))
-        }
-        files.close()
-        if old is None:
-            nested = {name: _keys(paths[at]) for at, name in enumerate(names)}
-            found = Manifest(tensors, paths={name: keys if not plain else (name,) for name, keys in nested.items()})
-        else:
-            kept = {name: old.paths[name] for name in objects if name in old.paths}
-            before = list(old.tensors)
-            likes = {name: before[places[at][1].like] for at, name in enumerate(names) if places[at][1].like >= 0}
-            moved = {name: moved_path(old.paths[was], name) for name, was in likes.items() if was in old.paths}
-            found = Manifest(tensors, objects, kept | moved if old.paths else {}, old.kind, old.carried)
+        with contextlib.closing(_Files(folder)) as files:
+            objects = {name: files.carry(base.path, item) for name, item in old.objects.items()}
+            tensors = {
+                name: Entry(Tensor(leaf.spec.shape, (), leaf.spec.dtype), tuple(files.leaf(leaf.spec, data(at))))
+                for at, (name, leaf) in enumerate(zip(names, items, strict=True))
+            }
+        paths = {name: old.paths[name] for name in objects if name in old.paths}
+        before = list(old.tensors)
+        for at, name in enumerate(names):
+            like = places[at][1].like
+            was = old.paths.get(before[like]) if form == "dcp" and like >= 0 else None
+            paths[name] = (name,) if flat else keys[at] if was is None else moved_path(was, name)
+        found = replace(old, tensors=tensors, objects=objects, paths=paths)
         write_file(folder / METADATA, metadata_bytes(found))
 
 
@@ -99,20 +101,19 @@ class _Files:
     """The files of a checkpoint that is written: the next begins where one is full."""
 
     folder: Path
+    name: str = ""
     count: int = 0
     at: int = 0
-    target: int = field(default=-1)
+    target: int = -1
 
-    def begin(self) -> str:
-        """The name of the file that takes the next item."""
+    def begin(self) -> tuple[str, int]:
+        """The file that takes the next item, and where that begins."""
         if self.target < 0 or self.at >= MAX_FILE:
             self.close()
-            self.target = os.open(self.folder / self._name(), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            self.count, self.at = self.count + 1, 0
-        return f"__0_{self.count - 1}{SUFFIX}"
-
-    def _name(self) -> str:
-        return f"__0_{self.count}{SUFFIX}"
+            self.name, self.at = f"__0_{self.count}{SUFFIX}", 0
+            self.target = os.open(self.folder / self.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            self.count += 1
+        return self.name, self.at
 
     def close(self) -> None:
         if self.target >= 0:
@@ -124,7 +125,7 @@ class _Files:
 
     def carry(self, home: Path, item: Item) -> Item:
         """An object of another checkpoint, byte for byte."""
-        name, start = self.begin(), self.at
+        name, start = self.begin()
         file = OpenFile(home / item.file)
         try:
             for at in range(0, item.nbytes, _PIECE):
@@ -137,12 +138,11 @@ class _Files:
         """The chunks of a leaf, each a file of `torch.save`."""
         rest = memoryview(b"")
         for offsets, sizes in chunk_sizes(spec):
-            name, start = self.begin(), self.at
+            name, start = self.begin()
             part, zipped = Spec(sizes, spec.dtype), ZipHeaders()
-            for each in zipped.member("archive/data.pkl", pickled(tensor(part, "0"))):
-                self.put(each)
-            for each in zipped.member("archive/byteorder", b"little"):
-                self.put(each)
+            head = zipped.member("archive/data.pkl", pickled(tensor(part, "0")))
+            for piece in (*head, *zipped.member("archive/byteorder", b"little")):
+                self.put(piece)
             header = self.at
             self.put(zipped.open("archive/data/0", part.nbytes))
             left, crc = part.nbytes, 0
@@ -153,8 +153,7 @@ class _Files:
                 left, rest = left - len(rest[:left]), rest[left:]
             put(self.target, crc.to_bytes(4, "little"), header + 14)
             self.put(zipped.close(crc))
-            for each in zipped.member("archive/version", b"3\n"):
-                self.put(each)
-            self.put(zipped.finish())
+            for piece in (*zipped.member("archive/version", b"3\n"), zipped.finish()):
+                self.put(piece)
             yield Chunk(offsets, sizes, Item(name, start, self.at - start))
         next(pieces, None)  # at its end it checks how much it yielded
