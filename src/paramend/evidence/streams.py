@@ -106,8 +106,8 @@ def hindrance(leaves: Leaves, number: int) -> str:
 
 def _home(leaves: Any, number: int) -> Any:
     """The holder of the values: the file of a checkpoint, or None if the leaf is edited; else the tree."""
-    origin = getattr(leaves, "origin", None)
-    return leaves if origin is None else origin(number)
+    home = getattr(leaves, "home", None)
+    return leaves if home is None else home(number)
 
 
 class Desk:

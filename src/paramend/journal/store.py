@@ -100,7 +100,7 @@ class UndoStore:
         replaced = set(head.files[head.written :]).union(*head.moved)
         if self.is_folder:
             table = table_of(self.base)
-            own = (lambda n: n == table or may_change(self.base, n)) if tree else _PUT.fullmatch
+            own = (lambda n: n == table or may_change(self.base, n)) if tree else PUT.fullmatch
             replaced = {name for name in replaced if not own(name)}
         return sorted(written | replaced)
 
@@ -329,7 +329,7 @@ def _not_own(base: Path, record: Path) -> BadCheckpoint:
 
 
 # The files that a patch puts whole into a folder of shards, or replaces there.
-_PUT = re.compile(r"[^./][^/]*\.(safetensors|json)")
+PUT = re.compile(r"[^./][^/]*\.(safetensors|json)")
 # Records that were begun, new files that never replaced old ones, and old files that were put back in part.
 _LEFT = re.compile(rf"[0-9]+\.({PARTIAL}|{STAGED}|{BACK})")
 
