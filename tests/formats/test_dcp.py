@@ -469,7 +469,11 @@ def shards(folder, **more):
 def test_shards_of_hugging_face_are_one_model_of_whole_tensors(tmp_path):
     folder, whole = shards(tmp_path / "x")
     check(folder, {name: torch.from_numpy(array) for name, array in whole.items()})
-    pm.open(folder).save(f"{tmp_path / 'plain'}/")
+    (folder / "config.json").write_text("{}")
+    pm.open(folder).save(tmp_path / "plain")
+    assert (tmp_path / "plain" / "config.json").read_text() == "{}"
+    pm.at(pm.open(folder), "w").rename("u").save(tmp_path / "one.safetensors")
+    assert (safetensors.numpy.load_file(tmp_path / "one.safetensors")["u"] == whole["w"]).all()
     found = safetensors.numpy.load_file(tmp_path / "plain" / "model.safetensors")
     assert all((found[name] == array).all() for name, array in whole.items())
     before = content(folder)

@@ -10,7 +10,6 @@ from paramend.disk.failures import ELSEWHERE
 from paramend.edits.plan import Plan, Row
 from paramend.errors import Unsupported
 from paramend.formats.registry import DEFAULT, Format
-from paramend.formats.shards import Shards
 from paramend.formats.source import Relabelled, Tiled
 from paramend.leaves.origins.partly import Partly
 from paramend.leaves.origins.stored import Stored
@@ -181,7 +180,7 @@ def _again(made: Plan, source: Any, wish: Wish, *, link: bool) -> Layout:
 
 def _beside(made: Plan, source: Any) -> tuple[Sequence[File], list[str], tuple[str, ...]]:
     """The files beside the weights, what is left out, and what is to be said of them."""
-    files, left_out, weights = sidecars(source) if isinstance(source, Shards) else ([], [], [])
+    files, left_out, weights = sidecars(source) if hasattr(source, "shard_index") else ([], [], [])
     changed = {document.name: document.text for document in made.texts}
     files = [file for file in files if file.name not in changed]
     files += [text_file(name, text) for name, text in changed.items() if text]

@@ -27,6 +27,7 @@ class ShardedModel(Assembled):
     """A directory of such files as one model, of whole tensors. Written anew, it is a plain model."""
 
     format = "safetensors"
+    shard_index = None
 
     def __init__(self, path: Path, files: Iterable[Any]) -> None:
         files, few = tuple(files), Few()
