@@ -8,6 +8,7 @@ next opens the checkpoint. `paramend.journal.records` describes the records.
 import contextlib
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,33 @@ def _edited(checkpoint: Checkpoint, edit: Callable[[Checkpoint], Checkpoint]) ->
 def _change(store: UndoStore, source: Source, plan: Plan, progress: Progress | None) -> "_Patch | Addition":
     if isinstance(plan.leaves, Gathered):
         return Addition(store, plan, progress)
-    return _Patch(store, source, plan, progress)
+    head = _head(plan, source) if any(document.own for document in plan.texts) else None
+    if head is not None and not head.data:
+        with contextlib.closing(Spool()) as spool:
+            check_patch(source, plan, spool)
+        return Addition(store, plan, progress)
+    return _Patch(store, source, plan, progress, head)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """A new header of a file, as long as the old one; empty if there is none of its length."""
+
+    path: Path
+    data: bytes
+
+    def patched_too(self, extents: Sequence[Extent]) -> list[Extent]:
+        return [Extent(self.path, 0, len(self.data))]
+
+    def after_patch(self, extents: Sequence[Extent]) -> list[tuple[Path, int, bytes]]:
+        return [(self.path, 0, self.data)]
+
+
+def _head(plan: Plan, source: Any) -> _Head | None:
+    """The header of the file with the configuration of a model, if that changes."""
+    from paramend.rewriting import gguf, keys  # most programs use no GGUF files
+
+    return _Head(*gguf.new_head(plan, source)) if keys.document_in(plan) is not None else None
 
 
 @uncollected()
@@ -170,8 +197,10 @@ def _check_apart(source: Source, work: Sequence[Work]) -> None:
 
 
 class _Patch:
-    def __init__(self, store: UndoStore, source: Any, plan: Plan, progress: Progress | None) -> None:
-        self.store, self.source, self.plan, self.progress = store, source, plan, progress
+    def __init__(
+        self, store: UndoStore, source: Any, plan: Plan, progress: Progress | None, head: _Head | None
+    ) -> None:
+        self.store, self.source, self.plan, self.progress, self.head = store, source, plan, progress, head
         self.spool = Spool()
         try:
             self.work = check_patch(source, plan, self.spool)
@@ -179,8 +208,9 @@ class _Patch:
             self.spool.close()
             raise
         self.chunked = isinstance(source, Chunked)
-        self.files = [] if self.chunked else sorted({each.extent.path for each in self.work})
-        self.documents = [document for document in plan.texts if document.text != document.before]
+        files = {each.extent.path for each in self.work} | ({head.path} if head else set())
+        self.files = [] if self.chunked else sorted(files)
+        self.documents = [each for each in plan.texts if each.text != each.before and not each.own]
         for document in self.documents:
             if not (document.text and PUT.fullmatch(document.name)):  # an undo record of it would not be believed
                 self.spool.close()
@@ -212,11 +242,11 @@ class _Patch:
                     raise linked(base)
                 written = sum(int((each.ranges[:, 1] - each.ranges[:, 0]).sum()) for each in self.work)
         self.spool.close()
-        written += sum(len(document.text) for document in self.documents)
+        written += sum(len(document.text) for document in self.documents) + len(self.head.data if self.head else b"")
         return PatchReport(str(base), self.plan, written, dry_run=True)
 
     def carry_out(self) -> PatchReport:
-        if not self.work and not self.documents:  # only leaves or slices without elements
+        if not self.work and not self.documents and not self.head:  # only leaves or slices without elements
             self.spool.close()
             return PatchReport(str(self.source.path), self.plan, 0)
         try:
@@ -235,7 +265,7 @@ class _Patch:
         with opened(self.files) as descriptors:
             self.store.check_nothing_pending()
             self._check_same(descriptors)
-            followers = _followers(self.source, self.work)
+            followers = _followers(self.source, self.work) + ([(self.head, [])] if self.head else [])
             target = OpenRanges(self.files, descriptors, self._ranges(followers))
             self._check_room(target)
             target.allocate()
@@ -270,10 +300,11 @@ class _Patch:
         numbers = {row.source: number for number, row in enumerate(self.rows)}
         rows = np.repeat([numbers[each.row.source] for each in self.work], counts)
         files = np.repeat([places[each.extent.path] for each in self.work], counts)
-        parts = [np.column_stack([rows, files, np.concatenate([each.ranges for each in self.work])])]
+        found = [np.empty((0, 2), np.int64), *(each.ranges for each in self.work)]
+        parts = [np.column_stack([rows, files, np.concatenate(found)]).astype(np.int64)]
         for file, extents in followers:
-            found = [(-1, places[e.path], e.start, e.start + e.nbytes) for e in file.patched_too(extents)]
-            parts.append(np.array(found, np.int64).reshape(-1, 4))
+            too = [(-1, places[e.path], e.start, e.start + e.nbytes) for e in file.patched_too(extents)]
+            parts.append(np.array(too, np.int64).reshape(-1, 4))
         return Ranges(np.concatenate(parts))
 
     def _check_same(self, descriptors: Sequence[int]) -> None:

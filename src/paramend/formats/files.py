@@ -24,7 +24,6 @@ _SMALL = 1 << 20
 FOREIGN: tuple[tuple[bytes, str, str], ...] = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "git lfs pull"),
     (b"\x89HDF", "an HDF5 file", ""),
-    (b"GGUF", "a GGUF file", ""),
     (b"\x1f\x8b", "compressed with gzip", "gunzip it first"),
     (b"<", "a web page (HTML or XML)", "download the file itself"),
 )

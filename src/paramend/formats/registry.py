@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import os
+import re
 import stat
 import tarfile
 from collections.abc import Callable, Iterator
@@ -174,6 +175,18 @@ FORMATS: tuple[Format, ...] = (
         framework="flax",
     ),
     Format(
+        "gguf",
+        "GGUF files of llama.cpp",
+        (".gguf",),
+        lambda path, head: head.startswith(b"GGUF"),
+        "paramend.formats.gguf.source",
+        "open_gguf",
+        keeps="keys and their types, blocks as they are, unknown types, the parts of a model in several files",
+        framework="pt",
+        structural=True,
+        single=False,
+    ),
+    Format(
         "orbax",
         "Orbax directories",
         (".orbax",),
@@ -209,7 +222,7 @@ DEFAULT = FORMATS[0]
 SUFFIXES = tuple(suffix for row in FORMATS for suffix in row.suffixes)
 
 # Suffixes of formats that cannot be written here: those of weights, and others.
-FOREIGN_WEIGHTS = (".gguf", ".ggml", ".h5", ".hdf5", ".keras", ".onnx", ".ot", ".tflite", ".pkl", ".pickle", ".npy")
+FOREIGN_WEIGHTS = (".ggml", ".h5", ".hdf5", ".keras", ".onnx", ".ot", ".tflite", ".pkl", ".pickle", ".npy")
 FOREIGN_SUFFIXES = (
     *FOREIGN_WEIGHTS,
     *(".zarr", ".tar", ".gz", ".tgz", ".zip", ".7z", ".json", ".yaml", ".parquet", ".distcp", ".mlmodel"),
@@ -258,7 +271,7 @@ def home_of(path: Path) -> Path:
     except OSError:
         row = None
     if row is None or not row.folder:
-        return path
+        return path.with_name(_first_part(path.name)) if path.name.endswith(".gguf") else path
     found: Path = row._load().home(path)
     return found
 
@@ -270,11 +283,21 @@ def weight_files(folder: Path) -> set[str]:
     if row is not None and row.folder:
         return {path.name for path in folder.glob(row.data)} if row.data else set()
     names = sorted(entry.name for entry in os.scandir(folder))
+    if not any(map(_holds_weights, names)) and (first := _only_gguf(folder)) is not None:
+        return files_of(first)
     indexes = list(filter(is_index, names))
     if indexes:
         return {file for name in indexes for file in read_index(folder / name).files}
     found = {name for name in names if _holds_weights(name)}
     return found or set(filter(_is_weights(folder), names))
+
+
+def files_of(path: Path) -> set[str]:
+    """The names of the files of a checkpoint that is a file, or a model in several GGUF files."""
+    if not path.name.endswith(".gguf"):
+        return {path.name}
+    first = _first_part(path.name)
+    return {path.name, *(entry.name for entry in os.scandir(path.parent) if _first_part(entry.name) == first)}
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
@@ -307,7 +330,10 @@ def _open_folder(path: Path) -> Source:
 
             if is_sharded(names):
                 return open_sharded(path, _open_file)
-        found = open_directory(path, _open_file, _holds_weights) or open_directory(path, _open_file, _is_weights(path))
+        found = open_directory(path, _open_file, _holds_weights)
+        if found is None and (first := _only_gguf(path)) is not None:
+            return _open_file(first)
+        found = found or open_directory(path, _open_file, _is_weights(path))
     except OSError as error:
         if isinstance(error, CannotRead):
             raise
@@ -325,6 +351,18 @@ def _open_folder(path: Path) -> Source:
 
 def _holds_weights(name: str) -> bool:
     return name.endswith(".safetensors") and not name.startswith(".")
+
+
+def _only_gguf(folder: Path) -> Path | None:
+    """The GGUF file of a folder without other weights, the first of those of a model in several."""
+    names = sorted(entry.name for entry in os.scandir(folder) if format_for(Path(entry.name)) is not None)
+    firsts = {_first_part(name) for name in names}
+    return folder / names[0] if len(firsts) == 1 and names[0].endswith(".gguf") else None
+
+
+def _first_part(name: str) -> str:
+    """The name of the first of the files of a model, by that of one of them."""
+    return re.sub(r"-\d{5}-of-(\d{5}\.gguf)$", r"-00001-of-\1", name)
 
 
 def _is_weights(folder: Path) -> Callable[[str], bool]:

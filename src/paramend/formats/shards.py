@@ -51,9 +51,12 @@ class Shards(Gathering):
             self._check_index(shard_index, where)
         self.ties: Mapping[int, int] = ties
         self.index = Index.of_names(names, separator_of(names))
-        first, *rest = (file.metadata for file in self.files)
-        # The metadata of the files, where all agree.
-        self.metadata = {key: value for key, value in first.items() if all(each.get(key) == value for each in rest)}
+        self.metadata = self._together([file.metadata for file in self.files])
+
+    def _together(self, metadata: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """The metadata of the files, where all agree."""
+        first, *rest = metadata
+        return {key: value for key, value in first.items() if all(each.get(key) == value for each in rest)}
 
     def outline(self) -> Outline:
         numbers = {home: number for number, home in enumerate(self._homes)}

@@ -59,12 +59,18 @@ class Accesses:
                 found |= set(self._read.get(id(each.source), ()))
         return found
 
-    def of_file(self, file: File) -> Access:
+    def read_for(self, file: File) -> set[Path]:
+        """The files that a file is made from."""
         read = {piece.path for piece in file.pieces if isinstance(piece, Copy)}
         read |= set() if file.origin is None else {file.origin}
         rows = {id(piece.row): piece.row for piece in file.pieces if isinstance(piece, Computed)}
         for row in rows.values():
             read |= self.read_by(row)
+        return read
+
+    def of_file(self, file: File, read: set[Path] | None = None) -> Access:
+        """The access of a file; `read` are those that it is made from, if they are known."""
+        read = self.read_for(file) if read is None else read
         return self._of(read or self._all, file.name, derived=file.origin is None)
 
     def of_all(self, name: str) -> Access:

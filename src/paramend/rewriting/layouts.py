@@ -18,7 +18,7 @@ from paramend.reports import wording
 from paramend.rewriting.additions import grown_shards
 from paramend.rewriting.arrangement import base_of, lost
 from paramend.rewriting.configurations import followed_files, left_behind
-from paramend.rewriting.copies import edited_file
+from paramend.rewriting.copies import edited_file, overlays
 from paramend.rewriting.files import File, fresh_file, nbytes_of, ordered, text_file
 from paramend.rewriting.folders import own_files, tree_within
 from paramend.rewriting.shards import largest, new_shards, parse_size, same_shards
@@ -66,7 +66,8 @@ def lay_out(
     """
     source = base_of(made)
     wish = wish_of(made, os.fspath(out), sized=max_shard_size is not None, to=to)
-    asked = [document.name for document in made.texts if document.asked]
+    kept = wish.format.name == source.format  # what its own file says of a model
+    asked = [document.name for document in made.texts if document.asked and not (document.own and kept)]
     if asked and (wish.format.folder or not wish.folder):
         raise Unsupported(
             f"{asked[0]} is edited, and {os.fspath(out)} would hold the weights alone",
@@ -80,10 +81,14 @@ def lay_out(
 
 
 def lay_in_place(made: Plan) -> tuple[list[File], list[tuple[str, str]]]:
-    """What a plan that adds leaves to its source changes in the folder of it: the files that are new there or replace
-    others, and (old name, new name) of those that get another name. `Unsupported` if leaves of the source go or move,
-    or it has no place for further files."""
+    """What a plan that adds leaves to its source, or lengthens its keys, changes in the folder of it: the files that
+    are new there or replace others, and (old name, new name) of those that get another name. `Unsupported` if leaves of
+    the source go or move, or it has no place for further files."""
     source = base_of(made)
+    if any(document.own for document in made.texts):
+        from paramend.rewriting import gguf  # most programs use no GGUF files
+
+        return gguf.in_place(made, source), []
     files = grown_shards(made, source, link=False, splits=True)
     if files is None:
         raise Unsupported(
@@ -168,8 +173,16 @@ def _relabelled(made: Plan, source: Any, wish: Wish, *, link: bool) -> Layout:
 
 def _again(made: Plan, source: Any, wish: Wish, *, link: bool) -> Layout:
     """The files of the source, each with its remaining leaves."""
-    if wish.format is DEFAULT:
+    if wish.format is DEFAULT or wish.format.name == "gguf":
         _check(made, wish.format)
+    if wish.format.name == "gguf" and wish.folder:
+        from paramend.rewriting import gguf  # most programs use no GGUF files
+
+        files = gguf.same_parts(made, source, link=link)
+        return Layout(tuple(files), True, wish.format, said=left_behind(made, source))
+    if wish.format.name == "gguf" and not overlays(made):
+        file = fresh_file(made, made.rows, wish.format, "")
+        return Layout((file,), False, wish.format, said=left_behind(made, source))
     if not wish.folder:
         rows = [(row.source, row) for row in made.rows]
         file = edited_file(made, source, rows, "", link=link)
@@ -180,8 +193,10 @@ def _again(made: Plan, source: Any, wish: Wish, *, link: bool) -> Layout:
 
 def _beside(made: Plan, source: Any) -> tuple[Sequence[File], list[str], tuple[str, ...]]:
     """The files beside the weights, what is left out, and what is to be said of them."""
-    files, left_out, weights = sidecars(source) if hasattr(source, "shard_index") else ([], [], [])
-    changed = {document.name: document.text for document in made.texts}
+    files, left_out, weights = (
+        sidecars(source) if hasattr(source, "shard_index") and source.format != "gguf" else ([], [], [])
+    )
+    changed = {document.name: document.text for document in made.texts if not document.own}
     files = [file for file in files if file.name not in changed]
     files += [text_file(name, text) for name, text in changed.items() if text]
     left_out += [f"{name} (no longer true)" for name, text in changed.items() if not text]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from paramend.disk.failures import check_room, reason
-from paramend.disk.publishing import exists
+from paramend.disk.publishing import exists, unpublished
 from paramend.disk.sharing import BLOCK, share, shareable
 from paramend.edits.plan import Plan
 from paramend.errors import CannotWrite
@@ -21,8 +21,11 @@ from paramend.rewriting.layouts import Layout, lay_out
 from paramend.rewriting.wishes import How
 
 
-def check_output(made: Plan, out: str | os.PathLike[str], *, force: bool = False, **how: Unpack[How]) -> Layout:
-    """The files that a rewrite will make, after all checks that are possible before anything is written."""
+def check_output(
+    made: Plan, out: str | os.PathLike[str], *, force: bool = False, resume: bool = False, **how: Unpack[How]
+) -> Layout:
+    """The files that a rewrite will make, after all checks that are possible before anything is written. If it is to
+    `resume`, what an earlier run left needs no more room."""
     layout = lay_out(made, out, **how)
     source: Any = made.leaves
     out = Path(out)
@@ -45,10 +48,11 @@ def check_output(made: Plan, out: str | os.PathLike[str], *, force: bool = False
         raise CannotWrite(f"{out}: {folder} {what}", hint="" if os.path.lexists(folder) else f"mkdir -p {folder}")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise CannotWrite(f"{out}: no permission to write into {folder}", hint=f"ls -ld {folder}")
+    there = sum(map(_allocated, unpublished(out))) if resume else 0
     try:
-        check_room(folder, layout.nbytes, str(out))
+        check_room(folder, layout.nbytes - there, str(out))
     except CannotWrite:
-        check_room(folder, layout.nbytes - _shared(folder, layout), str(out))
+        check_room(folder, layout.nbytes - there - _shared(folder, layout), str(out))
     return layout
 
 
@@ -96,6 +100,11 @@ def _shared(folder: Path, layout: Layout) -> int:
         with contextlib.suppress(OSError), path.open("rb") as source, tempfile.TemporaryFile(dir=folder) as trial:
             total += nbytes if share(source.fileno(), trial.fileno(), start, BLOCK) else 0
     return total
+
+
+def _allocated(path: Path) -> int:
+    """The bytes that a file, or the files in a folder, take on the disk."""
+    return sum(each.lstat().st_blocks * 512 for each in (path, *path.rglob("*")))
 
 
 def _look(path: Path) -> os.stat_result | None:

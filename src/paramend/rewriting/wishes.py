@@ -76,11 +76,16 @@ def wish_of(made: Plan, out: str, *, sized: bool, to: str | None = None) -> Wish
             return Wish(own, True, source is made.leaves)
         form, folder = own or DEFAULT, several
     else:
-        form, folder = (DEFAULT, True) if slash or sized or named is None else (named, False)
+        parts = own if several and own is not None and own.name == "gguf" and not sized else DEFAULT
+        form, folder = (parts, True) if slash or sized or named is None else (named, False)
     again = not sized and not tiled and form is own and folder == several and source is made.leaves
     if again and form is not DEFAULT and not form.structural and not overlays(made):
         again = False
     if not again and folder:
+        if form.name == "gguf":
+            raise Unsupported(
+                f"{out}: new files of a model in several cannot be laid out", hint=f"{out.rstrip(os.sep)}.gguf"
+            )
         form = DEFAULT
     if not form.writes:
         raise _not_written(out, form.says)
