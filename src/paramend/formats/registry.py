@@ -44,6 +44,8 @@ class Format:
     framework: str = ""  # the name of the library of these files in the metadata of a safetensors file
     padded: bool = True  # whether each leaf is aligned, whatever comes before it
     structural: bool = False  # whether an edited file keeps its other content when leaves get other names or specs
+    data: str = ""  # of a folder, the pattern of its files whose bytes change in place
+    table: str = ""  # of a folder, the file that says which leaves it has, for which an edit in place puts another
     single: bool = True  # whether a checkpoint may be a single array without a name
     typed_keys: bool = False  # whether it tells typed PRNG keys from their numbers
 
@@ -115,6 +117,12 @@ def _is_orbax(path: Path, head: bytes) -> bool:
     return any(
         (inner / mark).exists() for step in _steps(path) for inner in (step, step / "default") for mark in marks[:2]
     )
+
+
+def _is_dcp(path: Path, head: bytes) -> bool:
+    from paramend.formats.dcp.source import is_checkpoint  # the readers of formats are opened when needed
+
+    return not head and path.is_dir() and is_checkpoint(path)
 
 
 def _steps(path: Path) -> Iterator[Path]:
@@ -192,6 +200,20 @@ FORMATS: tuple[Format, ...] = (
         single=False,
         typed_keys=True,
     ),
+    Format(
+        "dcp",
+        "distributed checkpoints of torch",
+        (".dcp",),
+        _is_dcp,
+        "paramend.formats.dcp.source",
+        "DcpCheckpoint",
+        keeps="objects that are not tensors, places in the nested state dict, other files of the directory",
+        folder=True,
+        data="*.distcp",
+        table=".metadata",
+        framework="pt",
+        single=False,
+    ),
 )
 
 # The format of new files whose name implies none.
@@ -236,6 +258,12 @@ def is_tree(path: Path) -> bool:
     return row is not None and row.folder
 
 
+def table_of(path: Path) -> str:
+    """The name of the file that says which leaves a directory has, if edits in place replace it; "" for none."""
+    row = find_format(path, b"") if path.is_dir() else None
+    return "" if row is None else row.table
+
+
 def home_of(path: Path) -> Path:
     """The file or folder that identifies a checkpoint, however the user named it: for Orbax, the folder of the tree."""
     try:
@@ -249,7 +277,11 @@ def home_of(path: Path) -> Path:
 
 
 def weight_files(folder: Path) -> set[str]:
-    """The names of the files that are read as weights when a directory, or an index in it, is opened."""
+    """The names of the files that are read as weights when a directory, or an index in it, is opened; of a format whose
+    checkpoints are directories, of those whose bytes change in place."""
+    row = find_format(folder, b"")
+    if row is not None and row.folder:
+        return {path.name for path in folder.glob(row.data)} if row.data else set()
     names = sorted(entry.name for entry in os.scandir(folder))
     if not any(map(_holds_weights, names)) and (first := _only_gguf(folder)) is not None:
         return files_of(first)
@@ -292,6 +324,12 @@ def _open_folder(path: Path) -> Source:
         row = find_format(path, b"")
         if row is not None:
             return row.open(path)
+        names = [entry.name for entry in os.scandir(path) if entry.name.startswith("shard-")]
+        if names and not any(path.glob("*.index.json")):
+            from paramend.formats.dcp.sharded import is_sharded, open_sharded  # few models are in this form
+
+            if is_sharded(names):
+                return open_sharded(path, _open_file)
         found = open_directory(path, _open_file, _holds_weights)
         if found is None and (first := _only_gguf(path)) is not None:
             return _open_file(first)
@@ -302,10 +340,8 @@ def _open_folder(path: Path) -> Source:
         raise CannotRead(f"{path}: {error.strerror or error}") from None
     if found is not None:
         return found
-    if (path / ".metadata").is_file() and any(path.glob("*.distcp")):
-        raise _distributed(path)
     inside = sorted(entry.name for entry in os.scandir(path) if not entry.name.startswith("."))
-    below = [name for name in inside if any((path / name).glob("*.safetensors"))]
+    below = [name for name in inside if any((path / name).glob("*.safetensors")) or _is_dcp(path / name, b"")]
     held = f"it holds {wording.listing(inside, 4)}" if inside else "it is empty"
     raise BadCheckpoint(
         f"{path}: it is a directory without a checkpoint: {held}",
@@ -352,7 +388,10 @@ def _is_weights(folder: Path) -> Callable[[str], bool]:
 
 def _open_file(path: Path) -> Source:
     if path.name.endswith(".distcp") or (path.name == ".metadata" and any(path.parent.glob("*.distcp"))):
-        raise _distributed(path.parent)
+        raise BadCheckpoint(
+            f"{path}: it is a part of a distributed checkpoint of torch (DCP), which is a directory",
+            hint=f"{path.parent}",
+        )
     head = _head(path)
     row = find_format(path, head)
     if row is None and head:
@@ -368,13 +407,6 @@ def _head(path: Path) -> bytes:
             return file.read(0, min(_HEAD, file.size))
         except OSError as error:
             raise CannotRead(f"{path}: it cannot be read: {error.strerror or error}") from None
-
-
-def _distributed(folder: Path) -> BadCheckpoint:
-    return BadCheckpoint(
-        f"{folder}: it is a distributed checkpoint of torch (DCP), whose tensors are spread over its files",
-        hint=f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} {folder.name or 'model'}.pt",
-    )
 
 
 def _unknown(path: Path, head: bytes) -> BadCheckpoint:

@@ -1,7 +1,6 @@
 """`Shards`: a directory with a model in one file or several, as one source."""
 
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,12 @@ from paramend.errors import BadCheckpoint
 from paramend.formats.index import ShardIndex, find_index, read_index
 from paramend.formats.jsontext import bad
 from paramend.formats.limits import shown
-from paramend.formats.source import Flat, Gathering, Overlapping, Released, Source
+from paramend.formats.source import Few, Flat, Gathering, Overlapping, Source, release
 from paramend.leaves.leaves import Index, separator_of, uncollected
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.outlines import Keys, Outline, Place, outline_of
 from paramend.leaves.specs import Array
 from paramend.reports import wording
-
-# Systems limit a process to a few hundred open files; the largest models have more.
-_OPEN = 64
 
 
 class Shards(Gathering):
@@ -32,7 +28,7 @@ class Shards(Gathering):
         self.format: str = self.files[0].format
         ties: dict[int, int] = {}
         self._homes: list[tuple[int, int]] = []
-        self._open: OrderedDict[int, None] = OrderedDict()
+        self._few = Few()
         names: list[str] = []
         where: dict[str, int] = {}
         for place, file in enumerate(self.files):
@@ -98,11 +94,7 @@ class Shards(Gathering):
 
     def _opened(self, number: int) -> Stored:
         """A leaf, ready to be read; the files read last stay open."""
-        place, _ = self._homes[number]
-        self._open[place] = None
-        self._open.move_to_end(place)
-        if len(self._open) > _OPEN:
-            _release(self.files[self._open.popitem(last=False)[0]])
+        self._few.touch(self.files[self._homes[number][0]])
         return self.origin(number)
 
     @property
@@ -145,7 +137,7 @@ def open_directory(path: Path, opener: Callable[[Path], Source], weights: Callab
         with uncollected():
             for name in chosen:
                 files.append(opener(folder / name))
-                _release(files[-1])
+                release(files[-1])
             return Shards(path, folder, files, shard_index)
     except BaseException:
         for file in files:
@@ -158,8 +150,3 @@ def _names(file: Source) -> Iterable[tuple[int, str]]:
     if isinstance(file, Flat):
         return enumerate(file.names)
     return ((number, file.index.name(number)) for number in file.index.numbers)
-
-
-def _release(file: Any) -> None:
-    if isinstance(file, Released):
-        file.release()
