@@ -118,11 +118,12 @@ assert str(pm.stats(tree(spread))) == str(pm.stats(tree(single)))
 
 # Axes that become longer stay cut where the devices divide the new length.
 pair = {"Dense_0": {"kernel": full[:8], "bias": full[0]}, "Dense_1": {"kernel": full[:4]}}
-layer = {"Dense_0": {"lora_a": np.ones((8, 1), np.float32), "lora_b": full[:1]}}
+terms = {"Dense_0": {"lora_a": np.ones((8, 1), np.float32), "lora_b": full[:1]}}
+places = ("Dense_0", "kernel"), ("Dense_0", "bias"), ("Dense_1", "kernel")
 MODELS = {
     "widen to 6": (lambda t: pm.widen(t, features={"Dense_0": 6}), (P("a", "b"), P(), P(None, "b"))),
     "widen to 8": (lambda t: pm.widen(t, features={"Dense_0": 8}), (P("a", "b"), P("a"), P("a", "b"))),
-    "fold": (lambda t: pm.fold(t, layer), None),
+    "fold": (lambda t: pm.fold(t, terms), None),
     "extract": (lambda t: pm.fold(t, pm.extract(pm.at(t, "Dense_0/kernel").multiply(2), t, rank=1)[0]), None),
     "linear": (lambda t: pm.merge([t, pm.at(t, "**").multiply(3)], weights=[1, 3]), None),
     "slerp": (lambda t: pm.merge([t, pm.at(t, "**").add(3)], "slerp", t=0.25), None),
@@ -131,11 +132,10 @@ MODELS = {
 for name, (verb, specs) in MODELS.items():
     wanted = first(verb(jax.tree.map(single, pair)))
     result = first(verb(jax.tree.map(lambda x: cut(both if x.ndim == 2 else P("a"), x), pair)))
-    specs = dict(zip(("Dense_0/kernel", "Dense_0/bias", "Dense_1/kernel"), specs or (both, P("a"), both)))
-    for path, spec in specs.items():
-        leaf = pm.at(result, path).get()
-        assert host(leaf).tobytes() == np.asarray(pm.at(wanted, path).get()).tobytes(), (name, path)
-        assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim), (name, path, leaf.sharding)
+    for (layer, role), spec in zip(places, specs or (both, P("a"), both)):
+        leaf = result[layer][role]
+        assert host(leaf).tobytes() == np.asarray(wanted[layer][role]).tobytes(), (name, layer, role)
+        assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim), (name, leaf.sharding)
 
 # What a dtype cannot hold is counted: of several processes each counts its half, once for all devices.
 half = np.full((16, 4), 300, np.float16)
