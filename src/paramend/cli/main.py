@@ -19,6 +19,7 @@ from paramend.cli import _ui
 from paramend.cli.mistakes import Typed, exists, incomplete, no_such_option, told
 from paramend.cli.opening import takes_raw
 from paramend.cli.topics import MEANT, TOPICS
+from paramend.disk.urls import path_of
 from paramend.errors import MissingExtra, ParamendError
 from paramend.reports import wording
 
@@ -202,12 +203,12 @@ def _unknown(name: str) -> str:
     near = [row.name for row in rows if name.lower() in (*row.also, *MEANT.get(row.name, "").split())]
     near = near or wording.closest(name, [known for row in rows for known in (row.name, *row.aliases)], limit=1)
     there = exists(name)
-    if near and not (there and Path(name).is_file()):
+    if near and not (there and path_of(name).is_file()):
         return f"{said}. Did you mean {near[0]!r}?"
     if name in TOPICS:
         return f"{said}; about {name}: paramend help {name}"
     if there:
-        what = "directory" if Path(name).is_dir() else "file"
+        what = "directory" if path_of(name).is_dir() else "file"
         return f"{said}, but a {what}; to look at it: paramend show {shlex.quote(name)}"
     if name in sys.modules["paramend"].__all__:
         return f"{said}: pm.{name} is for Python. To list the commands: paramend help"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from paramend.disk.failures import UNSUPPORTED
-from paramend.disk.io import put, shrunk
+from paramend.disk.io import Readable, get, put, shrunk
 from paramend.disk.sharing import share, shareable
 
 # Bytes that the kernel copies at once: between windows, progress is reported and Ctrl-C takes effect.
@@ -25,8 +25,12 @@ class Copier:
         self._apart: set[Path] = set()  # sources whose bytes cannot be shared
         self._ways = [way for call, way in _WAYS.items() if hasattr(os, call)]
 
-    def copy(self, source: int, target: int, start: int, stop: int, *, path: Path) -> Iterator[int]:
+    def copy(self, source: Readable, target: int, start: int, stop: int, *, path: Path) -> Iterator[int]:
         """Append bytes, shared where they can be, and yield the number of each step; `BadCheckpoint` for too few."""
+        if not isinstance(source, int):
+            for at in range(start, stop, _BUFFER):
+                yield put(target, get(source, at, min(_BUFFER, stop - at), path))
+            return
         low = high = stop
         if path not in self._apart:
             low, high = shareable(start, stop, os.lseek(target, 0, os.SEEK_CUR))

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from paramend.errors import BadCheckpoint
 
+# The device of what is in remote stores, whose objects have no permissions.
+STORE = -1
+
 
 def unchanged(then: os.stat_result, now: os.stat_result) -> bool:
     """Whether two looks at a file saw the same bytes, as far as the system can tell.

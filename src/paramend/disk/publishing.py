@@ -17,7 +17,7 @@ from paramend.disk.failures import UNSUPPORTED, reason
 from paramend.disk.io import reading, release
 from paramend.disk.locks import hold
 from paramend.disk.permissions import PRIVATE, Access, create_file, settle
-from paramend.errors import Busy, CannotWrite
+from paramend.errors import Busy, CannotRead, CannotWrite
 
 _ASIDE = ".old"
 # How many temporaries may be swept by others before they are locked.
@@ -66,8 +66,15 @@ def look(path: Path) -> os.stat_result | None:
     """What has a name; None if nothing has."""
     try:
         return path.lstat()
+    except CannotRead:  # a store that does not answer
+        raise
     except OSError:
         return None
+
+
+def there(path: Path) -> bool:
+    """Whether something has a name, be it a link that leads nowhere."""
+    return look(path) is not None
 
 
 def is_other(path: Path, then: os.stat_result | None) -> bool:

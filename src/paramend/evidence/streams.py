@@ -12,9 +12,10 @@ import numpy as np
 from paramend.arrays.registry import backend, to_numpy
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.disk.identity import check_unchanged, unchanged
-from paramend.disk.io import get_into
+from paramend.disk.io import Readable, get_into, now_of, release, status_of
 from paramend.errors import Unsupported
 from paramend.formats.files import open_regular
+from paramend.formats.source import Gathering
 from paramend.leaves.leaves import Leaves
 from paramend.leaves.origins.origin import Extent
 from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype
@@ -107,7 +108,7 @@ def hindrance(leaves: Leaves, number: int) -> str:
 def _home(leaves: Any, number: int) -> Any:
     """The holder of the values: the file of a checkpoint, or None if the leaf is edited; else the tree."""
     origin = getattr(leaves, "origin", None)
-    return leaves if origin is None else origin(number)
+    return leaves if origin is None or isinstance(leaves, Gathering) else origin(number)
 
 
 class Desk:
@@ -119,7 +120,7 @@ class Desk:
 
     def __init__(self) -> None:
         self._buffers: list[Array] = self._here.__dict__.setdefault("buffers", [])
-        self._files: dict[Path, tuple[int, os.stat_result]] = {}
+        self._files: dict[Path, tuple[Readable, os.stat_result]] = {}
 
     def __enter__(self) -> "Desk":
         return self
@@ -128,13 +129,13 @@ class Desk:
         try:
             if kind is None:
                 for path, (descriptor, before) in self._files.items():
-                    check_unchanged(path, before, os.fstat(descriptor))
+                    check_unchanged(path, before, now_of(path, descriptor))
         finally:
             self._close()
 
     def _close(self) -> None:
         while self._files:
-            os.close(self._files.popitem()[1][0])
+            release(self._files.popitem()[1][0])
 
     def read(self, slot: int, extent: Extent, seen: Mapping[Path, os.stat_result], start: int, stop: int) -> Array:
         """Some bytes of an extent."""
@@ -146,12 +147,12 @@ class Desk:
         get_into(buffer.data, self._descriptor(extent.path, seen), extent.start + start, extent.path)
         return buffer
 
-    def _descriptor(self, path: Path, seen: Mapping[Path, os.stat_result]) -> int:
+    def _descriptor(self, path: Path, seen: Mapping[Path, os.stat_result]) -> Readable:
         if path not in self._files:
             if len(self._files) >= _OPEN:
                 self._close()
             descriptor = open_regular(path)
-            now = os.fstat(descriptor)
+            now = status_of(descriptor)
             self._files[path] = descriptor, now
             check_unchanged(path, seen.get(path, now), now)
         return self._files[path][0]
@@ -161,4 +162,4 @@ def read_by(leaves: Leaves) -> list[Path]:
     """The files that leaves are read from, and the folder if their checkpoint is one."""
     if not isinstance(leaves, Checkpoint):
         return []
-    return [Path(leaves.source.path), *leaves.source.stats]
+    return [leaves.source.path, *leaves.source.stats]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from paramend.disk.urls import Url, path_of
 from paramend.errors import BadCheckpoint, CannotRead, Unsupported
 from paramend.formats.files import FOREIGN, OpenFile, near
 from paramend.formats.index import is_index, read_index
@@ -117,9 +118,9 @@ def _is_orbax(path: Path, head: bytes) -> bool:
 
 
 def _steps(path: Path) -> Iterator[Path]:
-    for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
+    for entry in sorted(path.iterdir()):
         if entry.name.rpartition("_")[2].isdigit() and entry.is_dir():
-            yield path / entry.name
+            yield entry
 
 
 FORMATS: tuple[Format, ...] = (
@@ -237,7 +238,7 @@ def home_of(path: Path) -> Path:
 
 def weight_files(folder: Path) -> set[str]:
     """The names of the files that are read as weights when a directory, or an index in it, is opened."""
-    names = sorted(entry.name for entry in os.scandir(folder))
+    names = sorted(entry.name for entry in folder.iterdir())
     indexes = list(filter(is_index, names))
     if indexes:
         return {file for name in indexes for file in read_index(folder / name).files}
@@ -247,11 +248,15 @@ def weight_files(folder: Path) -> set[str]:
 
 def open_source(path: str | os.PathLike[str]) -> Source:
     """A file, a directory or an index file, opened for reading. Its content tells the format; only headers are read."""
-    path = Path(path)
+    path = path_of(path)
+    if isinstance(path, Url):
+        path = Url(*path.parts)  # what another one knows of its store may be old
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         raise CannotRead(f"{path}: there is no such file or directory", hint=near(path)) from None
+    except CannotRead:
+        raise
     except (OSError, ValueError) as error:
         raise CannotRead(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     with unexhausted(str(path), BadCheckpoint):
@@ -278,7 +283,7 @@ def _open_folder(path: Path) -> Source:
         return found
     if (path / ".metadata").is_file() and any(path.glob("*.distcp")):
         raise _distributed(path)
-    inside = sorted(entry.name for entry in os.scandir(path) if not entry.name.startswith("."))
+    inside = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
     below = [name for name in inside if any((path / name).glob("*.safetensors"))]
     held = f"it holds {wording.listing(inside, 4)}" if inside else "it is empty"
     raise BadCheckpoint(
@@ -294,7 +299,7 @@ def _holds_weights(name: str) -> bool:
 def _is_weights(folder: Path) -> Callable[[str], bool]:
     """Whether a file in a folder without safetensors files holds weights: by suffix, or by content if the
     folder has one file."""
-    names = [entry.name for entry in os.scandir(folder)]
+    names = [entry.name for entry in folder.iterdir()]
     visible = [name for name in names if not name.startswith(".") and not name.endswith(".json")]
     known = [name for name in visible if format_for(Path(name)) is not None]
     # Trainers save their own state beside the model.
@@ -342,7 +347,7 @@ def _distributed(folder: Path) -> BadCheckpoint:
 def _unknown(path: Path, head: bytes) -> BadCheckpoint:
     if not head:
         return BadCheckpoint(f"{path}: byte 0: the file is empty", hint="copy or download it again")
-    if tarfile.is_tarfile(path):
+    if not isinstance(path, Url) and tarfile.is_tarfile(path):
         return BadCheckpoint(
             f"{path}: it is a tar archive, which may hold a checkpoint",
             hint=f"tar -xf {path}, then open what was in it",

@@ -1,11 +1,11 @@
 """`Shards`: a directory with a model in one file or several, as one source."""
 
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from paramend.disk.urls import opened_together
 from paramend.errors import BadCheckpoint
 from paramend.formats.index import ShardIndex, find_index, read_index
 from paramend.formats.jsontext import bad
@@ -123,7 +123,7 @@ def open_directory(path: Path, opener: Callable[[Path], Source], weights: Callab
     """The model in a directory, or in that of an index file; None if the directory holds no weights: without an index,
     files of such names as `weights` takes."""
     folder, found = (path, None) if path.is_dir() else (path.parent, path)
-    names = sorted(entry.name for entry in os.scandir(folder))
+    names = sorted(entry.name for entry in folder.iterdir())
     found = found or find_index(folder, names)
     shard_index = None if found is None else read_index(found)
     chosen = [name for name in names if weights(name)] if shard_index is None else shard_index.files
@@ -140,8 +140,8 @@ def open_directory(path: Path, opener: Callable[[Path], Source], weights: Callab
     files: list[Source] = []
     try:
         with uncollected():
-            for name in chosen:
-                files.append(opener(folder / name))
+            for place in opened_together([folder / name for name in chosen]):
+                files.append(opener(place))
                 _release(files[-1])
             return Shards(path, folder, files, shard_index)
     except BaseException:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from paramend.disk.permissions import NEW_FILE, NEW_FOLDER, PRIVATE, Access, access_of, files_in, of_folder, reach
+from paramend.disk.urls import Url
 from paramend.edits.plan import Plan, Row
 from paramend.formats.gathered import Gathered
 from paramend.formats.registry import SUFFIXES, is_tree
@@ -123,7 +124,10 @@ def _files(source: Any, home: Path | None) -> _Found:
     """The files of a checkpoint, each as it is now."""
     if home is not None and isinstance(source, Chunked):
         return dict(files_in(home))
-    return {path: _status(path) or then for path, then in getattr(source, "stats", {}).items()}
+    return {
+        path: then if isinstance(path, Url) else _status(path) or then
+        for path, then in getattr(source, "stats", {}).items()
+    }
 
 
 def _status(path: Path) -> os.stat_result | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from paramend.disk.failures import ELSEWHERE
+from paramend.disk.urls import path_of
 from paramend.edits.plan import Plan
 from paramend.errors import Unsupported
 from paramend.formats.gathered import Gathered
@@ -68,7 +69,7 @@ def lay_out(
     if asked and (wish.format.folder or not wish.folder):
         raise Unsupported(
             f"{asked[0]} is edited, and {os.fspath(out)} would hold the weights alone",
-            hint=f"a directory: {Path(out).with_suffix('')}/",
+            hint=f"a directory: {path_of(out).with_suffix('')}/",
         )
     if wish.format.folder:
         return _folder(made, source, wish, link=link)

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from paramend.disk.failures import check_room, reason
-from paramend.disk.publishing import exists
+from paramend.disk.publishing import exists, there
 from paramend.disk.sharing import BLOCK, share, shareable
+from paramend.disk.urls import path_of
 from paramend.edits.plan import Plan
 from paramend.errors import CannotWrite
 from paramend.formats.registry import SUFFIXES, find_format, home_of
@@ -25,24 +26,24 @@ def check_output(made: Plan, out: str | os.PathLike[str], *, force: bool = False
     """The files that a rewrite will make, after all checks that are possible before anything is written."""
     layout = lay_out(made, out, **how)
     source: Any = made.leaves
-    out = Path(out)
+    out = path_of(out)
     found = _look(out)
     if found is not None:
         _check_other(out, found, sources(made), folder=layout.folder)
         if layout.folder and not stat.S_ISDIR(found.st_mode):
             raise CannotWrite(f"{out} is a file, but the model needs a directory", hint="write to another name")
         if not layout.folder and stat.S_ISDIR(found.st_mode):
-            raise CannotWrite(f"{out} is a directory", hint=f"{out / (Path(source.path).name or 'model.safetensors')}")
+            raise CannotWrite(f"{out} is a directory", hint=f"{out / (source.path.name or 'model.safetensors')}")
         if not layout.folder and not stat.S_ISREG(found.st_mode):
             raise CannotWrite(f"{out} is not a regular file (it is a pipe, a device or a socket)")
-    if os.path.lexists(out) and not force:
+    if there(out) and not force:
         raise exists(out)
     if layout.folder and found is not None:
         _check_replaceable(out)
     folder = out.parent
     if not folder.is_dir():
-        what = "is not a directory" if os.path.lexists(folder) else "does not exist"
-        raise CannotWrite(f"{out}: {folder} {what}", hint="" if os.path.lexists(folder) else f"mkdir -p {folder}")
+        what = "is not a directory" if there(folder) else "does not exist"
+        raise CannotWrite(f"{out}: {folder} {what}", hint="" if there(folder) else f"mkdir -p {folder}")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise CannotWrite(f"{out}: no permission to write into {folder}", hint=f"ls -ld {folder}")
     try:
@@ -54,7 +55,7 @@ def check_output(made: Plan, out: str | os.PathLike[str], *, force: bool = False
 
 def _check_other(out: Path, found: os.stat_result, sources: Sequence[Any], *, folder: bool) -> None:
     """Raise for an output that is a source, a part of it, or a directory around the first source."""
-    home = Path(sources[0].path)
+    home = path_of(sources[0].path)
     paths = {home, *(path for source in sources for path in source.stats)}
     for path in paths:
         now = _look(path)

@@ -15,9 +15,10 @@ from typing import Any, Unpack
 
 from paramend.disk.copying import WINDOW, Copier, WriteBack
 from paramend.disk.identity import changed, check_still, check_unchanged
-from paramend.disk.io import put, release
+from paramend.disk.io import Readable, now_of, put, release, status_of
 from paramend.disk.permissions import Access, create_file, settle
 from paramend.disk.publishing import published, sync_file
+from paramend.disk.urls import Url, path_of
 from paramend.edits.outcome import Outcome
 from paramend.edits.plan import Plan, Row
 from paramend.errors import CannotRead
@@ -125,7 +126,7 @@ def write(
     """Write a plan for an opened checkpoint into a new one, and report what was written: see `Checkpoint.save`.
     `record` is the recipe of the plan, or "", if the output carries a record. If it raises, nothing was written."""
     layout = check_output(made, out, force=force, **how)
-    out = Path(out)
+    out = path_of(out)
     note = Note(made, out, layout, record)
     layout = note.layout
     run = _Run(made, out, progress, layout, note)
@@ -149,7 +150,7 @@ def write(
             note.clear()
     finally:
         run.inputs.close()
-    path = str(Path(getattr(made.leaves, "path", "")))
+    path = str(path_of(getattr(made.leaves, "path", "")))
     counts = run.copied, run.computed, run.linked, run.copier.shared
     return RewriteReport(
         path, str(out), made, *counts, names, layout.left_out, note.name, layout.said, layout.format.name
@@ -177,16 +178,16 @@ class _Inputs:
             self.seen |= source.stats
         self.touched: set[Path] = set()
         self._records = records_of(self.seen, refuses=True)
-        self._open: OrderedDict[Path, int] = OrderedDict()
+        self._open: OrderedDict[Path, Readable] = OrderedDict()
 
-    def descriptor(self, path: Path) -> int:
+    def descriptor(self, path: Path) -> Readable:
         if path not in self._open:
             try:
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                descriptor = path.opened() if isinstance(path, Url) else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as error:
                 raise CannotRead(f"{path}: {error.strerror or error}") from None
             self._open[path] = descriptor
-            now = os.fstat(descriptor)
+            now = status_of(descriptor)
             check_unchanged(path, self.seen.setdefault(path, now), now)
             self.touched.add(path)
             if len(self._open) > _OPEN:
@@ -199,7 +200,7 @@ class _Inputs:
             raise changed(next(iter(self.seen)))
         for path in self.touched:
             try:
-                now = os.fstat(self._open[path]) if path in self._open else path.stat()
+                now = now_of(path, self._open[path]) if path in self._open else path.stat()
             except OSError:
                 raise changed(path) from None
             check_unchanged(path, self.seen.get(path, now), now)

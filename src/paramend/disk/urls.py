@@ -1,0 +1,179 @@
+"""`Url`: an address in a remote store, where a path is expected: S3, Google Cloud, Azure, the Hub, a web server."""
+
+import io
+import os
+import re
+import stat
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path, PosixPath, PurePath
+from typing import Any
+from urllib.parse import quote
+
+from paramend.disk import remote
+from paramend.disk.remote import Address, Object, Seen
+from paramend.errors import BadArgument, Unsupported
+
+SCHEMES = ("s3", "gs", "az", "hf", "http", "https")
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)
+_COLLAPSED = re.compile(r"([a-z][a-z0-9]+):/+(.*)")  # what pathlib makes of an address
+# Names that are likely those of files: an object is looked for first, then a folder.
+_FILE = re.compile(r".+\.[A-Za-z]\w*")
+
+
+class Url(PosixPath):
+    """An address as a path: its members ask the store, and its text is the address, without credentials.
+
+    What only the system can do with a path is refused: the address has no file name.
+
+    >>> place = path_of("https://me:secret@example.org/models/a.safetensors?signature=1")
+    >>> str(place), place.name, str(place.parent)
+    ('https://***@example.org/models/a.safetensors', 'a.safetensors', 'https://***@example.org/models')
+    """
+
+    def __str__(self) -> str:
+        scheme, *rest = self.parts or ("",)
+        if not scheme.endswith(":"):  # a part of an address
+            return super().__str__().partition("?")[0]
+        if rest and "@" in rest[0] and scheme.startswith("http"):
+            rest[0] = f"***@{rest[0].rpartition('@')[2]}"
+        return "/".join([f"{scheme}/", *rest]).partition("?")[0]
+
+    def __fspath__(self) -> str:
+        raise Unsupported(
+            f"{self}: this needs a file on this machine, and it is in a remote store",
+            hint=f'pm.open("{self}").save("copy/"), then the same with the copy',
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self.parts  # with its credentials: workers need them
+
+    @property
+    def name(self) -> str:
+        return super().name.partition("?")[0]
+
+    @property
+    def at(self) -> Address:
+        """Where it is in its store."""
+        scheme, place, *keys = self.parts if len(self.parts) > 1 else (*self.parts, "")
+        scheme = scheme[:-1]
+        if scheme == "hf":
+            name, _, revision = (keys.pop(0) if keys else "").partition("@")
+            place = f"{place}/{name}/resolve/{quote(revision, safe='%') or 'main'}"
+        key, _, query = "/".join(keys).partition("?") if scheme.startswith("http") else ("/".join(keys), "", "")
+        return Address(scheme, place, key, query)
+
+    def opened(self) -> Object:
+        """The object, opened for reading: by the first call, so that all that is read from this path is one version."""
+        return self._object
+
+    @cached_property
+    def _object(self) -> Object:
+        return Object(self.at, self)
+
+    @cached_property
+    def _inside(self) -> dict[str, Seen | None]:
+        return remote.listing(self.at, self)
+
+    def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
+        """What the store says now; `FileNotFoundError` if there is neither an object nor a folder."""
+        if not _FILE.fullmatch(self.name) and self._inside:
+            return remote.status(self.at, None)
+        seen = remote.look(self.at, self)
+        if seen is None and not self._inside:
+            raise FileNotFoundError(2, "there is no such object", str(self))
+        return remote.status(self.at, seen)
+
+    def lstat(self) -> os.stat_result:
+        return self.stat()
+
+    def exists(self, *, follow_symlinks: bool = True) -> bool:
+        return self._mode != 0
+
+    def is_dir(self, *, follow_symlinks: bool = True) -> bool:
+        return stat.S_ISDIR(self._mode)
+
+    def is_file(self, *, follow_symlinks: bool = True) -> bool:
+        return stat.S_ISREG(self._mode)
+
+    def is_symlink(self) -> bool:
+        return False
+
+    @cached_property
+    def _mode(self) -> int:
+        try:
+            return self.stat().st_mode
+        except FileNotFoundError:
+            return 0
+
+    def __truediv__(self, name: str | os.PathLike[str]) -> "Url":
+        child = super().__truediv__(name)
+        inside = self.__dict__.get("_inside", {})
+        if child.name in inside or (inside and not self.parts[0].startswith("http")):
+            child.__dict__["_mode"] = self._mode_of(child.name)
+        return child
+
+    def _mode_of(self, name: str) -> int:
+        return remote.status(self.at, self._inside[name]).st_mode if name in self._inside else 0
+
+    def iterdir(self) -> Iterator["Url"]:
+        return (self / name for name in sorted(self._inside))
+
+    def glob(self, pattern: str, **how: Any) -> Iterator["Url"]:  # type: ignore[override]  # of one folder
+        return (each for each in self.iterdir() if PurePath(each.name).match(pattern))
+
+    def read_bytes(self) -> bytes:
+        found = self.opened()
+        return found.read(0, found.seen.size)
+
+    def open(self, mode: str = "r", *args: Any, **how: Any) -> Any:  # type: ignore[override]
+        raw = io.BytesIO(self.read_bytes())
+        return raw if "b" in mode else io.TextIOWrapper(raw, encoding=how.get("encoding") or "utf-8")
+
+    def absolute(self) -> "Url":
+        return self
+
+    def resolve(self, strict: bool = False) -> "Url":
+        return self
+
+    def expanduser(self) -> "Url":
+        return self
+
+
+def path_of(given: str | os.PathLike[str]) -> Path:
+    """The path that a user wrote: a `Url` for an address in a remote store, a path of this machine for anything else.
+
+    Raises:
+        BadArgument: it is an address of another kind of store.
+
+    >>> path_of("s3://bucket/model/config.json").parent
+    Url('s3://bucket/model')
+    >>> path_of(Path("s3://bucket/model")) == path_of("s3://bucket/model/")
+    True
+    >>> path_of("model/")
+    PosixPath('model')
+    """
+    if isinstance(given, Url):
+        return given
+    if not isinstance(given, str) and not isinstance(given, PurePath):
+        given = os.fspath(given)
+    form = _URL if isinstance(given, str) else _COLLAPSED
+    found = form.fullmatch(str(given))
+    if found is None or (form is _COLLAPSED and found[1] not in SCHEMES):
+        return Path(given)
+    scheme, rest = found[1].lower(), found[2]
+    if scheme == "file":
+        return Path(rest)
+    if scheme not in SCHEMES:
+        raise BadArgument(
+            f"{scheme}:// is not the address of a store that can be opened",
+            hint=f"one of {', '.join(f'{each}://' for each in SCHEMES)}, or a path",
+        )
+    path, mark, query = rest.partition("?") if scheme.startswith("http") else (rest, "", "")
+    return Url(f"{scheme}://{path}{mark}{query.replace('/', '%2F')}")
+
+
+def opened_together(paths: Sequence[Path]) -> Sequence[Path]:
+    """The same paths; those in remote stores have been opened, several at a time: each answer is slow to come."""
+    remote.together(path.opened for path in paths if isinstance(path, Url))
+    return paths
