@@ -77,11 +77,6 @@ def release(descriptor: Readable) -> None:
         os.close(descriptor) if isinstance(descriptor, int) else descriptor.close()
 
 
-def now_of(path: Path, descriptor: Readable) -> os.stat_result:
-    """What the system says of an open file, or a store of the object that has its name now."""
-    return os.fstat(descriptor) if isinstance(descriptor, int) else path.stat()
-
-
 def status_of(descriptor: Readable) -> os.stat_result:
     """What the system, or a store, says of an open file."""
     return os.fstat(descriptor) if isinstance(descriptor, int) else descriptor.stat

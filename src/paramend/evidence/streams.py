@@ -11,8 +11,8 @@ import numpy as np
 
 from paramend.arrays.registry import backend, to_numpy
 from paramend.checkpoints.checkpoint import Checkpoint
-from paramend.disk.identity import check_unchanged, unchanged
-from paramend.disk.io import Readable, get_into, now_of, release, status_of
+from paramend.disk.identity import check_unchanged, status_now, unchanged
+from paramend.disk.io import Readable, get_into, release, status_of
 from paramend.errors import Unsupported
 from paramend.formats.files import open_regular
 from paramend.formats.source import Gathering
@@ -129,7 +129,8 @@ class Desk:
         try:
             if kind is None:
                 for path, (descriptor, before) in self._files.items():
-                    check_unchanged(path, before, now_of(path, descriptor))
+                    now = os.fstat(descriptor) if isinstance(descriptor, int) else status_now(path)
+                    check_unchanged(path, before, now)
         finally:
             self._close()
 

@@ -60,12 +60,18 @@ class Accesses:
                 found |= set(self._read.get(id(each.source), ()))
         return found
 
-    def of_file(self, file: File) -> Access:
+    def read_for(self, file: File) -> set[Path]:
+        """The files that a file is made from."""
         read = {piece.path for piece in file.pieces if isinstance(piece, Copy)}
         read |= set() if file.origin is None else {file.origin}
         rows = {id(piece.row): piece.row for piece in file.pieces if isinstance(piece, Computed)}
         for row in rows.values():
             read |= self.read_by(row)
+        return read
+
+    def of_file(self, file: File, read: set[Path] | None = None) -> Access:
+        """The access of a file; `read` are those that it is made from, if they are known."""
+        read = self.read_for(file) if read is None else read
         return self._of(read or self._all, file.name, derived=file.origin is None)
 
     def of_all(self, name: str) -> Access:
@@ -124,13 +130,12 @@ def _files(source: Any, home: Path | None) -> _Found:
     """The files of a checkpoint, each as it is now."""
     if home is not None and isinstance(source, Chunked):
         return dict(files_in(home))
-    return {
-        path: then if isinstance(path, Url) else _status(path) or then
-        for path, then in getattr(source, "stats", {}).items()
-    }
+    return {path: _status(path) or then for path, then in getattr(source, "stats", {}).items()}
 
 
 def _status(path: Path) -> os.stat_result | None:
+    if isinstance(path, Url):  # it has no permissions
+        return None
     try:
         return path.stat()
     except OSError:

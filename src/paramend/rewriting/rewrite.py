@@ -7,23 +7,20 @@ the new one, never a third.
 
 import os
 import stat
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
-from paramend.disk.copying import WINDOW, Copier, WriteBack
-from paramend.disk.identity import changed, check_still, check_unchanged
-from paramend.disk.io import Readable, now_of, put, release, status_of
+from paramend.disk.identity import check_still, check_unchanged
+from paramend.disk.io import put, release
 from paramend.disk.permissions import Access, create_file, settle
 from paramend.disk.publishing import published, sync_file
-from paramend.disk.urls import Url, path_of
+from paramend.disk.urls import path_of
 from paramend.edits.outcome import Outcome
 from paramend.edits.plan import Plan, Row
-from paramend.errors import CannotRead
 from paramend.formats.registry import DEFAULT, format_for
-from paramend.journal.store import records_of, retiring
+from paramend.journal.store import retiring
 from paramend.leaves.nested import unexhausted
 from paramend.leaves.origins.origin import Extent
 from paramend.piecewise.changes import Works
@@ -33,16 +30,12 @@ from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
 from paramend.rewriting.accesses import Accesses
 from paramend.rewriting.arrangement import arranged, base_of
-from paramend.rewriting.files import Computed, File, items_of, sources
+from paramend.rewriting.files import File, items_of
+from paramend.rewriting.filling import Filler
 from paramend.rewriting.layouts import Layout
 from paramend.rewriting.note import Note
 from paramend.rewriting.output import check_output
 from paramend.rewriting.wishes import How
-
-# Shorter runs of zero bytes are written; longer ones become holes in the file, which read the same.
-_HOLE = 1 << 20
-# Systems limit a process to a few hundred open files; the largest models have more.
-_OPEN = 64
 
 
 @dataclass(frozen=True, repr=False)
@@ -151,7 +144,7 @@ def write(
     finally:
         run.inputs.close()
     path = str(path_of(getattr(made.leaves, "path", "")))
-    counts = run.copied, run.computed, run.linked, run.copier.shared
+    counts = run.filler.copied, run.filler.computed, run.linked, run.filler.copier.shared
     return RewriteReport(
         path, str(out), made, *counts, names, layout.left_out, note.name, layout.said, layout.format.name
     )
@@ -169,70 +162,32 @@ def stage(made: Plan, files: Sequence[File], home: Path, folder: Path, progress:
         run.inputs.close()
 
 
-class _Inputs:
-    """The files that are read, by path: opened once, and checked again at the end."""
-
-    def __init__(self, sources: Iterable[Any]) -> None:
-        self.seen: dict[Path, os.stat_result] = {}
-        for source in sources:
-            self.seen |= source.stats
-        self.touched: set[Path] = set()
-        self._records = records_of(self.seen, refuses=True)
-        self._open: OrderedDict[Path, Readable] = OrderedDict()
-
-    def descriptor(self, path: Path) -> Readable:
-        if path not in self._open:
-            try:
-                descriptor = path.opened() if isinstance(path, Url) else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise CannotRead(f"{path}: {error.strerror or error}") from None
-            self._open[path] = descriptor
-            now = status_of(descriptor)
-            check_unchanged(path, self.seen.setdefault(path, now), now)
-            self.touched.add(path)
-            if len(self._open) > _OPEN:
-                release(self._open.popitem(last=False)[1])
-        self._open.move_to_end(path)
-        return self._open[path]
-
-    def check(self) -> None:
-        if records_of(self.seen) != self._records:  # a patch, which times alone may not show
-            raise changed(next(iter(self.seen)))
-        for path in self.touched:
-            try:
-                now = now_of(path, self._open[path]) if path in self._open else path.stat()
-            except OSError:
-                raise changed(path) from None
-            check_unchanged(path, self.seen.get(path, now), now)
-
-    def close(self) -> None:
-        while self._open:
-            release(self._open.popitem()[1])
-
-
 class _Run:
     def __init__(self, made: Plan, out: Path, progress: Progress | None, layout: Layout, note: Note) -> None:
         self.made = made
-        self.note = note
         self.layout = layout
         self.source: Any = made.leaves
-        self.inputs = _Inputs(sources(made))
+        self.meter = Meter(progress, layout.nbytes)
+        self.filler = Filler(made, note.digests, self.meter)
+        self.inputs = self.filler.inputs
         self.accesses = Accesses(made, out, folder=layout.folder)
         self.inputs.seen = {**self.accesses.read, **self.inputs.seen}
-        self.copier = Copier()
-        self.copied = self.computed = self.linked = 0
-        self.meter = Meter(progress, layout.nbytes)
+        self.linked = 0
 
     def make(self, file: File, path: Path) -> None:
         if "/" in file.name:
             path.parent.mkdir(parents=True, exist_ok=True)
-        access = self.accesses.of_file(file)
+        read = self.accesses.read_for(file)
+        access = self.accesses.of_file(file, read)
         if file.link and file.origin is not None and self._link(file.origin, path, access):
             self.linked += file.nbytes
             return
+        self.inputs.touched |= read
         target = os.open(path, os.O_WRONLY | os.O_CLOEXEC) if not file.name else create_file(path, access)
         try:
-            self._write_pieces(file, target, path)
+            self.filler.fill(file.pieces, target)
+            os.ftruncate(target, file.nbytes)  # the last leaf may have been left out as a hole
+            _correct(file, target, path)
             if file.name:
                 settle(target, access)
             os.fsync(target)
@@ -251,7 +206,7 @@ class _Run:
             works, some = Works(), (row for row in self.made.rows if row.calls and row.spec.size)
             work = [works.of(row, laid_flat(self.source, row)) for row in some]
             restage(self.source, [each for each in work if len(each.ranges)], folder, self.meter)
-            self.computed += sum(each.row.spec.nbytes for each in work)
+            self.filler.computed += sum(each.row.spec.nbytes for each in work)
             check_still(self.source.stats)
         for path in folder.rglob("*"):
             if path.is_file():
@@ -270,72 +225,22 @@ class _Run:
         self.inputs.touched.add(origin)
         return True
 
-    def _write_pieces(self, file: File, target: int, path: Path) -> None:
-        back = WriteBack(target)
-        flow = _Flow(self.source, self.note)
-        for piece in file.pieces:
-            name = ""
-            if isinstance(piece, bytes):
-                counts: Iterable[int] = [put(target, piece)]
-            elif isinstance(piece, Computed):
-                self.inputs.touched |= self.accesses.read_by(piece.row)
-                counts, name = flow.put(piece, target), piece.row.path
-                self.computed += piece.stop - piece.start
-            else:
-                descriptor = self.inputs.descriptor(piece.path)
-                counts = self.copier.copy(descriptor, target, piece.start, piece.stop, path=piece.path)
-                self.copied += piece.stop - piece.start
-            for count in counts:
-                back.advance(count)
-                self.meter.advance(count, name)
-        os.ftruncate(target, file.nbytes)  # the last leaf may have been left out as a hole
-        if file.patched:
-            assert file.reopen is not None
-            with file.reopen(path) as new:
-                for _, at, data in new.after_patch([Extent(path, start, stop - start) for start, stop in file.patched]):
-                    put(target, data, at)
-
     def _data(self, row: Row) -> Iterator[memoryview]:
         """The bytes of a leaf for a format that writes directories."""
         self.inputs.touched |= self.accesses.read_by(row)
-        for piece in self.note.taking(row, data(expression(self.source, row))):
+        for piece in self.filler.digests.taking(row, data(expression(self.source, row))):
             yield piece
             self.meter.advance(len(piece), row.path)
             if row.calls:
-                self.computed += len(piece)
+                self.filler.computed += len(piece)
             else:
-                self.copied += len(piece)
+                self.filler.copied += len(piece)
 
 
-class _Flow:
-    """The bytes of computed leaves, which a format may want span by span."""
-
-    def __init__(self, source: Any, note: Note) -> None:
-        self._source, self._note = source, note
-        self._row: Row | None = None
-        self._chunks: Iterator[memoryview] = iter(())
-        self._rest = memoryview(b"")
-
-    def put(self, piece: Computed, target: int) -> Iterator[int]:
-        """Write a span and yield the number of bytes of each step. The spans of a leaf come first to last."""
-        row, left = piece.row, piece.stop - piece.start
-        last = row.calls[-1] if row.calls else None
-        hole = last is not None and last.op.name == "zero" and last.index is None and row.spec.nbytes >= _HOLE
-        if self._row is not row or not piece.start:
-            chunks = _blank(row.spec.nbytes) if hole else data(expression(self._source, row))
-            self._row, self._chunks, self._rest = row, self._note.taking(row, chunks), memoryview(b"")
-        while left:
-            self._rest = self._rest if len(self._rest) else next(self._chunks)
-            count = min(left, len(self._rest))
-            yield os.lseek(target, count, os.SEEK_CUR) and count if hole else put(target, self._rest[:count])
-            self._rest = self._rest[count:] if count < len(self._rest) else memoryview(b"")  # which frees a tile
-            left -= count
-        if piece.stop == row.spec.nbytes:
-            next(self._chunks, None)  # its end confirms that all was taken
-
-
-def _blank(nbytes: int) -> Iterator[memoryview]:
-    """Zeros, which take no memory until they are read."""
-    window = memoryview(bytes(min(nbytes, WINDOW)))
-    for at in range(0, nbytes, WINDOW):
-        yield window[: nbytes - at]
+def _correct(file: File, target: int, path: Path) -> None:
+    """Correct the checksums of a file that is otherwise whole."""
+    if file.patched:
+        assert file.reopen is not None
+        with file.reopen(path) as new:
+            for _, at, data in new.after_patch([Extent(path, start, stop - start) for start, stop in file.patched]):
+                put(target, data, at)
