@@ -17,6 +17,8 @@ from paramend.disk.failures import UNSUPPORTED, reason
 from paramend.disk.io import reading, release
 from paramend.disk.locks import hold
 from paramend.disk.permissions import PRIVATE, Access, create_file, settle
+from paramend.disk.uploads import uploaded
+from paramend.disk.urls import Url
 from paramend.errors import Busy, CannotRead, CannotWrite
 
 _ASIDE = ".old"
@@ -30,6 +32,10 @@ def published(out: Path, *, force: bool, access: Access, folder: bool = False) -
     """A temporary beside `out`, which becomes `out` if the block ends without an exception; otherwise it is removed. If
     `force`, something of that name is replaced, in one step. Until it is complete, a directory is private, whatever its
     `access`. `CannotWrite` says so if nothing was written; `Busy`: another program is writing it."""
+    if isinstance(out, Url):
+        with uploaded(out, force=force, folder=folder) as staging:
+            yield staging
+        return
     temporary, made, tries = spare(out), None, 1
     try:
         _sweep(out)

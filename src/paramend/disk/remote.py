@@ -24,7 +24,7 @@ from urllib.parse import unquote
 
 from paramend._optional import need
 from paramend.disk.identity import STORE
-from paramend.errors import CannotRead, ParamendError
+from paramend.errors import CannotRead, CannotWrite, ParamendError
 
 # Bytes of one request of a long read, how many such requests are under way at once, and what is read of a new file.
 PART, _AT_ONCE, _HEAD = 8 << 20, 8, 1 << 17
@@ -74,7 +74,12 @@ class Address:
     @property
     def store(self) -> Any:
         """Its store: connections are shared by all that is read from it. None survives a fork."""
-        return _store(self.scheme, self.place, self.query, os.getpid())
+        return _store(self.scheme, self.place, self.query, SILENCE, os.getpid())
+
+    @property
+    def sink(self) -> Any:
+        """The same for writing: an answer comes when all was sent, and a line may be slow."""
+        return _store(self.scheme, self.place, self.query, SILENCE + 6, os.getpid())
 
     @property
     def path(self) -> str:
@@ -83,9 +88,9 @@ class Address:
 
 
 @cache
-def _store(scheme: str, place: str, query: str, process: int) -> Any:
+def _store(scheme: str, place: str, query: str, silence: int, process: int) -> Any:
     stores = need("obstore.store", extra="remote", to=f"open {scheme}:// addresses")
-    options: dict[str, Any] = {"connect_timeout": "5s", "read_timeout": f"{SILENCE}s", "timeout": "1h"}
+    options: dict[str, Any] = {"connect_timeout": "5s", "read_timeout": f"{silence}s", "timeout": "1h"}
     tries = {
         "max_retries": 10,
         "retry_timeout": timedelta(seconds=PATIENCE),
@@ -151,6 +156,15 @@ def listing(at: Address, name: Path) -> dict[str, Seen | None]:
         raise failure(name, error) from None
     own = {Path(row["path"]).name: _seen(row) for row in found["objects"] if row["path"].rstrip("/") != at.key}
     return {**{Path(folder).name: None for folder in found["common_prefixes"]}, **own}
+
+
+def delete(at: Address, name: Path) -> None:
+    """Delete an object."""
+    obstore = need("obstore", extra="remote", to="open remote addresses")
+    try:
+        obstore.delete(at.store, at.path)
+    except Exception as error:
+        raise failure(name, error, CannotWrite) from None
 
 
 def _of_hub(obstore: Any, at: Address) -> dict[str, Seen | None]:

@@ -130,6 +130,9 @@ class Url(PosixPath):
         raw = io.BytesIO(self.read_bytes())
         return raw if "b" in mode else io.TextIOWrapper(raw, encoding=how.get("encoding") or "utf-8")
 
+    def unlink(self, missing_ok: bool = False) -> None:
+        remote.delete(self.at, self)
+
     def absolute(self) -> "Url":
         return self
 
@@ -171,6 +174,11 @@ def path_of(given: str | os.PathLike[str]) -> Path:
         )
     path, mark, query = rest.partition("?") if scheme.startswith("http") else (rest, "", "")
     return Url(f"{scheme}://{path}{mark}{query.replace('/', '%2F')}")
+
+
+def text_of(given: str | os.PathLike[str]) -> str:
+    """What a user wrote of a path, with the slash at its end, if there is one."""
+    return str(given) if isinstance(given, PurePath) else os.fspath(given)
 
 
 def opened_together(paths: Sequence[Path]) -> Sequence[Path]:

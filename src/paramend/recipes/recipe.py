@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from paramend.checkpoints.checkpoint import Checkpoint
-from paramend.disk.urls import path_of
+from paramend.disk.urls import Url, path_of
 from paramend.errors import BadCheckpoint, BadRecipe, CannotRead, Problem, Unsupported
 from paramend.formats.files import open_bytes
 from paramend.formats.gathered import Gathered
@@ -201,7 +201,10 @@ class Recipe:
         def said(name: Any) -> Any:
             if isinstance(name, list):
                 return list(map(said, name))
-            path = self._folder / name if (self._folder / name).exists() else home / name
+            path = Donors(self._folder).place(name)
+            path = path if isinstance(path, Url) or path.exists() else home / name
+            if isinstance(path, Url) or isinstance(home, Url):
+                return str(path) if isinstance(path, Url) else path.name
             near = os.path.relpath(path, home)
             return near if Path(near).parts.count("..") < 2 else path.name
 

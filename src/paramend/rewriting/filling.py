@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from paramend.disk.copying import WINDOW, Copier, WriteBack
+from paramend.disk.copying import WINDOW, Copier, WriteBack, is_regular
 from paramend.disk.identity import changed, check_unchanged, status_now
 from paramend.disk.io import Readable, put, release, status_of
 from paramend.disk.urls import Url
@@ -115,6 +115,7 @@ class _Flow:
         row, left = piece.row, piece.stop - piece.start
         last = row.calls[-1] if row.calls else None
         hole = last is not None and last.op.name == "zero" and last.index is None and row.spec.nbytes >= _HOLE
+        hole = hole and is_regular(target)
         if self._row is not row or not piece.start:
             chunks = _blank(row.spec.nbytes) if hole else data(expression(self._source, row))
             self._row, self._chunks, self._rest = row, self._digests.taking(row, chunks), memoryview(b"")

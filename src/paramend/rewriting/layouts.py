@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from paramend.disk.failures import ELSEWHERE
-from paramend.disk.urls import path_of
+from paramend.disk.urls import path_of, text_of
 from paramend.edits.plan import Plan
 from paramend.errors import Unsupported
 from paramend.formats.gathered import Gathered
@@ -64,11 +64,11 @@ def lay_out(
     would have the same name in the file.
     """
     source = base_of(made)
-    wish = wish_of(made, os.fspath(out), sized=max_shard_size is not None, to=to)
+    wish = wish_of(made, text_of(out), sized=max_shard_size is not None, to=to)
     asked = [document.name for document in made.texts if document.asked]
     if asked and (wish.format.folder or not wish.folder):
         raise Unsupported(
-            f"{asked[0]} is edited, and {os.fspath(out)} would hold the weights alone",
+            f"{asked[0]} is edited, and {text_of(out)} would hold the weights alone",
             hint=f"a directory: {path_of(out).with_suffix('')}/",
         )
     if wish.format.folder:

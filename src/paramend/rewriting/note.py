@@ -14,6 +14,7 @@ from paramend.disk.failures import reason
 from paramend.disk.io import put, release
 from paramend.disk.permissions import create_file, settle
 from paramend.disk.publishing import is_other, look, published, spare, there
+from paramend.disk.urls import Url
 from paramend.edits.plan import Plan
 from paramend.errors import BadCheckpoint, CannotRead, CannotWrite, Unsupported
 from paramend.formats.gathered import Gathered
@@ -146,6 +147,11 @@ class Note:
             )
         return raw
 
+    @property
+    def seals(self) -> bool:
+        """Whether the record goes into the header when all leaves have been written."""
+        return self._where == "header" and self._record is not None
+
     def finish(self, temporary: Path, accesses: Accesses) -> None:
         """Write the record into the output: a directory, or the header of a file."""
         if self._record is not None:
@@ -216,7 +222,10 @@ class Note:
     def clear(self) -> None:
         """Put the record beside a file that is about to be replaced aside: no file ever has another's record."""
         if self._where == "beside" and there(self._out) and there(beside(self._out)):
-            self._aside = beside(self._out).rename(spare(self._out))
+            if isinstance(self._out, Url):  # where nothing can be renamed in one step
+                beside(self._out).unlink()
+            else:
+                self._aside = beside(self._out).rename(spare(self._out))
 
     def _publish(self, accesses: Accesses) -> None:
         if self._aside is not None:

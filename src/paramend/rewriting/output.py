@@ -12,9 +12,10 @@ from typing import Any, Unpack
 from paramend.disk.failures import check_room, reason
 from paramend.disk.publishing import exists, there
 from paramend.disk.sharing import BLOCK, share, shareable
-from paramend.disk.urls import path_of
+from paramend.disk.uploads import check_writable
+from paramend.disk.urls import Url, path_of
 from paramend.edits.plan import Plan
-from paramend.errors import CannotWrite
+from paramend.errors import CannotRead, CannotWrite, Unsupported
 from paramend.formats.registry import SUFFIXES, find_format, home_of
 from paramend.reports import wording
 from paramend.rewriting.files import placed, sources
@@ -27,6 +28,13 @@ def check_output(made: Plan, out: str | os.PathLike[str], *, force: bool = False
     layout = lay_out(made, out, **how)
     source: Any = made.leaves
     out = path_of(out)
+    if isinstance(out, Url):
+        check_writable(out)
+        if layout.format.folder:
+            raise Unsupported(
+                f"{out}: {layout.format.says} are written by their own library, onto this machine",
+                hint="-o with a path, then copy the directory into the store",
+            )
     found = _look(out)
     if found is not None:
         _check_other(out, found, sources(made), folder=layout.folder)
@@ -40,6 +48,8 @@ def check_output(made: Plan, out: str | os.PathLike[str], *, force: bool = False
         raise exists(out)
     if layout.folder and found is not None:
         _check_replaceable(out)
+    if isinstance(out, Url):
+        return layout
     folder = out.parent
     if not folder.is_dir():
         what = "is not a directory" if there(folder) else "does not exist"
@@ -104,5 +114,7 @@ def _look(path: Path) -> os.stat_result | None:
         return path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except CannotRead:  # a store that does not answer
+        raise
     except OSError as error:
         raise CannotWrite(f"{path}: {reason(error)}") from None

@@ -16,10 +16,11 @@ from paramend.disk.identity import check_still, check_unchanged
 from paramend.disk.io import put, release
 from paramend.disk.permissions import Access, create_file, settle
 from paramend.disk.publishing import published, sync_file
+from paramend.disk.uploads import Staging
 from paramend.disk.urls import path_of
 from paramend.edits.outcome import Outcome
 from paramend.edits.plan import Plan, Row
-from paramend.formats.registry import DEFAULT, format_for
+from paramend.formats.registry import DEFAULT, SUFFIXES, format_for
 from paramend.journal.store import retiring
 from paramend.leaves.nested import unexhausted
 from paramend.leaves.origins.origin import Extent
@@ -137,7 +138,8 @@ def write(
             run.inputs.check()
             if layout.folder:
                 made_files = (path for path in temporary.rglob("*") if path.is_file())
-                names = tuple(sorted(path.relative_to(temporary).as_posix() for path in made_files))
+                sent = temporary.upload.sent if isinstance(temporary, Staging) and temporary.upload else []
+                names = tuple(sorted({*sent, *(path.relative_to(temporary).as_posix() for path in made_files)}))
                 for inner in (inner for inner in temporary.rglob("*") if inner.is_dir()):
                     settle(inner, run.accesses.of_folder(inner.relative_to(temporary).as_posix()))
             note.clear()
@@ -165,7 +167,7 @@ def stage(made: Plan, files: Sequence[File], home: Path, folder: Path, progress:
 class _Run:
     def __init__(self, made: Plan, out: Path, progress: Progress | None, layout: Layout, note: Note) -> None:
         self.made = made
-        self.layout = layout
+        self.layout, self.note = layout, note
         self.source: Any = made.leaves
         self.meter = Meter(progress, layout.nbytes)
         self.filler = Filler(made, note.digests, self.meter)
@@ -183,6 +185,10 @@ class _Run:
             self.linked += file.nbytes
             return
         self.inputs.touched |= read
+        if isinstance(path, Staging) and path.name.endswith(SUFFIXES) and not file.patched and not self.note.seals:
+            with path.streamed(file.nbytes) as target:
+                self.filler.fill(file.pieces, target)
+            return
         target = os.open(path, os.O_WRONLY | os.O_CLOEXEC) if not file.name else create_file(path, access)
         try:
             self.filler.fill(file.pieces, target)
