@@ -42,6 +42,10 @@ _USUAL = (
 T = TypeVar("T")
 
 
+# How the names of the environment variables begin that stores are made from.
+_OWN = ("AWS_", "GOOGLE_", "AZURE_", "HF_")
+
+
 class Seen(NamedTuple):
     """What a store says of an object."""
 
@@ -74,12 +78,16 @@ class Address:
     @property
     def store(self) -> Any:
         """Its store: connections are shared by all that is read from it. None survives a fork."""
-        return _store(self.scheme, self.place, self.query, SILENCE, os.getpid())
+        return self._store(SILENCE)
 
     @property
     def sink(self) -> Any:
         """The same for writing: an answer comes when all was sent, and a line may be slow."""
-        return _store(self.scheme, self.place, self.query, SILENCE + 6, os.getpid())
+        return self._store(SILENCE + 6)
+
+    def _store(self, silence: int) -> Any:
+        said = tuple(item for item in os.environ.items() if item[0].startswith(_OWN))
+        return _store(self.scheme, self.place, self.query, silence, os.getpid(), said)
 
     @property
     def path(self) -> str:
@@ -88,18 +96,18 @@ class Address:
 
 
 @cache
-def _store(scheme: str, place: str, query: str, silence: int, process: int) -> Any:
+def _store(scheme: str, place: str, query: str, silence: int, process: int, said: tuple[tuple[str, str], ...]) -> Any:
     stores = need("obstore.store", extra="remote", to=f"open {scheme}:// addresses")
     options: dict[str, Any] = {"connect_timeout": "5s", "read_timeout": f"{silence}s", "timeout": "1h"}
     tries = {
-        "max_retries": 10,
+        "max_retries": 100,
         "retry_timeout": timedelta(seconds=PATIENCE),
         "backoff": {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=4), "base": 2},
     }
     own = {"s3": "S3Store", "gs": "GCSStore", "az": "AzureStore"}.get(scheme)
     if own is not None:
         # An endpoint that is named in plain HTTP is meant.
-        plain = any("ENDPOINT" in name and value.startswith("http://") for name, value in os.environ.items())
+        plain = any("ENDPOINT" in name and value.startswith("http://") for name, value in said)
         options |= {"allow_http": True} if plain or "AZURE_STORAGE_USE_EMULATOR" in os.environ else {}
         return getattr(stores, own)(place, client_options=options, retry_config=tries)
     base = f"{scheme}://{place}/"
@@ -368,12 +376,12 @@ def failure(name: Path, error: Exception, kind: type[ParamendError] = CannotRead
     if "on-partial" in text or "NotPartial" in text:
         return kind(f"{name}: the server ignores ranges, and sends whole files", hint="download the file first")
     if code in (429, 503):
-        return kind(f"{name}: the server asks for fewer requests (status {code}), and did so for {PATIENCE} seconds")
+        return kind(f"{name}: the server asks for fewer requests (status {code}); tried for {PATIENCE} seconds")
     if code:
         return kind(f"{name}: the server answers with status {code}")
     if "range" in text.lower():
         return kind(f"{name}: the server sent another range than it was asked for")
-    return kind(f"{name}: the server does not answer, or broke the connection; tried for {PATIENCE} seconds or longer")
+    return kind(f"{name}: the server does not answer, or breaks the connection; tried for {PATIENCE} seconds or longer")
 
 
 def _code(error: Exception) -> int:
@@ -384,7 +392,8 @@ def _code(error: Exception) -> int:
 def _passes(error: Exception) -> bool:
     """Whether it may pass: a connection that broke while a body was sent, which obstore does not try again."""
     text = str(error)
-    return isinstance(error, CannotRead) or (type(error).__name__ == "GenericError" and "RetryError" not in text)
+    spent = "RetryError" in text or "artial" in text
+    return isinstance(error, CannotRead) or (type(error).__name__ == "GenericError" and not spent)
 
 
 def _other(name: Path) -> CannotRead:

@@ -72,13 +72,14 @@ class _Sending:
 
     def finish(self) -> None:
         self._whole = True
-        os.close(self.target)
-        self._thread.shutdown()
+        self.stop()
         self._sent.result()
 
     def stop(self) -> None:
-        """Leave no object."""
-        os.close(self.target)
+        """Leave no object, if it was not finished."""
+        if self.target >= 0:
+            os.close(self.target)
+            self.target = -1
         self._thread.shutdown()
 
 
