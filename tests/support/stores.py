@@ -1,4 +1,4 @@
-"""Servers on loopback: one that speaks S3, a proxy before it that injects faults, and a web server of imagined files."""
+"""Servers on loopback: one that speaks S3, a proxy with faults before it, and a web server of imagined files."""
 
 import contextlib
 import http.client
@@ -81,7 +81,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("content-length") or 0))
         self.server.owner.answer(self, body)
 
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _do
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _do  # noqa: N815
 
     def reply(self, status, headers, body, *, cut=None):
         """Send an answer; after `cut` bytes of it, break the connection."""
@@ -161,7 +161,7 @@ class Proxy(_Web):
 
 
 class Files(_Web):
-    """A web server with ranges. A file is bytes, or (bytes, length): what follows the bytes is zero up to the length."""
+    """A web server with ranges. A file is bytes, or (bytes, length): what follows them is zero."""
 
     def __init__(self, files, *, tags=True, login="", moved=None):
         self.files, self.tags, self.login, self.moved = dict(files), tags, login, moved

@@ -20,7 +20,7 @@ from paramend.cli.mistakes import Typed, exists, incomplete, no_such_option, tol
 from paramend.cli.opening import takes_raw
 from paramend.cli.topics import MEANT, TOPICS
 from paramend.disk.urls import path_of
-from paramend.errors import MissingExtra, ParamendError
+from paramend.errors import MissingExtra, ParamendError, masked
 from paramend.reports import wording
 
 
@@ -155,6 +155,9 @@ class _Group(click.Group):
             raise SystemExit(128 + signal.SIGPIPE) from None
         except click.NoSuchOption as error:
             raise click.UsageError(no_such_option(error, self._all(ctx)), ctx=error.ctx) from error
+        except click.UsageError as error:
+            error.message = masked(error.message)
+            raise
         except (ParamendError, OSError) as error:
             message = _ui.message_of(error)
             typed = ctx.obj if isinstance(ctx.obj, Typed) else None
@@ -199,7 +202,7 @@ def help(ctx: click.Context, commands: tuple[str, ...]) -> None:
 
 def _unknown(name: str) -> str:
     rows = (*ROWS, *edits())
-    said = f"There is no command {name!r}"
+    said = f"There is no command {masked(name)!r}"
     near = [row.name for row in rows if name.lower() in (*row.also, *MEANT.get(row.name, "").split())]
     near = near or wording.closest(name, [known for row in rows for known in (row.name, *row.aliases)], limit=1)
     there = exists(name)

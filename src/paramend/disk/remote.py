@@ -10,12 +10,14 @@ import re
 import threading
 import time
 import zlib
+from base64 import b64encode
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from errno import EACCES
 from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
@@ -73,7 +75,7 @@ class Address:
     query: str = ""  # of a signed address
 
     def inside(self, name: str) -> "Address":
-        return Address(self.scheme, self.place, f"{self.key}/{name}" if self.key else name)
+        return replace(self, key=f"{self.key}/{name}" if self.key else name, query="")
 
     @property
     def store(self) -> Any:
@@ -87,7 +89,7 @@ class Address:
 
     def _store(self, silence: int) -> Any:
         said = tuple(item for item in os.environ.items() if item[0].startswith(_OWN))
-        return _store(self.scheme, self.place, self.query, silence, os.getpid(), said)
+        return _store(replace(self, key=""), (silence, PATIENCE), os.getpid(), said)
 
     @property
     def path(self) -> str:
@@ -96,25 +98,27 @@ class Address:
 
 
 @cache
-def _store(scheme: str, place: str, query: str, silence: int, process: int, said: tuple[tuple[str, str], ...]) -> Any:
+def _store(at: Address, seconds: tuple[int, int], process: int, settings: tuple[tuple[str, str], ...]) -> Any:
+    scheme, place, query, (silence, patience) = at.scheme, at.place, at.query, seconds
     stores = need("obstore.store", extra="remote", to=f"open {scheme}:// addresses")
     options: dict[str, Any] = {"connect_timeout": "5s", "read_timeout": f"{silence}s", "timeout": "1h"}
     tries = {
         "max_retries": 100,
-        "retry_timeout": timedelta(seconds=PATIENCE),
+        "retry_timeout": timedelta(seconds=patience),
         "backoff": {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=4), "base": 2},
     }
     own = {"s3": "S3Store", "gs": "GCSStore", "az": "AzureStore"}.get(scheme)
     if own is not None:
         # An endpoint that is named in plain HTTP is meant.
-        plain = any("ENDPOINT" in name and value.startswith("http://") for name, value in said)
+        plain = any("ENDPOINT" in name and value.startswith("http://") for name, value in settings)
         options |= {"allow_http": True} if plain or "AZURE_STORAGE_USE_EMULATOR" in os.environ else {}
         return getattr(stores, own)(place, client_options=options, retry_config=tries)
-    base = f"{scheme}://{place}/"
+    login, _, host = place.rpartition("@")
+    base, said = f"{scheme}://{host}/", f"Basic {b64encode(unquote(login).encode()).decode()}" if login else ""
     if scheme == "hf":
-        base = f"{_hub()}/{place}/"
-        token = _token()
-        options |= {"default_headers": {"authorization": f"Bearer {token}"}} if token else {}
+        base, token = f"{_hub()}/{place}", _token()
+        said = f"Bearer {token}" if token else ""
+    options |= {"default_headers": {"authorization": said}} if said else {}
     options |= {"allow_http": base.startswith("http://")}
     return stores.HTTPStore(f"{base}?{query}" if query else base, client_options=options, retry_config=tries)
 
@@ -141,6 +145,9 @@ def look(at: Address, name: Path) -> Seen | None:
     obstore = need("obstore", extra="remote", to="open remote addresses")
     if not at.key:
         return None
+    if at.query:  # a signature is for reading alone
+        with Object(at, name) as found:
+            return found.seen
     try:
         return _seen(obstore.head(at.store, at.path))
     except FileNotFoundError:
@@ -282,7 +289,7 @@ class Object:
             self._next = stop
 
     def _sequential(self, start: int, stop: int) -> bool:
-        self._run = self._run + stop - start if start == self._next else stop - start
+        self._run = self._run + stop - start if start == self._next else 0
         return self._run >= _RUN
 
     def _take_parts(self, view: memoryview, start: int, stop: int) -> None:
@@ -367,11 +374,12 @@ def failure(name: Path, error: Exception, kind: type[ParamendError] = CannotRead
         return _other(name)
     if isinstance(error, FileNotFoundError) or code == 404:
         return kind(f"{name}: there is no such object, or no such bucket")
+    scheme = str(name).partition(":")[0]
     if sort in ("PermissionDeniedError", "UnauthenticatedError") or code in (401, 403):
-        scheme = str(name).partition(":")[0]
-        return kind(f"{name}: the server refuses access", hint=f"set {_LOGIN[scheme]}" if scheme in _LOGIN else "")
+        refused = kind(f"{name}: the server refuses access", hint=f"set {_LOGIN[scheme]}" if scheme in _LOGIN else "")
+        refused.errno = EACCES  # type: ignore[attr-defined]  # of the two kinds that are errors of the system
+        return refused
     if "InstanceCredential" in text or "169.254.169.254" in text or "metadata.google" in text:
-        scheme = str(name).partition(":")[0]
         return kind(f"{name}: there are no credentials for it", hint=f"set {_LOGIN.get(scheme, 'them')}")
     if "on-partial" in text or "NotPartial" in text:
         return kind(f"{name}: the server ignores ranges, and sends whole files", hint="download the file first")

@@ -1,5 +1,6 @@
 """`Url`: an address in a remote store, where a path is expected: S3, Google Cloud, Azure, the Hub, a web server."""
 
+import errno
 import io
 import os
 import re
@@ -17,6 +18,7 @@ from paramend.errors import BadArgument, Unsupported
 SCHEMES = ("s3", "gs", "az", "hf", "http", "https")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)
 _COLLAPSED = re.compile(r"([a-z][a-z0-9]+):/+(.*)")  # what pathlib makes of an address
+_SLASH = "\x1f"  # what stands for a slash in a query, which is no part of a path
 # Names that are likely those of files: an object is looked for first, then a folder.
 _FILE = re.compile(r".+\.[A-Za-z]\w*")
 
@@ -61,7 +63,7 @@ class Url(PosixPath):
             name, _, revision = (keys.pop(0) if keys else "").partition("@")
             place = f"{place}/{name}/resolve/{quote(revision, safe='%') or 'main'}"
         key, _, query = "/".join(keys).partition("?") if scheme.startswith("http") else ("/".join(keys), "", "")
-        return Address(scheme, place, key, query)
+        return Address(scheme, place, key, query.replace(_SLASH, "/"))
 
     def opened(self) -> Object:
         """The object, opened for reading: by the first call, so that all that is read from this path is one version."""
@@ -81,7 +83,7 @@ class Url(PosixPath):
             return remote.status(self.at, None)
         seen = remote.look(self.at, self)
         if seen is None and not self._inside:
-            raise FileNotFoundError(2, "there is no such object", str(self))
+            raise FileNotFoundError(errno.ENOENT, "there is no such object", str(self))
         return remote.status(self.at, seen)
 
     def lstat(self) -> os.stat_result:
@@ -103,8 +105,10 @@ class Url(PosixPath):
     def _mode(self) -> int:
         try:
             return self.stat().st_mode
-        except FileNotFoundError:
-            return 0
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.EACCES):  # stores refuse to say that something is not there
+                return 0
+            raise
 
     def __truediv__(self, name: str | os.PathLike[str]) -> "Url":
         child = super().__truediv__(name)
@@ -173,7 +177,7 @@ def path_of(given: str | os.PathLike[str]) -> Path:
             hint=f"one of {', '.join(f'{each}://' for each in SCHEMES)}, or a path",
         )
     path, mark, query = rest.partition("?") if scheme.startswith("http") else (rest, "", "")
-    return Url(f"{scheme}://{path}{mark}{query.replace('/', '%2F')}")
+    return Url(f"{scheme}://{path}{mark}{query.replace('/', _SLASH)}")
 
 
 def text_of(given: str | os.PathLike[str]) -> str:

@@ -20,6 +20,7 @@ from paramend.leaves.specs import Array, Spec, numpy_dtype
 from paramend.reports import wording
 
 _SMALL = 1 << 20
+_UNRESERVED = getattr(mmap, "MAP_NORESERVE", 0x4000)  # that of Linux, which Python names since 3.13
 
 # How files begin that no format here is, what they are, and a hint.
 FOREIGN: tuple[tuple[bytes, str, str], ...] = (
@@ -93,7 +94,7 @@ class OpenFile:
         if found is None and isinstance(handle.number, int):
             found = self._map = mmap.mmap(handle.number, 0, access=mmap.ACCESS_READ)
         elif found is None:
-            found = self._map = mmap.mmap(-1, self.size, mmap.MAP_PRIVATE | mmap.MAP_NORESERVE, mmap.PROT_READ)
+            found = self._map = mmap.mmap(-1, self.size, mmap.MAP_PRIVATE | _UNRESERVED, mmap.PROT_READ)
         return found
 
     def memory(self, start: int, nbytes: int) -> tuple[Any, int]:
@@ -102,7 +103,7 @@ class OpenFile:
             return self.map, start
         buffer = np.empty(nbytes, np.uint8)
         self.read_into(buffer.data, start)
-        return buffer.data, 0
+        return buffer.data.toreadonly(), 0
 
     def _held(self) -> "_Handle":
         """The open descriptor. A reader keeps it alive, so a thread that closes the file need not wait."""
