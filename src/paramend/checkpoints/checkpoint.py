@@ -336,6 +336,9 @@ class Checkpoint(Editable):
         link: bool = False,
         max_shard_size: int | str | None = None,
         record: bool = False,
+        workers: int | None = None,
+        engine: str = "processes",
+        resume: bool = False,
         progress: Progress | None = None,
     ) -> "RewriteReport":
         """The report of what was written: the checkpoint with all edits, in one pass and bounded memory.
@@ -348,13 +351,21 @@ class Checkpoint(Editable):
             max_shard_size: the most bytes of tensors in one file, such as "5GB"; the output is then a directory.
             record: whether the output carries a record of what was done, with a digest of each edited leaf:
                 `pm.record` reads it, `pm.verify_record` checks it against the bytes.
+            workers: how many processes make it, which write the same bytes as one.
+            engine: "processes" on this machine, or "ray": workers of Ray, on a cluster at `RAY_ADDRESS` or one that is
+                started here; "ray://HOST:PORT" for one that is far away.
+            resume: whether to go on from what an earlier run left that was killed, and to leave what is made if this
+                one is cut short.
             progress: called with an `Event` as bytes are written.
 
         Raises:
             BadArgument: the suffix is mistyped.
-            CannotWrite: the output exists, is the source, or its folder does not exist. Nothing was written.
+            CannotWrite: the output exists, is the source, or its folder does not exist; or what is to be resumed has
+                other edits, options or sources. Nothing was written.
+            MissingExtra: Ray is not installed.
         """
-        from paramend.rewriting.rewrite import write  # not needed to look at a checkpoint
+        from paramend.rewriting.crews import Crew  # not needed to look at a checkpoint
+        from paramend.rewriting.rewrite import write
 
         return write(
             self.plan,
@@ -364,6 +375,7 @@ class Checkpoint(Editable):
             max_shard_size=max_shard_size,
             record=self.recipe if record else None,
             progress=progress,
+            crew=Crew(workers, engine, resume),
         )
 
 

@@ -10,7 +10,7 @@ import click
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.cli.choosing import EXCEPT, chosen
 from paramend.cli.opening import open_checkpoint
-from paramend.cli.options import ADDRESS, DRY_TOO, Decorator, makes, renames, takes
+from paramend.cli.options import ADDRESS, DRY_TOO, WRITES, Decorator, makes, renames, takes
 from paramend.cli.stack import rewrite
 from paramend.cli.writing import carry_out, edit_checkpoint, write_made
 from paramend.errors import GraftRefused
@@ -24,7 +24,7 @@ from paramend.grafting.options import Dtype, Mismatch, Missing, Place, Unused
 @click.argument("out", metavar="OUT")
 @click.option("--to", type=click.Choice([row.name for row in writable()]), help="The format, if OUT does not say it.")
 @takes(
-    *("max_shard_size", "force", "record", "dry_run", "html", "json"),
+    *("max_shard_size", *WRITES),
     dry_run="Check that it can be done, and write no checkpoint.",
     html=DRY_TOO,
 )

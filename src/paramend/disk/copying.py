@@ -91,9 +91,9 @@ class WriteBack:
     """Write-back of a growing file to the disk, window by window, so that the final sync has little left to do. Without
     it, a large copy fills the memory with dirty pages. Where the system lacks the call, it does nothing."""
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: int, start: int = 0) -> None:
         self._target, self._regular = target, is_regular(target)
-        self._done = self._begun = self._at = 0
+        self._done = self._begun = self._at = start
 
     def advance(self, count: int) -> None:
         self._at += count

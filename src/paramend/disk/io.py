@@ -93,6 +93,16 @@ def reading(path: Path, flags: int = 0) -> Iterator[int]:
 
 
 @contextlib.contextmanager
+def writing(path: Path) -> Iterator[int]:
+    """The descriptor of a file that is there, open for writing."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        yield descriptor
+    finally:
+        release(descriptor)
+
+
+@contextlib.contextmanager
 def durable(path: Path, flags: int = 0) -> Iterator[int]:
     """The descriptor of a file, open for writing, whose content is durable in the end; a new one is private."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o600)

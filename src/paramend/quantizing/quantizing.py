@@ -227,27 +227,38 @@ def _new(seen: Weights, number: int, scheme: str, group_size: int | None, *, sim
 
 def _ruled(seen: Weights, number: int, rule: Codec) -> _New:
     """What a leaf becomes by a codec of the user's, which makes all leaves at once."""
-    spec, path = seen.spec(number), seen.index.path(number)
-    names = rule.called(seen.index.pieces(number)[-1])
-
-    def made() -> list[Any]:
-        found = encoded_by(rule, seen.read(number), [None] * len(names), path)
-        missing = [name for name in rule.leaves if name not in found]
-        if missing:
-            raise BadArgument(f"encode of {rule.name} gives no {' and no '.join(missing)} for {path}")
-        return [found[name] for name in rule.leaves]
+    spec, names = seen.spec(number), rule.called(seen.index.pieces(number)[-1])
 
     def parts() -> list[Origin]:
-        specs = [backend(each).spec(each) for each in made()]
-        return [Made(each, partial(lambda place: to_numpy(made()[place]), place)) for place, each in enumerate(specs)]
-
-    def read(dtype: str) -> Array:
-        values = decoded_by(rule, made(), path)
-        if (found := backend(values).spec(values)).shape != spec.shape:
-            raise SpecMismatch(f"decode of {rule.name} gives {found} for {path}, which is {spec}")
-        return to_numpy(backend(values).cast(values, dtype))
+        specs = [backend(each).spec(each) for each in _encoded(seen, number, rule)]
+        return [Made(each, partial(_part, seen, number, rule, place)) for place, each in enumerate(specs)]
 
     def values(dtype: str) -> Origin:
-        return Made(Spec(spec.shape, dtype or spec.dtype), lambda: read(dtype or spec.dtype))
+        each = Spec(spec.shape, dtype or spec.dtype)
+        return Made(each, partial(_decoded, seen, number, rule, each))
 
     return _New(number, rule.name, names, parts, values)
+
+
+def _encoded(seen: Weights, number: int, rule: Codec) -> list[Any]:
+    """The leaves that a codec of the user's makes of one."""
+    path = seen.index.path(number)
+    names = rule.called(seen.index.pieces(number)[-1])
+    found = encoded_by(rule, seen.read(number), [None] * len(names), path)
+    missing = [name for name in rule.leaves if name not in found]
+    if missing:
+        raise BadArgument(f"encode of {rule.name} gives no {' and no '.join(missing)} for {path}")
+    return [found[name] for name in rule.leaves]
+
+
+def _part(seen: Weights, number: int, rule: Codec, place: int) -> Array:
+    return to_numpy(_encoded(seen, number, rule)[place])
+
+
+def _decoded(seen: Weights, number: int, rule: Codec, spec: Spec) -> Array:
+    """What the leaves that it makes stand for."""
+    path = seen.index.path(number)
+    values = decoded_by(rule, _encoded(seen, number, rule), path)
+    if (found := backend(values).spec(values)).shape != spec.shape:
+        raise SpecMismatch(f"decode of {rule.name} gives {found} for {path}, which is {seen.spec(number)}")
+    return to_numpy(backend(values).cast(values, spec.dtype))

@@ -84,7 +84,7 @@ def with_header(name: str, raw: bytes, pieces: Sequence[Piece]) -> File:
     """
     start = best_start(((copy.start, copy.stop, at) for copy, at in placed(pieces)), 8 + len(raw), step=8)
     head = framed(raw, start if start <= 8 + MAX_HEADER else 8 + len(raw))
-    return File(name, sum(map(_length, (head, *pieces))), (head, *pieces))
+    return File(name, sum(map(nbytes_in, (head, *pieces))), (head, *pieces))
 
 
 def placed(pieces: Iterable[Piece]) -> Iterator[tuple[Copy, int]]:
@@ -93,10 +93,11 @@ def placed(pieces: Iterable[Piece]) -> Iterator[tuple[Copy, int]]:
     for piece in pieces:
         if isinstance(piece, Copy):
             yield piece, at
-        at += _length(piece)
+        at += nbytes_in(piece)
 
 
-def _length(piece: Piece) -> int:
+def nbytes_in(piece: Piece) -> int:
+    """The number of bytes of a piece."""
     return len(piece) if isinstance(piece, bytes) else piece.stop - piece.start
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from paramend.disk.copying import WINDOW, Copier, WriteBack, is_regular
 from paramend.disk.identity import changed, check_unchanged, status_now
-from paramend.disk.io import Readable, put, release, status_of
+from paramend.disk.io import Readable, get, put, release, status_of
 from paramend.disk.urls import Url
 from paramend.edits.plan import Plan, Row
 from paramend.errors import CannotRead
@@ -22,6 +22,7 @@ from paramend.rewriting.files import Computed, Piece, sources
 _HOLE = 1 << 20
 # Systems limit a process to a few hundred open files; the largest models have more.
 _OPEN = 64
+_STEP = 1 << 20
 
 
 class Filler:
@@ -40,10 +41,21 @@ class Filler:
         self.digests, self.meter, self.copier = digests, meter, Copier()
         self.copied = self.computed = 0
 
-    def fill(self, pieces: Sequence[Piece], target: int) -> None:
-        """Write the pieces at the position of a file, which is new there, and begin to write them to the disk."""
-        back = WriteBack(target)
-        flow = _Flow(self.source, self.digests)
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """The bytes copied, those computed, and those of the copied ones that are shared."""
+        return self.copied, self.computed, self.copier.shared
+
+    def fill(self, pieces: Sequence[Piece], target: int, *, fresh: bool = True, hashed: Any = None) -> None:
+        """Write the pieces at the position of a file, and begin to write them to the disk.
+
+        Args:
+            fresh: whether the file holds nothing there yet.
+            hashed: a digest that takes all bytes, as the file holds them then.
+        """
+        at = os.lseek(target, 0, os.SEEK_CUR) if is_regular(target) else 0
+        back = WriteBack(target, at)
+        flow = _Flow(self.source, self.digests, fresh=fresh and is_regular(target))
         for piece in pieces:
             name = ""
             if isinstance(piece, bytes):
@@ -56,8 +68,17 @@ class Filler:
                 counts = self.copier.copy(descriptor, target, piece.start, piece.stop, path=piece.path)
                 self.copied += piece.stop - piece.start
             for count in counts:
+                if hashed is not None:
+                    take_in(hashed, target, at, at + count)
+                at += count
                 back.advance(count)
                 self.meter.advance(count, name)
+
+
+def take_in(hashed: Any, descriptor: int, start: int, stop: int) -> None:
+    """Add a range of a file to a digest."""
+    for at in range(start, stop, _STEP):
+        hashed.update(get(descriptor, at, min(_STEP, stop - at), Path()))
 
 
 class Inputs:
@@ -104,8 +125,8 @@ class Inputs:
 class _Flow:
     """The bytes of computed leaves, which a format may want span by span."""
 
-    def __init__(self, source: Any, digests: Digests) -> None:
-        self._source, self._digests = source, digests
+    def __init__(self, source: Any, digests: Digests, *, fresh: bool) -> None:
+        self._source, self._digests, self._fresh = source, digests, fresh
         self._row: Row | None = None
         self._chunks: Iterator[memoryview] = iter(())
         self._rest = memoryview(b"")
@@ -115,7 +136,7 @@ class _Flow:
         row, left = piece.row, piece.stop - piece.start
         last = row.calls[-1] if row.calls else None
         hole = last is not None and last.op.name == "zero" and last.index is None and row.spec.nbytes >= _HOLE
-        hole = hole and is_regular(target)
+        hole = hole and self._fresh
         if self._row is not row or not piece.start:
             chunks = _blank(row.spec.nbytes) if hole else data(expression(self._source, row))
             self._row, self._chunks, self._rest = row, self._digests.taking(row, chunks), memoryview(b"")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from paramend.disk.failures import check_room, reason
-from paramend.disk.publishing import exists, there
+from paramend.disk.publishing import exists, there, unpublished
 from paramend.disk.sharing import BLOCK, share, shareable
 from paramend.disk.uploads import check_writable
 from paramend.disk.urls import Url, path_of
@@ -23,13 +23,18 @@ from paramend.rewriting.layouts import Layout, lay_out
 from paramend.rewriting.wishes import How
 
 
-def check_output(made: Plan, out: str | os.PathLike[str], *, force: bool = False, **how: Unpack[How]) -> Layout:
-    """The files that a rewrite will make, after all checks that are possible before anything is written."""
+def check_output(
+    made: Plan, out: str | os.PathLike[str], *, force: bool = False, resume: bool = False, **how: Unpack[How]
+) -> Layout:
+    """The files that a rewrite will make, after all checks that are possible before anything is written. If it is to
+    `resume`, what an earlier run left needs no more room."""
     layout = lay_out(made, out, **how)
     source: Any = made.leaves
     out = path_of(out)
     if isinstance(out, Url):
         check_writable(out)
+        if resume:
+            raise Unsupported(f"{out}: what is begun in a remote store is not taken up again", hint="without --resume")
         if layout.format.folder:
             raise Unsupported(
                 f"{out}: {layout.format.says} are written by their own library, onto this machine",
@@ -56,10 +61,11 @@ def check_output(made: Plan, out: str | os.PathLike[str], *, force: bool = False
         raise CannotWrite(f"{out}: {folder} {what}", hint="" if there(folder) else f"mkdir -p {folder}")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise CannotWrite(f"{out}: no permission to write into {folder}", hint=f"ls -ld {folder}")
+    held = sum(map(_allocated, unpublished(out))) if resume else 0
     try:
-        check_room(folder, layout.nbytes, str(out))
+        check_room(folder, layout.nbytes - held, str(out))
     except CannotWrite:
-        check_room(folder, layout.nbytes - _shared(folder, layout), str(out))
+        check_room(folder, layout.nbytes - held - _shared(folder, layout), str(out))
     return layout
 
 
@@ -107,6 +113,11 @@ def _shared(folder: Path, layout: Layout) -> int:
         with contextlib.suppress(OSError), path.open("rb") as source, tempfile.TemporaryFile(dir=folder) as trial:
             total += nbytes if share(source.fileno(), trial.fileno(), start, BLOCK) else 0
     return total
+
+
+def _allocated(path: Path) -> int:
+    """The bytes that a file, or the files in a folder, take on the disk."""
+    return sum(each.lstat().st_blocks * 512 for each in (path, *path.rglob("*")))
 
 
 def _look(path: Path) -> os.stat_result | None:

@@ -7,15 +7,15 @@ the new one, never a third.
 
 import os
 import stat
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
 from paramend.disk.identity import check_still, check_unchanged
-from paramend.disk.io import put, release
+from paramend.disk.io import put, release, writing
 from paramend.disk.permissions import Access, create_file, settle
-from paramend.disk.publishing import published, sync_file
+from paramend.disk.publishing import look, published, sync_file
 from paramend.disk.uploads import Staging
 from paramend.disk.urls import path_of
 from paramend.edits.outcome import Outcome
@@ -31,9 +31,12 @@ from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
 from paramend.rewriting.accesses import Accesses
 from paramend.rewriting.arrangement import arranged, base_of
+from paramend.rewriting.crews import ALONE, Crew, carried_out
 from paramend.rewriting.files import File, items_of
 from paramend.rewriting.filling import Filler
+from paramend.rewriting.jobs import Done, Job, Order, Task, jobs_of, learn
 from paramend.rewriting.layouts import Layout
+from paramend.rewriting.manifest import Manifest
 from paramend.rewriting.note import Note
 from paramend.rewriting.output import check_output
 from paramend.rewriting.wishes import How
@@ -115,23 +118,30 @@ def write(
     force: bool = False,
     record: str | None = None,
     progress: Progress | None = None,
+    crew: Crew = ALONE,
     **how: Unpack[How],
 ) -> RewriteReport:
     """Write a plan for an opened checkpoint into a new one, and report what was written: see `Checkpoint.save`.
     `record` is the recipe of the plan, or "", if the output carries a record. If it raises, nothing was written."""
-    layout = check_output(made, out, force=force, **how)
+    crew.check()
+    layout = check_output(made, out, force=force, resume=crew.resume, **how)
     out = path_of(out)
-    note = Note(made, out, layout, record)
+    asked, note = layout, Note(made, out, layout, record)
     layout = note.layout
     run = _Run(made, out, progress, layout, note)
     names: tuple[str, ...] = ()
+    # A directory of a format whose writer fills it is one job, of this process.
+    manifest = None if crew.alone or layout.format.folder else Manifest.of(made, out, asked, layout, record)
     try:
         access = run.accesses.of_folder() if layout.folder else run.accesses.of_file(layout.files[0])
-        publishing = published(out, force=force, access=access, folder=layout.folder)
+        resumes = manifest.takes_up if crew.resume and manifest is not None else None
+        publishing = published(out, force=force, access=access, folder=layout.folder, resumes=resumes)
         with retiring(out), note.beside(run.accesses), publishing as temporary:
             if layout.format.folder:
                 run.fill(temporary / layout.tree)
-            for file in layout.files:
+            if manifest is not None:
+                run.make_by(crew, manifest, temporary)
+            for file in layout.files if manifest is None else ():
                 if not layout.format.folder or not (temporary / file.name).exists():
                     run.make(file, temporary / file.name if layout.folder else temporary)
             note.finish(temporary, run.accesses)
@@ -145,6 +155,8 @@ def write(
             note.clear()
     finally:
         run.inputs.close()
+        if manifest is not None:
+            manifest.close()
     path = str(path_of(getattr(made.leaves, "path", "")))
     counts = run.filler.copied, run.filler.computed, run.linked, run.filler.copier.shared
     return RewriteReport(
@@ -166,7 +178,7 @@ def stage(made: Plan, files: Sequence[File], home: Path, folder: Path, progress:
 
 class _Run:
     def __init__(self, made: Plan, out: Path, progress: Progress | None, layout: Layout, note: Note) -> None:
-        self.made = made
+        self.made, self.out = made, out
         self.layout, self.note = layout, note
         self.source: Any = made.leaves
         self.meter = Meter(progress, layout.nbytes)
@@ -189,16 +201,58 @@ class _Run:
             with path.streamed(file.nbytes) as target:
                 self.filler.fill(file.pieces, target)
             return
-        target = os.open(path, os.O_WRONLY | os.O_CLOEXEC) if not file.name else create_file(path, access)
+        target = create_file(path, access) if file.name else os.open(path, os.O_WRONLY | os.O_CLOEXEC)
         try:
             self.filler.fill(file.pieces, target)
             os.ftruncate(target, file.nbytes)  # the last leaf may have been left out as a hole
-            _correct(file, target, path)
-            if file.name:
-                settle(target, access)
-            os.fsync(target)
+            _complete(file, target, path, access)
         finally:
             release(target)
+
+    def make_by(self, crew: Crew, manifest: Manifest, temporary: Path) -> None:
+        """Make all files job by job, but for what was done before."""
+        manifest.begin(temporary)
+        begun: list[tuple[File, Path, Access]] = []
+        jobs: list[Job] = []
+        tasks: list[Task] = []
+        for file in self.layout.files:
+            path = temporary / file.name if self.layout.folder else temporary
+            path.parent.mkdir(parents=True, exist_ok=True)
+            read = self.accesses.read_for(file)
+            access = self.accesses.of_file(file, read)
+            if file.link and file.origin is not None:
+                path.unlink(missing_ok=True)
+                if self._link(file.origin, path, access):
+                    self.linked += file.nbytes
+                    continue
+            self.inputs.touched |= read
+            parts = jobs_of(self.made, file)
+            fresh = _begin(file, path, access, known=any(map(manifest.known, parts)))
+            for number, job in enumerate(parts, len(jobs)):
+                done = None if fresh else manifest.known(job)
+                tasks.append(Task(number, "" if done is None else done.sha256, fresh))
+            jobs += parts
+            begun.append((file, path, access))
+        if self.layout.folder:
+            _drop_others(temporary, {file.name for file in self.layout.files})
+        order = Order.of(self.made, jobs, self.filler.digests.wanted, temporary)
+        for job, done in carried_out(order, tasks, crew, manifest, self.out):
+            self._enter(job, done)
+        for file, path, access in begun:
+            with writing(path) as target:
+                _complete(file, target, path, access)
+
+    def _enter(self, job: Job, done: Done) -> None:
+        """Take over what is known of a job that is done."""
+        self.filler.copied += done.copied
+        self.filler.computed += done.computed
+        self.filler.copier.shared += done.shared
+        self.filler.digests.found |= done.leaves
+        rows = job.rows
+        for row in rows:
+            if row.source in done.measured:
+                learn(row, done.measured[row.source])
+        self.meter.advance(job.stop - job.start, rows[-1].path if rows else "")
 
     def fill(self, folder: Path) -> None:
         """Write the tree of a checkpoint that is a directory, or the changed chunks of a copied one."""
@@ -243,10 +297,37 @@ class _Run:
                 self.filler.copied += len(piece)
 
 
-def _correct(file: File, target: int, path: Path) -> None:
-    """Correct the checksums of a file that is otherwise whole."""
+def _begin(file: File, path: Path, access: Access, *, known: bool) -> bool:
+    """Make a file in its full length, unless it is there and some of its content is known. Whether it is empty."""
+    status = look(path)
+    kept = known and status is not None and stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+    if file.name and not kept:
+        path.unlink(missing_ok=True)
+        release(create_file(path, access))
+    else:
+        settle(path, replace(access, mode=access.mode | 0o600))
+    with writing(path) as target:
+        if not kept:
+            os.ftruncate(target, 0)
+        os.ftruncate(target, file.nbytes)
+    return not kept
+
+
+def _complete(file: File, target: int, path: Path, access: Access) -> None:
+    """Correct the checksums of a file that is otherwise whole, and make it durable."""
     if file.patched:
         assert file.reopen is not None
         with file.reopen(path) as new:
-            for _, at, data in new.after_patch([Extent(path, start, stop - start) for start, stop in file.patched]):
+            places = [Extent(path, start, stop - start) for start, stop in file.patched]
+            for _, at, data in list(new.after_patch(places)):  # which takes long, and to write them does not
                 put(target, data, at)
+    if file.name:
+        settle(target, access)
+    os.fsync(target)
+
+
+def _drop_others(folder: Path, names: Set[str]) -> None:
+    """Remove files of an earlier run that are not among those to make."""
+    for path in folder.rglob("*"):
+        if not path.is_dir() and path.relative_to(folder).as_posix() not in names:
+            path.unlink()

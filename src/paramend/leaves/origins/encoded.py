@@ -29,6 +29,13 @@ from paramend.leaves.specs import Array, Spec, numpy_dtype
 _FEW = 16 << 20
 
 
+class _Shared(dict[Box, Grids]):
+    """Box → scales and zero points there. A pickle of it is empty."""
+
+    def __reduce__(self) -> tuple[type["_Shared"], tuple[()]]:
+        return _Shared, ()
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Encoded(Origin):
     """A leaf of a group with the axes of the weight; `encoded` gives it as it is stored.
@@ -53,9 +60,10 @@ class Encoded(Origin):
     even: bool = True
     free: bool = False
     misfit: Misfit | None = None
-    made: dict[Box, Grids] = field(default_factory=dict)
-    _last: tuple[Box, Array] | None = field(default=None, init=False)
+    made: _Shared = field(default_factory=_Shared, compare=False)
+    _last: tuple[Box, Array] | None = field(default=None, init=False, compare=False)
     moves = False
+    together = True
 
     @property
     def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
@@ -262,7 +270,7 @@ def encoded(
     symmetric = even(codec, views)
     roles = tuple(role for role in roles if role != "zero" or not symmetric)
     roles = (*roles, *((codec.top,) if codec.top and (free or codec.top not in views) else ()))
-    how = keep, symmetric, free, misfit, dict[Box, Grids]()
+    how = keep, symmetric, free, misfit, _Shared()
     return {role: reshape(Encoded(codec, values, role, views, *how), specs[role].shape) for role in roles}
 
 

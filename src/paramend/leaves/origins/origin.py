@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from paramend.leaves.names import Unread
 from paramend.leaves.origins.boxes import Box, Runs, boxes_of
 from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype
 
@@ -35,7 +36,7 @@ class Extent:
 Namer: TypeAlias = Callable[["Origin"], str]
 
 
-class Origin(ABC):
+class Origin(Unread, ABC):
     """Where a leaf comes from: its spec is known without data, its elements are read box by box.
 
     An origin never changes. Its text is the expression, as dry runs and records show it. One without children is a leaf
@@ -73,6 +74,11 @@ class Origin(ABC):
     def moves(self) -> bool:
         """Whether its elements are zeros and those of leaves of sources, with their bits: its text then says all."""
         return all(child.moves for child in self.children)
+
+    @property
+    def together(self) -> bool:
+        """Whether other leaves are computed along with it, which is done best in one place."""
+        return any(child.together for child in self.children)
 
     @property
     def boxed(self) -> bool:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from paramend.errors import Unsupported
 from paramend.leaves.mapped import forget
 from paramend.leaves.origins.boxes import Box, bare, contiguous, ends, select, shape_of
 from paramend.leaves.origins.origin import Extent, Given, Origin
@@ -134,6 +133,7 @@ class Made(Given):
     """A leaf that is computed when it is first read, and freed when its last element has been read."""
 
     moves = False
+    together = True
 
     def __init__(self, spec: Spec, make: Callable[[], Array], says: str = "values in memory") -> None:
         self._spec, self._make, self.says = spec, make, says
@@ -143,12 +143,9 @@ class Made(Given):
         return Made(self.spec, copy.deepcopy(self._make, memo), self.says)
 
     def __reduce__(self) -> tuple[type["Made"], tuple[Spec, Callable[[], Array], str]]:
-        if isinstance(self._make, partial):  # of a function of a module
-            return Made, (self.spec, self._make, self.says)
-        raise Unsupported(
-            f"a leaf of this checkpoint, {self.spec}, is computed from objects in memory, and cannot be pickled",
-            hint="checkpoint.save(out), then pickle pm.open(out)",
-        )
+        # What a function of a module makes of files is made again; what comes from memory is taken along.
+        make = self._make if isinstance(self._make, partial) else partial(np.asarray, self._whole())
+        return Made, (self.spec, make, self.says)
 
     def read_range(self, start: int, stop: int) -> Array:
         found = self._whole().reshape(-1)[start:stop]
