@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from paramend.disk.urls import path_of
+from paramend.disk.urls import Url, path_of
 from paramend.errors import BadCheckpoint, BadRecipe, CannotRead, NoMatch, SelectorError
 from paramend.reports import wording
 
@@ -176,6 +176,7 @@ def _texts(value: Any) -> list[str]:
 def exists(path: str | Path) -> bool:
     """Whether there is a file or a folder of this name."""
     try:
-        return path != "" and path_of(path).exists()
+        found = path_of(path)
+        return path != "" and (isinstance(found, Url) or found.exists())  # a store that fails is not asked again
     except (OSError, ValueError):  # too long for a name, or with a zero byte in it
         return False

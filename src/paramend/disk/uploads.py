@@ -14,9 +14,9 @@ from typing import IO, Any
 
 from paramend._optional import need
 from paramend.disk.failures import reason
-from paramend.disk.remote import Address, failure
+from paramend.disk.remote import Address, failure, look
 from paramend.disk.urls import Url
-from paramend.errors import CannotWrite, Unsupported
+from paramend.errors import CannotRead, CannotWrite, Unsupported
 
 # Parts of an upload, in bytes and how many at once: a slow line must send each within `remote.SILENCE` seconds. A store
 # takes 10,000 parts, and copies at most so many bytes of one object by itself.
@@ -40,15 +40,11 @@ class Staging(PosixPath):
         """The descriptor of a pipe: what is written is sent to the store. The only file of an output is an object when
         that is published, one of several when the block ends."""
         assert self.upload is not None
-        sending = _Sending(self.upload, self, nbytes)
-        try:
+        sending = self.upload.sending = _Sending(self.upload, self, nbytes)
+        with contextlib.suppress(BrokenPipeError):  # it cannot be sent, and `finish` says why
             yield sending.target
-        except BrokenPipeError:  # it cannot be sent, and `finish` says why
+        if self.upload.folder or sending.failed:
             sending.finish()
-        except BaseException:
-            sending.stop()
-            raise
-        self.upload.later(sending)
 
 
 class _Sending:
@@ -69,6 +65,10 @@ class _Sending:
             yield data
         if not self._whole:
             raise _Stopped
+
+    @property
+    def failed(self) -> bool:
+        return self._sent.done()
 
     def finish(self) -> None:
         self._whole = True
@@ -92,35 +92,32 @@ class Upload:
 
     def __init__(self, out: Url, *, force: bool, folder: bool, home: Path) -> None:
         self._store = need("obstore", extra="remote", to="write to remote addresses")
-        self.out, self._folder = out, folder
+        self.out, self.folder, self._force = out, folder, force
         self.root = Staging(home, out.name)
         self.root.upload = self
         # A folder that is there is replaced by what was sent beside it.
         self._old = self._names() if folder and force else []
         self._base = out / f".paramend-{os.urandom(6).hex()}" if self._old else out
-        self._pending: _Sending | None = None
-        self.sent: list[str] = []
+        self.sending: _Sending | None = None
+        self.sent: dict[str, int] = {}
 
     def send(self, path: Path, data: object, nbytes: int) -> None:
         """Send an object, in parts if it is long; if this fails, there is none."""
-        name = path.relative_to(self.root).as_posix() if self._folder else ""
+        name = path.relative_to(self.root).as_posix() if self.folder else ""
         at, part = self._at(name), max(_PART, -(-nbytes // _MOST))
         how = {"use_multipart": nbytes > part, "chunk_size": part, "max_concurrency": _AT_ONCE}
-        self._ask("put", at.sink, at.path, data, **how)
-        self.sent.append(name)
-
-    def later(self, sending: _Sending) -> None:
-        if self._folder:
-            sending.finish()
-        else:
-            self._pending = sending
+        self.sent[name] = nbytes
+        try:
+            self._ask("put", at.sink, at.path, data, **how)
+        except CannotWrite:
+            if not self._is_sent(name):  # it may be only the last answer that got lost
+                raise
 
     def publish(self) -> None:
         """Send what was made in the temporary folder; then put all in place, the files that make a model of it last."""
-        if self._pending is not None:
-            self._pending.finish()
-            self._pending = None
-        elif not self._folder:
+        if not self.folder and self.sending is not None:
+            self.sending.finish()
+        elif not self.folder:
             self.send(self.root, Path(self.root), self.root.stat().st_size)
         else:
             here = (path for path in self.root.rglob("*") if path.is_file())
@@ -130,11 +127,11 @@ class Upload:
             self._replace()
 
     def discard(self) -> None:
-        """Delete what was sent."""
-        if self._pending is not None:
-            self._pending.stop()
-        with contextlib.suppress(CannotWrite):  # the first failure is told
-            self._delete(map(self._at, self.sent if self._folder else ()))
+        """Delete what was sent, also if the answer to its last part got lost; a file that was replaced is whole."""
+        if self.sending is not None:
+            self.sending.stop()
+        with contextlib.suppress(CannotRead, CannotWrite):  # the first failure is told
+            self._delete(self._at(name) for name in self.sent if self._is_sent(name))
 
     def _replace(self) -> None:
         self._delete((self.out / name).at for name in self._old if name.endswith(_LAST))  # no mixture is a model
@@ -146,6 +143,11 @@ class Upload:
                 self._ask("put", there.sink, there.path, self._ask("get", here.store, here.path).stream())
         self._delete((self.out / name).at for name in self._old if name not in self.sent)
         self._delete(map(self._at, self.sent))
+
+    def _is_sent(self, name: str) -> bool:
+        """Whether there is an object where there was none, of the right length."""
+        seen = look(self._at(name), self.out) if self.folder or not self._force else None
+        return seen is not None and seen.size == self.sent[name]
 
     def _at(self, name: str) -> Address:
         return (self._base / name if name else self._base).at

@@ -148,7 +148,7 @@ def write(
             run.inputs.check()
             if layout.folder:
                 made_files = (path for path in temporary.rglob("*") if path.is_file())
-                sent = temporary.upload.sent if isinstance(temporary, Staging) and temporary.upload else []
+                sent = temporary.upload.sent if isinstance(temporary, Staging) and temporary.upload else ()
                 names = tuple(sorted({*sent, *(path.relative_to(temporary).as_posix() for path in made_files)}))
                 for inner in (inner for inner in temporary.rglob("*") if inner.is_dir()):
                     settle(inner, run.accesses.of_folder(inner.relative_to(temporary).as_posix()))
