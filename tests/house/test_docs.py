@@ -16,8 +16,14 @@ FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LONG = {"README.md", "ablation.md", "freezing.md", "grafting.md", "growth.md", "lessons.md", "porting.md", "stacks.md"}
 
 
+# Those that need more than the other tests; see `tests/conftest.py`.
+ON_DEMAND = {"remote.md": "far"}  # obstore, and a server of objects
+
+
 def page_of(page):
-    return pytest.param(page, id=page.name, marks=pytest.mark.slow if page.name in LONG else ())
+    marks = [pytest.mark.slow] if page.name in LONG else []
+    marks += [getattr(pytest.mark, ON_DEMAND[page.name])] if page.name in ON_DEMAND else []
+    return pytest.param(page, id=page.name, marks=marks)
 
 
 @pytest.mark.numeric
