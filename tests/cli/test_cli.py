@@ -121,6 +121,15 @@ def test_stats_are_those_of_the_whole_leaf(tmp_path, monkeypatch, dtype):
         assert_close(found, wanted, terms=100, scale=1000)
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_stats_of_a_directory(shards, tmp_path):
+    leaves = {"a": np.arange(4, dtype="float32"), "b": np.ones((2, 2), "float32")}
+    pm.save(leaves, tmp_path / "m", max_shard_size=16 * 3 - 16 * shards)
+    assert len(list((tmp_path / "m").glob("*.safetensors"))) == shards
+    rows = json.loads(run("show", tmp_path / "m", "--stats", "--json").stdout)["leaves"]
+    assert [(row["path"], row["stats"]["max"], row["stats"]["mean"]) for row in rows] == [("a", 3, 1.5), ("b", 1, 1)]
+
+
 def test_stats_of_nothing_and_of_the_unreadable(tmp_path):
     text = b'{"e":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},"u":{"dtype":"I2","shape":[4],"data_offsets":[0,1]}}'
     (tmp_path / "m").write_bytes(len(text).to_bytes(8, "little") + text + b"\0")
@@ -295,7 +304,7 @@ def test_refusals_are_short_and_their_status_is_2(model, tmp_path, args, message
     before = sorted(path.name for path in tmp_path.iterdir())
     done = run(*(given.get(arg, arg) for arg in args))
     assert (done.exit_code, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: ")
+    assert re.match(r"error\[[a-z-]+\]: ", done.stderr)
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == before

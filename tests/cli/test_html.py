@@ -122,7 +122,7 @@ def test_what_was_written_is_said_even_if_its_page_fails(model, tmp_path, monkey
     done = run("zero", model, "**/w", "-o", out, "--html", page)
     assert done.exit_code == 2 and out.exists() and not page.exists()
     first, second = done.stderr.splitlines()
-    assert first.startswith(f"wrote {out}: ") and second.startswith(f"error: {page}: the disk is full")
+    assert first.startswith(f"wrote {out}: ") and second.startswith(f"error[cannot-write]: {page}: the disk is full")
 
 
 def test_diff_says_that_its_page_was_written(model, tmp_path):

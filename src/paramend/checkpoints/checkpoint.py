@@ -20,6 +20,7 @@ from paramend.edits.choosing import chosen
 from paramend.edits.damage import Damage
 from paramend.edits.plan import Plan
 from paramend.edits.quantized import check_calls, check_renamed, check_whole
+from paramend.edits.selection import at
 from paramend.edits.weights import weighed
 from paramend.errors import BadArgument, Unsupported, printable
 from paramend.formats.gathered import leaf_of
@@ -119,6 +120,9 @@ class Checkpoint(Editable):
         count = wording.plural(len(self), "leaf", "leaves")
         edited = 0 if self._plan is None else len(self._plan.changed) + len(self._plan.deleted)
         return f"<{printable(str(self.path))}: {count}{f', {edited:,} edited' if edited else ''}>"
+
+    def _repr_html_(self) -> str:
+        return at(self, "**")._repr_html_() if len(self) else repr(self)
 
     def __len__(self) -> int:
         return len(weighed(self).index.numbers)
@@ -243,7 +247,7 @@ class Checkpoint(Editable):
             at += piece.size
         return out.reshape(row.spec.shape)
 
-    def origin(self, number: int) -> Source | None:
+    def home(self, number: int) -> Source | None:
         """The source, if it holds the values of a leaf unedited; None otherwise."""
         return self.source if self._untouched(number) else None
 

@@ -66,6 +66,6 @@ class Keyed(Checkpoint):
             return self.read(number)
         return super().fetch(number, index)
 
-    def origin(self, number: int) -> Source | None:
+    def home(self, number: int) -> Source | None:
         """The source, if it holds the values of a leaf as they are read."""
-        return None if self._implementation(number) else super().origin(number)
+        return None if self._implementation(number) else super().home(number)

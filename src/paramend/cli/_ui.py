@@ -20,12 +20,18 @@ _PATIENCE = 0.3
 
 
 class Refusal(click.ClickException):
-    """An expected error as the command line reports it: exit status 2, no traceback."""
+    """An expected error as the command line reports it: exit status 2, no traceback. `paramend explain` knows its code,
+    which an error of the system lacks."""
 
     exit_code = 2
 
+    def __init__(self, message: str, code: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+
     def show(self, file: IO[Any] | None = None) -> None:
-        label = click.style("error:", fg="red", bold=True) if _colour(sys.stderr) else "error:"
+        label = f"error[{self.code}]:" if self.code else "error:"
+        label = click.style(label, fg="red", bold=True) if _colour(sys.stderr) else label
         lines = "\n".join(map(printable, masked(self.message).split("\n")))
         click.echo(f"{label} {lines}", file=file, err=True)
 

@@ -12,6 +12,7 @@ import click
 
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.cli.choosing import EXCEPT, Chosen, chosen
+from paramend.cli.examples import shown
 from paramend.cli.opening import raw
 from paramend.cli.options import ADDRESS, edits
 from paramend.cli.writing import edit_checkpoint
@@ -155,6 +156,7 @@ def _command(
     edited: Callable[[Any, Chosen, Sequence[int], Args], Checkpoint],
     *,
     in_place: bool,
+    examples: Sequence[str] = (),
 ) -> click.Command:
     """A command that edits the leaves that selectors match, named like the recipe step that does the same. `params` are
     what it takes besides PATH, SELECTOR... and the common options; `edited` makes of (checkpoint, choice, chosen
@@ -177,7 +179,8 @@ def _command(
     ]
     rest = [click.Option(["--except", "excepts"], **EXCEPT), *edits(in_place=in_place)]
     whole = _REST if in_place else _REST.replace(f" {_IN_PLACE}", "")
-    return _Command(name, callback=run, params=[*first, *params, *rest], help=f"{says}\n\n{whole}")
+    text = f"{says}\n\n{whole}"
+    return _Command(name, callback=run, params=[*first, *params, *rest], help=text, epilog=shown(name, examples))
 
 
 def edit_command(op: Op) -> click.Command:
@@ -216,7 +219,8 @@ def edit_command(op: Op) -> click.Command:
     says = f"In the leaves that a SELECTOR matches, {op.says}."
     if told:
         says += "\n\n\b\n" + "\n".join(told) if max(map(len, told)) < 70 else "\n\n" + " ".join(told)
-    return _command(op.name, says, params, edited, in_place=op.keeps_spec)
+    examples = [value.example or f"{name}.npy" for name, value in op.arguments.items() if name not in op.optional]
+    return _command(op.name, says, params, edited, in_place=op.keeps_spec, examples=examples)
 
 
 delete = _command(

@@ -76,7 +76,7 @@ def show(
             with _ui.bar(f"reading {path.name}") as progress:
                 from paramend.evidence.stats import measured  # only for --stats
 
-                found = measured(file, numbers, Meter(progress, sum(map(file.nbytes, numbers))))
+                found = measured(seen, numbers, Meter(progress, sum(map(file.nbytes, numbers))))
         if as_json:
             _ui.emit(_data(checkpoint.source, file, numbers, found))
         else:

@@ -16,6 +16,8 @@ from typing import Any
 import click
 
 from paramend.cli import _ui
+from paramend.cli.completion import completes
+from paramend.cli.examples import shown, to_try
 from paramend.cli.mistakes import Typed, exists, incomplete, no_such_option, told
 from paramend.cli.opening import takes_raw
 from paramend.cli.topics import MEANT, TOPICS
@@ -79,6 +81,8 @@ ROWS = (
     CommandRow("verify", "undo", "Check a checkpoint against the record that it carries.", opens=False),
     CommandRow("demo", "demo", "Run the five surgeries on a classifier of handwritten digits.", opens=False),
     CommandRow("lesson", "learn", "Learn the five surgeries: worked problems that grade your answer.", opens=False),
+    CommandRow("explain", "explain", "Explain an error by its code, or list them.", also=("error",), opens=False),
+    CommandRow("completion", "completion", "Let the shell complete commands, options and paths.", opens=False),
     CommandRow("help", "main", "Show this text, or that of a command.", opens=False),
 )
 
@@ -113,12 +117,13 @@ class _Group(click.Group):
         try:
             if row is not None:
                 found: click.Command = getattr(importlib.import_module(f"paramend.cli.{row.module}"), row.name)
-                return takes_raw(found) if row.opens else found
+                found.epilog = shown(row.name)
+                return completes(takes_raw(found)) if row.opens else found
             if any(cmd_name in (row.name, *row.aliases) for row in edits()):
                 from paramend.cli.edit import named  # imports the engines
 
                 made = named(cmd_name)
-                return made and takes_raw(made)
+                return made and completes(takes_raw(made))
         except ImportError as error:
             if isinstance(error, MissingExtra):
                 raise
@@ -161,7 +166,8 @@ class _Group(click.Group):
         except (ParamendError, OSError) as error:
             message = _ui.message_of(error)
             typed = ctx.obj if isinstance(ctx.obj, Typed) else None
-            raise _ui.Refusal(message if typed is None else told(message, error, typed, ctx)) from error
+            message = message if typed is None else told(message, error, typed, ctx)
+            raise _ui.Refusal(message, getattr(error, "code", "")) from error
         return result
 
     def _all(self, ctx: click.Context) -> Iterator[tuple[str, click.Command]]:
@@ -173,15 +179,18 @@ class _Group(click.Group):
                     yield name, command
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
 @click.version_option(package_name="paramend")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Surgery for model parameters: select leaves by path, change exactly those, and know that nothing else moved.
 
     Quote selectors, so that the shell leaves them alone: paramend show model.safetensors '**/bias'
 
     To read more of selectors: paramend help selectors
     """
+    if ctx.invoked_subcommand is None:
+        click.echo(to_try())
 
 
 @click.command()

@@ -15,6 +15,8 @@ from paramend.leaves.leaves import Editable
 from paramend.leaves.rules import Codec
 from paramend.leaves.specs import AnyArray, AnyTree, Slice
 from paramend.reports import wording
+from paramend.reports.report import Line, fold
+from paramend.reports.tables import as_html
 from paramend.selectors.selector import SelectorLike, sel, slice_of
 from paramend.selectors.slices import read_slice, write_index
 from paramend.trees.lookup import is_torch_module
@@ -75,6 +77,13 @@ class Selection(Edits[T]):
         index = "" if self._index is None else f"[{write_index(self._index)}]"
         count = wording.plural(len(self), "leaf", "leaves")
         return f"<pm.at(..., {self._selector!r}){index}: {count}: {printable(wording.listing(self.paths))}>"
+
+    def _repr_html_(self) -> str:
+        index = self._tree.index
+        named = [(index.path(number), self._tree.spec(number)) for number in self._numbers]
+        lines = fold([Line((path,), (str(spec),), spec.nbytes) for path, spec in named])
+        rows = [(*line.paths, *line.cells, wording.size(line.size)) for line in lines]
+        return as_html(repr(self).partition(":")[0][1:], [("path", "spec", "size"), *rows])
 
     def __getitem__(self, index: Slice) -> "Selection[T]":
         """The same slice of each selected leaf, such as one layer of a scanned stack.

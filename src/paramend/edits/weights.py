@@ -143,9 +143,9 @@ class Weights(Editable):
         leaf = self.read(number)
         return leaf if index is None else backend(leaf).get(leaf, index)
 
-    def origin(self, number: int) -> Any:
+    def home(self, number: int) -> Any:
         """What holds the values of a leaf: these, if they are decoded or in memory."""
-        given = getattr(self.stored, "origin", None)
+        given = getattr(self.stored, "home", None)
         return self if number in self.groups else self.stored if given is None else given(number)
 
     def extent(self, number: int) -> None:

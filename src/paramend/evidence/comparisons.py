@@ -32,7 +32,7 @@ class Pair:
     @property
     def same(self) -> bool:
         """Whether both are one object in memory."""
-        if hasattr(self.old, "origin") or hasattr(self.new, "origin"):
+        if hasattr(self.old, "home") or hasattr(self.new, "home"):
             return False
         return self.old.read(self.a) is self.new.read(self.b)
 

@@ -15,7 +15,6 @@ from paramend.disk.identity import check_unchanged, status_now, unchanged
 from paramend.disk.io import Readable, get_into, release, status_of
 from paramend.errors import Unsupported
 from paramend.formats.files import open_regular
-from paramend.formats.source import Gathering
 from paramend.leaves.leaves import Leaves
 from paramend.leaves.origins.origin import Extent
 from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype
@@ -107,8 +106,8 @@ def hindrance(leaves: Leaves, number: int) -> str:
 
 def _home(leaves: Any, number: int) -> Any:
     """The holder of the values: the file of a checkpoint, or None if the leaf is edited; else the tree."""
-    origin = getattr(leaves, "origin", None)
-    return leaves if origin is None or isinstance(leaves, Gathering) else origin(number)
+    home = getattr(leaves, "home", None)
+    return leaves if home is None else home(number)
 
 
 class Desk:

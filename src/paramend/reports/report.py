@@ -1,14 +1,18 @@
 """The shared base of reports: rows are data; printed, they are a table with repeated layers folded."""
 
+import html
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from paramend.errors import printable, printable_lines
+from paramend.errors import MissingExtra, printable, printable_lines
 from paramend.reports import wording
 from paramend.reports.tables import aligned
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,24 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """The report as plain dicts, lists, strings and numbers."""
         raise NotImplementedError
+
+    def to_frame(self) -> "DataFrame":
+        """The rows of `to_dict()` as a pandas data frame. Where they are in several lists, a column `part` names it.
+
+        Raises:
+            MissingExtra: pandas is not installed.
+        """
+        try:
+            from pandas import DataFrame  # only for this
+        except ImportError:
+            raise MissingExtra("a data frame needs pandas", hint="pip install pandas") from None
+        parts = {name: rows for name, rows in self.to_dict().items() if isinstance(rows, list)}
+        parts = {name: rows for name, rows in parts.items() if all(isinstance(row, dict) for row in rows)}
+        several = len(parts) > 1
+        return DataFrame([({"part": name} if several else {}) | row for name, rows in parts.items() for row in rows])
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
 
     def __str__(self) -> str:
         sections = self.sections()

@@ -1,6 +1,7 @@
 """Tables: rows of text whose columns line up, safe to show on a terminal."""
 
 from collections.abc import Iterable, Sequence
+from html import escape
 
 from paramend.errors import printable
 
@@ -19,3 +20,13 @@ def aligned(rows: Iterable[Sequence[str]], *, right: str = "") -> list[str]:
         ).rstrip()
         for row in table
     ]
+
+
+def as_html(headline: str, rows: Sequence[Sequence[str]]) -> str:
+    """A headline and a table, the first row its titles, as a notebook shows them."""
+    body = ""
+    for place, row in enumerate(rows):
+        tag = "td" if place else "th"
+        cells = (f'<{tag} style="text-align:left">{escape(printable(cell))}</{tag}>' for cell in row)
+        body += f"<tr>{''.join(cells)}</tr>"
+    return f"<div>{escape(printable(headline))}</div><table>{body}</table>"

@@ -1,0 +1,39 @@
+"""`paramend explain CODE`: what an error means, with code that raises it, and what to do."""
+
+import re
+from collections.abc import Mapping
+from importlib import resources
+
+import click
+
+from paramend.reports import wording
+
+
+def explanations() -> Mapping[str, str]:
+    """Code → the page about that error, as Markdown."""
+    text = resources.files("paramend.cli").joinpath("errors.md").read_text(encoding="utf-8")
+    pages = (page.partition("\n") for page in re.split(r"^## ", text, flags=re.MULTILINE)[1:])
+    return {code: page.strip() for code, _, page in pages}
+
+
+@click.command()
+@click.argument("code", required=False)
+def explain(code: str | None) -> None:
+    """Explain an error by its CODE, which stands in brackets before its message; without one, list them.
+
+    The same is `error.code` in Python.
+    """
+    pages = explanations()
+    if code is None:
+        width = max(map(len, pages))
+        firsts = (
+            (name, re.split(r"(?<=[.:]) ", " ".join(page.split()))[0].rstrip(":")) for name, page in pages.items()
+        )
+        click.echo("\n".join(f"{name:<{width}}  {first}" for name, first in firsts))
+        return
+    name = re.sub(r"^error\[(.*)\]:?$", r"\1", code.strip()).lower()
+    if name not in pages:
+        near = wording.closest(name, pages, limit=1)
+        hint = f"Did you mean {near[0]!r}?" if near else "To list them: paramend explain"
+        raise click.UsageError(f"There is no error {code!r}. {hint}")
+    click.echo(f"error[{name}]\n\n{pages[name]}")
