@@ -161,7 +161,8 @@ class _Group(click.Group):
         except click.NoSuchOption as error:
             raise click.UsageError(no_such_option(error, self._all(ctx)), ctx=error.ctx) from error
         except click.UsageError as error:
-            error.message = masked(error.message)
+            if masked(error.message) != error.message:
+                raise click.UsageError(masked(error.message), ctx=error.ctx) from None
             raise
         except (ParamendError, OSError) as error:
             message = _ui.message_of(error)

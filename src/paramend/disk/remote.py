@@ -5,6 +5,7 @@ huggingface_hub. No message repeats what obstore says: it would show signed addr
 """
 
 import json
+import math
 import os
 import re
 import threading
@@ -17,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from errno import EACCES
+from errno import EACCES, ENOENT
 from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
@@ -149,11 +150,9 @@ def look(at: Address, name: Path) -> Seen | None:
         with Object(at, name) as found:
             return found.seen
     try:
-        return _seen(obstore.head(at.store, at.path))
+        return _seen(asked(at, name, lambda: obstore.head(at.store, at.path)))
     except FileNotFoundError:
         return None
-    except Exception as error:
-        raise failure(name, error) from None
 
 
 def listing(at: Address, name: Path) -> dict[str, Seen | None]:
@@ -163,12 +162,10 @@ def listing(at: Address, name: Path) -> dict[str, Seen | None]:
         return _probed(at, name)
     try:
         if at.scheme == "hf":
-            return _of_hub(obstore, at)
-        found = obstore.list_with_delimiter(at.store, at.key or None)
+            return asked(at, name, lambda: _of_hub(obstore, at))
+        found = asked(at, name, lambda: obstore.list_with_delimiter(at.store, at.key or None))
     except FileNotFoundError:
         return {}
-    except Exception as error:
-        raise failure(name, error) from None
     own = {Path(row["path"]).name: _seen(row) for row in found["objects"] if row["path"].rstrip("/") != at.key}
     return {**{Path(folder).name: None for folder in found["common_prefixes"]}, **own}
 
@@ -176,10 +173,7 @@ def listing(at: Address, name: Path) -> dict[str, Seen | None]:
 def delete(at: Address, name: Path) -> None:
     """Delete an object."""
     obstore = need("obstore", extra="remote", to="open remote addresses")
-    try:
-        obstore.delete(at.store, at.path)
-    except Exception as error:
-        raise failure(name, error, CannotWrite) from None
+    asked(at, name, lambda: obstore.delete(at.store, at.path), CannotWrite)
 
 
 def _of_hub(obstore: Any, at: Address) -> dict[str, Seen | None]:
@@ -322,6 +316,7 @@ class Object:
         if seen is not None and seen.solid and self.at.scheme != "hf":  # the Hub sends readers elsewhere
             options["if_match"] = seen.tag
         began = time.monotonic()
+        check_answers(self.at, self.name)
         while True:
             try:
                 result = obstore.get(self.at.store, self.at.path, options=options)
@@ -337,7 +332,7 @@ class Object:
                     return found, data
                 error = CannotRead(f"{self.name}: the server sent {len(data):,} bytes of {stop - start:,}")
             if not _passes(error) or time.monotonic() - began > PATIENCE:
-                raise failure(self.name, error) from None
+                raise failed(self.at, self.name, error) from None
             time.sleep(0.2)
 
 
@@ -357,12 +352,44 @@ def _pool() -> ThreadPoolExecutor:
 
 # ---- what went wrong ------------------------------------------------------------------------------------------
 
+_NO_ANSWER = f": the server does not answer, or breaks the connection; tried for {PATIENCE} seconds or longer"
 _LOGIN = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket",
     "gs": "GOOGLE_SERVICE_ACCOUNT, or GOOGLE_SKIP_SIGNATURE=true for a public bucket",
     "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
     "hf": "HF_TOKEN",
 }
+
+
+# Scheme and place of stores that did not answer → when. For some seconds they are not asked again: whoever tidies up
+# after a failure need not wait as long as the first one did.
+_SILENT: dict[tuple[str, str], float] = {}
+_REST = 10
+
+
+def asked(at: Address, name: Path, call: Callable[[], T], kind: type[ParamendError] = CannotRead) -> T:
+    """What a call of obstore returns. Its errors are raised in words of our own, but for `FileNotFoundError`."""
+    check_answers(at, name, kind)
+    try:
+        return call()
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise failed(at, name, error, kind) from None
+
+
+def check_answers(at: Address, name: Path, kind: type[ParamendError] = CannotRead) -> None:
+    """Raise if a store did not answer a moment ago."""
+    if time.monotonic() - _SILENT.get((at.scheme, at.place), -math.inf) < _REST:
+        raise kind(f"{name}{_NO_ANSWER}")
+
+
+def failed(at: Address, name: Path, error: Exception, kind: type[ParamendError] = CannotRead) -> ParamendError:
+    """The error to raise for one of obstore; that a store does not answer is kept in mind."""
+    found = failure(name, error, kind)
+    if _NO_ANSWER in str(found):
+        _SILENT[at.scheme, at.place] = time.monotonic()
+    return found
 
 
 def failure(name: Path, error: Exception, kind: type[ParamendError] = CannotRead) -> ParamendError:
@@ -373,12 +400,11 @@ def failure(name: Path, error: Exception, kind: type[ParamendError] = CannotRead
     if sort == "PreconditionError" or code == 412:
         return _other(name)
     if isinstance(error, FileNotFoundError) or code == 404:
-        return kind(f"{name}: there is no such object, or no such bucket")
+        return _told(kind(f"{name}: there is no such object, or no such bucket"), ENOENT)
     scheme = str(name).partition(":")[0]
     if sort in ("PermissionDeniedError", "UnauthenticatedError") or code in (401, 403):
-        refused = kind(f"{name}: the server refuses access", hint=f"set {_LOGIN[scheme]}" if scheme in _LOGIN else "")
-        refused.errno = EACCES  # type: ignore[attr-defined]  # of the two kinds that are errors of the system
-        return refused
+        hint = f"set {_LOGIN[scheme]}" if scheme in _LOGIN else ""
+        return _told(kind(f"{name}: the server refuses access", hint=hint), EACCES)
     if "InstanceCredential" in text or "169.254.169.254" in text or "metadata.google" in text:
         return kind(f"{name}: there are no credentials for it", hint=f"set {_LOGIN.get(scheme, 'them')}")
     if "on-partial" in text or "NotPartial" in text:
@@ -389,7 +415,17 @@ def failure(name: Path, error: Exception, kind: type[ParamendError] = CannotRead
         return kind(f"{name}: the server answers with status {code}")
     if "range" in text.lower():
         return kind(f"{name}: the server sent another range than it was asked for")
-    return kind(f"{name}: the server does not answer, or breaks the connection; tried for {PATIENCE} seconds or longer")
+    return kind(f"{name}{_NO_ANSWER}")
+
+
+def _told(error: ParamendError, number: int) -> ParamendError:
+    error.__dict__["number"] = number
+    return error
+
+
+def unanswered(error: BaseException) -> bool:
+    """Whether an error says that a store does not answer, not that something is not there, or is not shown."""
+    return isinstance(error, CannotRead) and "number" not in error.__dict__
 
 
 def _code(error: Exception) -> int:

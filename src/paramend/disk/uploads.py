@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from paramend._optional import need
 from paramend.disk.failures import reason
-from paramend.disk.remote import Address, failure, look
+from paramend.disk.remote import Address, asked, look
 from paramend.disk.urls import Url
 from paramend.errors import CannotRead, CannotWrite, Unsupported
 
@@ -109,9 +109,11 @@ class Upload:
         self.sent[name] = nbytes
         try:
             self._ask("put", at.sink, at.path, data, **how)
-        except CannotWrite:
-            if not self._is_sent(name):  # it may be only the last answer that got lost
-                raise
+        except CannotWrite as error:
+            with contextlib.suppress(CannotRead):
+                if self._is_sent(name):  # only the last answer got lost
+                    return
+            raise error from None
 
     def publish(self) -> None:
         """Send what was made in the temporary folder; then put all in place, the files that make a model of it last."""
@@ -162,13 +164,17 @@ class Upload:
             self._ask("delete", at.store, at.path)
 
     def _ask(self, verb: str, *args: Any, **how: Any) -> Any:
-        try:
-            found = getattr(self._store, verb)(*args, **how)
+        def call() -> Any:
+            try:
+                found = getattr(self._store, verb)(*args, **how)
+            except _Stopped as stopped:
+                return stopped
             return [row for rows in found for row in rows] if verb == "list" else found
-        except _Stopped:
-            raise
-        except Exception as error:
-            raise failure(self.out, error, CannotWrite) from None
+
+        found = asked(self.out.at, self.out, call, CannotWrite)
+        if isinstance(found, _Stopped):
+            raise found
+        return found
 
 
 @contextlib.contextmanager

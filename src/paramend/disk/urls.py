@@ -5,7 +5,7 @@ import io
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path, PosixPath, PurePath
 from typing import Any
@@ -106,9 +106,9 @@ class Url(PosixPath):
         try:
             return self.stat().st_mode
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.EACCES):  # stores refuse to say that something is not there
-                return 0
-            raise
+            if remote.unanswered(error):
+                raise
+            return 0  # stores may refuse to say that something is not there
 
     def __truediv__(self, name: str | os.PathLike[str]) -> "Url":
         child = super().__truediv__(name)
@@ -120,7 +120,7 @@ class Url(PosixPath):
     def _mode_of(self, name: str) -> int:
         return remote.status(self.at, self._inside[name]).st_mode if name in self._inside else 0
 
-    def iterdir(self) -> Iterator["Url"]:
+    def iterdir(self) -> Generator["Url", None, None]:
         return (self / name for name in sorted(self._inside))
 
     def glob(self, pattern: str, **how: Any) -> Iterator["Url"]:  # type: ignore[override]  # of one folder
@@ -130,7 +130,7 @@ class Url(PosixPath):
         found = self.opened()
         return found.read(0, found.seen.size)
 
-    def open(self, mode: str = "r", *args: Any, **how: Any) -> Any:  # type: ignore[override]
+    def open(self, mode: str = "r", *args: Any, **how: Any) -> Any:
         raw = io.BytesIO(self.read_bytes())
         return raw if "b" in mode else io.TextIOWrapper(raw, encoding=how.get("encoding") or "utf-8")
 

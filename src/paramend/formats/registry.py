@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from paramend.disk.remote import unanswered
 from paramend.disk.urls import Url, path_of
 from paramend.errors import BadCheckpoint, CannotRead, Unsupported
 from paramend.formats.files import FOREIGN, OpenFile, near
@@ -228,7 +229,9 @@ def home_of(path: Path) -> Path:
     """The file or folder that identifies a checkpoint, however the user named it: for Orbax, the folder of the tree."""
     try:
         row = find_format(path, b"") if path.is_dir() else None
-    except OSError:
+    except OSError as error:
+        if unanswered(error):
+            raise
         row = None
     if row is None or not row.folder:
         return path
