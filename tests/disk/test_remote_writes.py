@@ -315,10 +315,11 @@ def test_a_killed_writer_leaves_no_object(proxy, server, model):
 def test_an_interrupted_writer_leaves_no_object(proxy, server, model):
     proxy.fault = lambda method, path, number: time.sleep(0.1)
     code = "import paramend as pm, sys; pm.at(pm.open(sys.argv[1]), '**').multiply(2).save('s3://models/out')"
-    ran = subprocess.Popen([sys.executable, "-c", code, str(model)], stderr=subprocess.DEVNULL)
+    ran = subprocess.Popen([sys.executable, "-c", code, str(model)], stderr=subprocess.PIPE, text=True)
     while not any(method == "PUT" for method, _, _ in proxy.seen):
         time.sleep(0.01)
     ran.send_signal(signal.SIGINT)
-    assert ran.wait(60)
+    _, said = ran.communicate(timeout=600)
+    assert "KeyboardInterrupt" in said
     assert server.keys() == []
     assert server.uploads() == 0

@@ -34,7 +34,7 @@ PART, _AT_ONCE, _HEAD = 8 << 20, 8, 1 << 17
 # A short read fetches this much; reads that follow one another fetch ahead once they have come this far.
 _NEAR, _RUN = 1 << 14, 1 << 20
 # Seconds: without an answer, of all tries of one request. A server that stops is reported within twice their sum.
-SILENCE, PATIENCE = 12, 15
+SILENCE, PATIENCE = 15, 15
 # What a folder on a plain web server may hold, which has no listings.
 _USUAL = (
     *("model.safetensors.index.json", "model.safetensors", "config.json", "generation_config.json"),
@@ -86,11 +86,15 @@ class Address:
     @property
     def sink(self) -> Any:
         """The same for writing: an answer comes when all was sent, and a line may be slow."""
-        return self._store(SILENCE + 6)
+        return self._store(SILENCE + 3)
 
     def _store(self, silence: int) -> Any:
-        said = tuple(item for item in os.environ.items() if item[0].startswith(_OWN))
-        return _store(replace(self, key=""), (silence, PATIENCE), os.getpid(), said)
+        return _store(*self.home, (silence, PATIENCE), os.getpid())
+
+    @property
+    def home(self) -> tuple["Address", tuple[tuple[str, str], ...]]:
+        """What tells its store from others: an address, and the settings of the environment."""
+        return replace(self, key=""), tuple(item for item in os.environ.items() if item[0].startswith(_OWN))
 
     @property
     def path(self) -> str:
@@ -99,14 +103,14 @@ class Address:
 
 
 @cache
-def _store(at: Address, seconds: tuple[int, int], process: int, settings: tuple[tuple[str, str], ...]) -> Any:
+def _store(at: Address, settings: tuple[tuple[str, str], ...], seconds: tuple[int, int], process: int) -> Any:
     scheme, place, query, (silence, patience) = at.scheme, at.place, at.query, seconds
     stores = need("obstore.store", extra="remote", to=f"open {scheme}:// addresses")
     options: dict[str, Any] = {"connect_timeout": "5s", "read_timeout": f"{silence}s", "timeout": "1h"}
     tries = {
         "max_retries": 100,
         "retry_timeout": timedelta(seconds=patience),
-        "backoff": {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=4), "base": 2},
+        "backoff": {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=2), "base": 2},
     }
     own = {"s3": "S3Store", "gs": "GCSStore", "az": "AzureStore"}.get(scheme)
     if own is not None:
@@ -332,7 +336,7 @@ class Object:
                     return found, data
                 error = CannotRead(f"{self.name}: the server sent {len(data):,} bytes of {stop - start:,}")
             if not _passes(error) or time.monotonic() - began > PATIENCE:
-                raise failed(self.at, self.name, error) from None
+                raise failed(self.at, self.name, error, CannotRead, began) from None
             time.sleep(0.2)
 
 
@@ -361,34 +365,35 @@ _LOGIN = {
 }
 
 
-# Scheme and place of stores that did not answer → when. For some seconds they are not asked again: whoever tidies up
-# after a failure need not wait as long as the first one did.
-_SILENT: dict[tuple[str, str], float] = {}
+# Stores that were silent → when. For some seconds they are not asked again: whoever tidies up after a failure need not
+# wait as long as the first one did.
+_SILENT: dict[Any, float] = {}
 _REST = 10
 
 
 def asked(at: Address, name: Path, call: Callable[[], T], kind: type[ParamendError] = CannotRead) -> T:
-    """What a call of obstore returns. Its errors are raised in words of our own, but for `FileNotFoundError`."""
+    """What a call of obstore returns. Its errors are raised in words of our own; `FileNotFoundError` stays one."""
     check_answers(at, name, kind)
+    began = time.monotonic()
     try:
         return call()
-    except FileNotFoundError:
-        raise
     except Exception as error:
-        raise failed(at, name, error, kind) from None
+        if isinstance(error, FileNotFoundError) and kind is CannotRead:
+            raise FileNotFoundError(ENOENT, "there is no such object", str(name)) from None
+        raise failed(at, name, error, kind, began) from None
 
 
 def check_answers(at: Address, name: Path, kind: type[ParamendError] = CannotRead) -> None:
     """Raise if a store did not answer a moment ago."""
-    if time.monotonic() - _SILENT.get((at.scheme, at.place), -math.inf) < _REST:
+    if time.monotonic() - _SILENT.get(at.home, -math.inf) < _REST:
         raise kind(f"{name}{_NO_ANSWER}")
 
 
-def failed(at: Address, name: Path, error: Exception, kind: type[ParamendError] = CannotRead) -> ParamendError:
-    """The error to raise for one of obstore; that a store does not answer is kept in mind."""
+def failed(at: Address, name: Path, error: Exception, kind: type[ParamendError], began: float) -> ParamendError:
+    """The error to raise for one of obstore; that a store was silent all the time is kept in mind."""
     found = failure(name, error, kind)
-    if _NO_ANSWER in str(found):
-        _SILENT[at.scheme, at.place] = time.monotonic()
+    if _NO_ANSWER in str(found) and kind is CannotRead and time.monotonic() - began >= PATIENCE:
+        _SILENT[at.home] = time.monotonic()
     return found
 
 

@@ -8,7 +8,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path, PosixPath
 from typing import IO, Any
 
@@ -80,7 +80,8 @@ class _Sending:
         if self.target >= 0:
             os.close(self.target)
             self.target = -1
-        self._thread.shutdown()
+        self._thread.shutdown(wait=False)
+        wait([self._sent])  # also after Ctrl-C, which makes `shutdown` take a thread for one that has ended
 
 
 class _Stopped(Exception):
