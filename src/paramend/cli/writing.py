@@ -107,9 +107,10 @@ def edit_checkpoint(
 ) -> None:
     """Write an edited checkpoint, or change its own files, or only show the edit in a dry run. `patches` says whether
     the edit can be made in place; the others are as in `EDITS`."""
-    if in_place and (out is not None or record or any(given[name] for name in ("link", "force", "workers", "resume"))):
+    others = record, given["link"], given["force"], given["workers"], given["resume"], given["engine"] != "processes"
+    if in_place and (out is not None or any(others)):
         raise click.UsageError(
-            "--in-place changes PATH itself: it excludes -o, --link, --force, --record, --workers and --resume."
+            "--in-place changes PATH itself: it excludes -o, --link, --force, --record, --workers, --engine, --resume."
         )
     if out is None and not (dry_run or in_place):
         raise click.UsageError(f"-o OUT {'or --in-place ' * patches}is needed.")

@@ -41,8 +41,8 @@ class Crew(NamedTuple):
 
     @property
     def alone(self) -> bool:
-        """Whether this process makes the files whole, one after the other."""
-        return self.here and not self.resume
+        """Whether this process makes the files whole, one after the other, and keeps no manifest."""
+        return self.workers is None and self.engine == "processes" and not self.resume
 
     @property
     def here(self) -> bool:

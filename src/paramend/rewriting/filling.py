@@ -51,11 +51,11 @@ class Filler:
 
         Args:
             fresh: whether the file holds nothing there yet.
-            hashed: a digest that takes all bytes, as the file holds them then.
+            hashed: a digest that takes all bytes.
         """
         at = os.lseek(target, 0, os.SEEK_CUR) if is_regular(target) else 0
         back = WriteBack(target, at)
-        flow = _Flow(self.source, self.digests, fresh=fresh and is_regular(target))
+        flow = _Flow(self.source, self.digests, fresh=fresh and is_regular(target), hashed=hashed)
         for piece in pieces:
             name = ""
             if isinstance(piece, bytes):
@@ -68,7 +68,7 @@ class Filler:
                 counts = self.copier.copy(descriptor, target, piece.start, piece.stop, path=piece.path)
                 self.copied += piece.stop - piece.start
             for count in counts:
-                if hashed is not None:
+                if hashed is not None and not isinstance(piece, Computed):
                     take_in(hashed, target, at, at + count)
                 at += count
                 back.advance(count)
@@ -125,8 +125,8 @@ class Inputs:
 class _Flow:
     """The bytes of computed leaves, which a format may want span by span."""
 
-    def __init__(self, source: Any, digests: Digests, *, fresh: bool) -> None:
-        self._source, self._digests, self._fresh = source, digests, fresh
+    def __init__(self, source: Any, digests: Digests, *, fresh: bool, hashed: Any) -> None:
+        self._source, self._digests, self._fresh, self._hashed = source, digests, fresh, hashed
         self._row: Row | None = None
         self._chunks: Iterator[memoryview] = iter(())
         self._rest = memoryview(b"")
@@ -143,7 +143,10 @@ class _Flow:
         while left:
             self._rest = self._rest if len(self._rest) else next(self._chunks)
             count = min(left, len(self._rest))
-            yield os.lseek(target, count, os.SEEK_CUR) and count if hole else put(target, self._rest[:count])
+            part = self._rest[:count]
+            if self._hashed is not None:
+                self._hashed.update(part)
+            yield os.lseek(target, count, os.SEEK_CUR) and count if hole else put(target, part)
             self._rest = self._rest[count:] if count < len(self._rest) else memoryview(b"")  # which frees a tile
             left -= count
         if piece.stop == row.spec.nbytes:

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from paramend.edits.call import Op
 from paramend.edits.damage import Damage
-from paramend.edits.ops import Op
 from paramend.edits.plan import Plan
 from paramend.formats.gathered import Gathered
 from paramend.formats.registry import Format
@@ -68,8 +68,8 @@ class _Walk:
             return self._all(value.__qualname__, value.__code__, value.__defaults__, value.__kwdefaults__, cells)
         if isinstance(value, CodeType):
             return self._all(value.co_code, value.co_consts, value.co_names)
-        if isinstance(value, Opened) and not isinstance(value, Gathered) and value.stats:
-            return self._all(value.format, *value.stats)
+        if isinstance(value, Opened) and not isinstance(value, Gathered) and (stats := getattr(value, "stats", {})):
+            return self._all(*stats)
         if isinstance(value, Mapping):
             return [part for item in value.items() for part in self._all(*item)]
         if isinstance(value, Set):

@@ -2,11 +2,12 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from paramend.disk.copying import begin_write_back
 from paramend.disk.io import release
 from paramend.disk.sharing import BLOCK
 from paramend.edits.plan import Plan, Row
@@ -83,6 +84,7 @@ class Order:
         recorded: the numbers of the leaves whose digests a record wants.
         place: where the files are being made: a folder, or the only file.
         folder: the folder that paths start in.
+        far: whether other machines make them, which must not keep what they have written to themselves.
     """
 
     made: Plan
@@ -90,13 +92,14 @@ class Order:
     recorded: frozenset[int]
     place: Path
     folder: Path
+    far: bool
 
     @classmethod
-    def of(cls, made: Plan, jobs: Sequence[Job], recorded: Sequence[int], place: Path) -> "Order":
+    def of(cls, made: Plan, jobs: Sequence[Job], recorded: Collection[int], place: Path, *, far: bool) -> "Order":
         """The order of the jobs of a plan."""
         rows = {row.source: row for job in jobs for row in job.rows}
         part = replace(made, rows=tuple(rows.values()), deleted=(), texts=())
-        return cls(part, tuple(jobs), frozenset(recorded), place.absolute(), Path.cwd())
+        return cls(part, tuple(jobs), frozenset(recorded), place.absolute(), Path.cwd(), far)
 
 
 class Hand:
@@ -107,7 +110,7 @@ class Hand:
         self._filler = Filler(order.made, Digests(order.recorded), Meter(None, 0))
 
     def do(self, task: Task) -> Done:
-        """Make the bytes of a job, durably, unless they are there."""
+        """Make the bytes of a job, unless they are there."""
         job, filler = self._order.jobs[task.number], self._filler
         target = os.open(self._order.place / job.name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
@@ -119,14 +122,14 @@ class Hand:
             before, hashed = filler.counts, hashlib.sha256()
             os.lseek(target, job.start, os.SEEK_SET)
             filler.fill(job.pieces, target, fresh=task.fresh, hashed=hashed)
-            os.fsync(target)
+            os.fsync(target) if self._order.far else begin_write_back(target)
         finally:
             release(target)
         found, rows = filler.digests.found, job.rows
         leaves = {row.source: found.pop(row.source) for row in rows if row.source in found}
         measured = {row.source: measured_of(row) for row in rows if row.calls}
-        counts = (after - was for was, after in zip(before, filler.counts, strict=True))
-        return Done(hashed.hexdigest(), leaves, measured, *counts)
+        copied, computed, shared = (after - was for was, after in zip(before, filler.counts, strict=True))
+        return Done(hashed.hexdigest(), leaves, measured, copied, computed, shared)
 
     def close(self) -> None:
         """Close the files that were read."""

@@ -29,10 +29,11 @@ class Manifest:
 
     def __init__(self, out: Path, plan: str, files: Sequence[File], sources: Mapping[Path, os.stat_result]) -> None:
         self._out = out
+        self._sources = {str(path.absolute()): _seen(status) for path, status in sources.items()}
         self._head = {
             "paramend": version("paramend"),
             "plan": plan,
-            "sources": {str(path.absolute()): _seen(status) for path, status in sources.items()},
+            "sources": self._sources,
             "files": {file.name: file.nbytes for file in files},
         }
         self._done: dict[tuple[str, int, int], Done] = {}
@@ -58,7 +59,7 @@ class Manifest:
             done = dict(map(_read, rest))
         except (ValueError, KeyError, TypeError):
             return False
-        for path, seen in self._head["sources"].items():
+        for path, seen in self._sources.items():
             if head["sources"].get(path, seen) != seen:
                 raise CannotWrite(f"{self._out}: {path} has changed since this was begun", hint=_ANEW)
         if head != self._head:
@@ -103,5 +104,6 @@ def _seen(status: os.stat_result) -> list[int]:
 
 def _read(entry: Mapping[str, Any]) -> tuple[tuple[str, int, int], Done]:
     leaves, measured = ({int(number): each for number, each in entry[name].items()} for name in ("leaves", "measured"))
-    counts = (int(entry[name]) for name in ("copied", "computed", "shared"))
-    return (entry["file"], entry["start"], entry["stop"]), Done(entry["sha256"], leaves, measured, *counts)
+    copied, computed, shared = (int(entry[name]) for name in ("copied", "computed", "shared"))
+    done = Done(entry["sha256"], leaves, measured, copied, computed, shared)
+    return (entry["file"], entry["start"], entry["stop"]), done

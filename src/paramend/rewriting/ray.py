@@ -2,16 +2,20 @@
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import suppress
 from hashlib import sha256
 from typing import Any
 
 from paramend._optional import need
-from paramend.errors import Unsupported
+from paramend.disk.failures import reason
+from paramend.errors import CannotWrite, Unsupported
 from paramend.rewriting.jobs import Done, Hand, Order, Task
 from paramend.rewriting.workers import hand_for, sendable
 
+# Seconds until a cluster answers.
+_PATIENCE = 10
 # The hand for the order at work, in a worker of Ray.
 _hands: dict[str, Hand] = {}
 
@@ -24,6 +28,7 @@ class Ray:
         self._own = not self._ray.is_initialized()
         if self._own:
             address = engine if engine.startswith("ray://") else os.environ.get("RAY_ADDRESS", "local")
+            _check_answers(address)
             here = {"num_cpus": count, "include_dashboard": False} if address == "local" else {}
             self._ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **here)
         self._count = count or max(int(self._ray.cluster_resources().get("CPU", 1)), 1)
@@ -61,6 +66,16 @@ class Ray:
                 self._ray.cancel(each, force=True)
         if self._own:
             self._ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Raise if nothing answers at an address: Ray would try again for minutes."""
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    if port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), _PATIENCE).close()
+        except OSError as error:
+            raise CannotWrite(f"no cluster of Ray answers at {address}: {reason(error)}", hint="ray status") from None
 
 
 def do(name: str, order: list[Any], task: Task) -> Done | Exception:

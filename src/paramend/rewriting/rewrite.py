@@ -235,7 +235,7 @@ class _Run:
             begun.append((file, path, access))
         if self.layout.folder:
             _drop_others(temporary, {file.name for file in self.layout.files})
-        order = Order.of(self.made, jobs, self.filler.digests.wanted, temporary)
+        order = Order.of(self.made, jobs, self.filler.digests.wanted, temporary, far=crew.engine != "processes")
         for job, done in carried_out(order, tasks, crew, manifest, self.out):
             self._enter(job, done)
         for file, path, access in begun:
