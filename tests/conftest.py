@@ -1,15 +1,13 @@
 """Eight host devices for the sharding tests, set before JAX starts; examples that do not change; tests on demand."""
 
 import os
+import re
 import sys
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# What XLA optimizes is not what is tested, and costs a fifth of the time; `tests/portable.py` compiles as users do.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 # A slow machine is no fault, and a test that passes here passes there: the examples do not change from run to run.
 # `--hypothesis-profile=search` draws others.
@@ -33,7 +31,17 @@ ON_DEMAND = {
     "far": "with Ray or a server of objects",
     "gpu": "on an accelerator",
 }
+# What XLA optimizes is not what is tested, and costs a fifth of the time; `tests/portable.py` compiles as users do.
+HOST = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+# torch needs some of the memory too.
+ACCELERATOR = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 LEFT_OUT = pytest.StashKey[dict[str, int]]()
+
+
+def pytest_configure(config):
+    asked = re.search(r"(?<!not )\bgpu\b", config.option.markexpr)
+    for name, value in (ACCELERATOR if asked else HOST).items():
+        os.environ.setdefault(name, value)
 
 
 def pytest_collection_modifyitems(config, items):

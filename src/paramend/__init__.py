@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from paramend.checkpoints.tying import untie as untie
     from paramend.checkpoints.whole import load as load
     from paramend.checkpoints.whole import save as save
+    from paramend.deltas.comparing import delta as delta
+    from paramend.deltas.delta import Delta as Delta
     from paramend.edits.selection import Selection as Selection
     from paramend.edits.selection import at as at
     from paramend.edits.selection import labels as labels
@@ -95,6 +97,8 @@ _LATER = {
         "paramend.checkpoints.config": ("Config", "config"),
         "paramend.checkpoints.tying": ("tie", "untie"),
         "paramend.checkpoints.whole": ("load", "save"),
+        "paramend.deltas.comparing": ("delta",),
+        "paramend.deltas.delta": ("Delta",),
         "paramend.evidence.diff": ("diff", "verify"),
         "paramend.edits.selection": ("Selection", "at", "labels", "param_count"),
         "paramend.freezing.freeze": (

@@ -21,7 +21,13 @@ def test_damage_gives_errors_of_our_own_and_nothing_else(kind):
 
 CASES = [
     *(("rewrite", "shards", 2), ("rewrite", "structure", 9)),
-    *(("patch", "shards", 9), ("patch", "torch", 2), ("patch", "inserted", 9), ("patch", "split", 2)),
+    *(
+        ("patch", "delta", 9),
+        ("patch", "shards", 9),
+        ("patch", "torch", 2),
+        ("patch", "inserted", 9),
+        ("patch", "split", 2),
+    ),
 ]
 
 

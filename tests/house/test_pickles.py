@@ -223,6 +223,7 @@ def example_reports():
     layers = {"layers": [{"w": np.ones(2)}, {"w": np.ones(2)}]}
     mixture = {"0": {"gate": {"weight": np.ones((2, 2))}, "experts": {"w": np.ones((2, 2, 2))}}}
     params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    delta = pm.delta(old, new)
     return [
         saved,
         written,
@@ -232,6 +233,7 @@ def example_reports():
         pm.record("out.safetensors"),
         pm.anatomy(layers, {"num_hidden_layers": 2}),
         pm.diff(old, new, histograms=True, only="a/**"),
+        delta,
         pm.stats(old, spectral=True, histograms=True),
         grafted[1],
         simulated,

@@ -23,7 +23,7 @@ FLOORS = [
     {"rewriting"},
     {"checkpoints"},
     {"grafting", "growth", "stacking", "evidence", "quantizing", "tokens"},
-    {"merging"},
+    {"merging", "deltas"},
     {"recipes"},
     {"testing", "lessons", "demo", "ablation", "porting"},
     {"cli"},

@@ -1,7 +1,7 @@
 """Writers that are stopped at random moments: what is left is the old state or the new one, never a third.
 
     python tests/support/killing.py rewrite|patch KIND ROUNDS [SIGNAL] [SEED]      KIND: file, shards, torch, structure,
-    inserted, split
+    inserted, split, delta
 
 A child writes and is killed. Then the output is looked at, and the next writer must leave nothing of the killed one.
 """
@@ -41,7 +41,7 @@ def make(folder, kind):
         (folder / "model").mkdir()
         safetensors.numpy.save_file(tree(), folder / "model" / "model.safetensors")
         return folder / "model"
-    if kind in ("shards", "inserted"):
+    if kind in ("shards", "inserted", "delta"):
         model = folder / "model"
         model.mkdir()
         for n in range(3):
@@ -65,6 +65,9 @@ def edit(kind):
         return lambda t: pm.config(pm.at(t, "**").add(1)).set({"a key": "a value"})
     if kind in ("inserted", "split"):
         return lambda t: pm.insert(t, {"new": tree()}, "**")[0]
+    if kind == "delta":
+        after = {name: array + (np.arange(array.size).reshape(array.shape) % 50 == 0) for name, array in tree().items()}
+        return pm.delta(tree(), {name: array.astype("float32") for name, array in after.items()}).apply
     return lambda t: pm.at(t, "**").add(1)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from paramend.anatomy.counts import EXPERTS, Pieces
-from paramend.anatomy.entries import Names
+from paramend.anatomy.entries import Names, words
 from paramend.anatomy.sections import SENSES, counted, part_at
 from paramend.errors import SpecMismatch, Unsupported
 from paramend.leaves.groups import Named
@@ -23,13 +23,9 @@ TOP_K = (
 )
 
 
-def _kinds(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
 # Families by what becomes of the weights with which outputs of experts are added, where each expert is there m times
 # and m times as many are chosen. In sum they stay where they are normalised, or the shares of a softmax.
-_SUMMED = _kinds(
+_SUMMED = words(
     """
     mixtral qwen2_moe qwen3_moe qwen3_next qwen3_vl_moe qwen3_vl_moe_text qwen3_5_moe qwen3_5_moe_text olmoe flex_olmo
     gpt_oss granitemoe granitemoehybrid granitemoeshared jamba jetmoe minimax minimax_m2 ernie4_5_moe hunyuan_v1_moe
@@ -37,7 +33,7 @@ _SUMMED = _kinds(
     """
 )
 # Here they are the scores of a sigmoid, normalised if the configuration says so, times a factor.
-_SCORED = _kinds(
+_SCORED = words(
     """
     deepseek_v3 deepseek_v32 dots1 glm4_moe glm4_moe_lite glm4v_moe glm4v_moe_text glm_moe_dsa exaone_moe solar_open
     mimo_v2_flash nemotron_h lfm2_moe axk1 bailing_hybrid kimi_linear

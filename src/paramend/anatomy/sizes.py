@@ -13,15 +13,8 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "hidden": ("hidden_size", "d_model", "n_embd", "embed_dim", "emb_dim", "dim", "model_dim"),
     "mlp": ("{side}_ffn_dim", "intermediate_size", "d_ff", "ffn_dim", "n_inner", "ffn_hidden_size"),
     "heads": (
-        *(
-            "{side}_attention_heads",
-            "num_{side}_attention_heads",
-            "num_attention_heads",
-            "n_head",
-            "n_heads",
-            "num_heads",
-        ),
-        "attention_heads",
+        *("{side}_attention_heads", "num_{side}_attention_heads", "num_attention_heads"),
+        *("n_head", "n_heads", "num_heads", "attention_heads"),
     ),
     "kv_heads": ("num_key_value_heads", "num_kv_heads", "kv_n_heads"),
     "head_dim": ("head_dim", "d_kv", "kv_channels"),

@@ -36,10 +36,19 @@ def traced(x: Any) -> bool:
 
 
 def _placed(result: Any, x: Any) -> Any:
-    """The result with the sharding of `x`. Inside a transformation the compiler keeps it."""
-    if isinstance(x, jax.core.Tracer) or isinstance(result, jax.core.Tracer) or result.sharding == x.sharding:
+    """The result with the sharding of `x`, and the order of its axes in memory. Inside a transformation the compiler
+    keeps them."""
+    if isinstance(x, jax.core.Tracer) or isinstance(result, jax.core.Tracer):
         return result
-    return jax.device_put(result, x.sharding)
+    if result.ndim == x.ndim and (order := _order(x)) != _order(result):
+        return jax.device_put(result, type(x.format)(type(x.format.layout)(order), x.sharding))
+    return result if result.sharding == x.sharding else jax.device_put(result, x.sharding)
+
+
+def _order(x: Any) -> tuple[int, ...] | None:
+    """The axes from the slowest to the fastest in memory; None if this JAX, or this array, does not tell it."""
+    layout = getattr(getattr(x, "format", None), "layout", None)
+    return getattr(layout, "major_to_minor", None)
 
 
 def zeros(x: Any) -> Any:

@@ -152,8 +152,11 @@ def put(x: Any, index: Any, verb: str, value: Any) -> Any:
 
 
 def take(x: Any, positions: Sequence[int], axis: int) -> Any:
+    """A new tensor of slices of x, with its axes in the same order in memory."""
     places = torch.tensor(positions, dtype=torch.int64, device=x.device)
-    return _new(x, lambda: torch.index_select(x, axis, places))
+    order = sorted(range(x.ndim), key=lambda each: -x.stride(each))
+    back = [order.index(each) for each in range(x.ndim)]
+    return _new(x, lambda: torch.index_select(x.permute(order), back[axis], places).permute(back))
 
 
 def transpose(x: Any, axes: Sequence[int]) -> Any:

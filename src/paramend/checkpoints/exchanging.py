@@ -57,7 +57,8 @@ def staged(
         fill(folder)
         new = NewFiles(store.base, folder, moved, private=private)
         for document in documents:
-            if document.file.read_bytes() != document.before:
+            now = document.file.read_bytes() if os.path.lexists(document.file) else b""
+            if now != document.before:
                 raise changed(document.file)
         yield new
     finally:

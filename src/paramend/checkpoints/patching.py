@@ -18,7 +18,7 @@ from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.checkpoints.exchanging import Addition, carried_out, staged
 from paramend.checkpoints.report import PatchReport
 from paramend.disk.copying import begin_write_back
-from paramend.disk.failures import check_room, explained, linked
+from paramend.disk.failures import ELSEWHERE, check_room, explained, linked
 from paramend.disk.identity import check_still, check_unchanged
 from paramend.disk.io import put, write_file
 from paramend.disk.locks import opened
@@ -30,10 +30,11 @@ from paramend.formats.shards import Shards
 from paramend.formats.source import Chunked, Overlapping, Released, Sealed, Source
 from paramend.journal.exchange import NewFiles, WholeFiles, check_replaceable
 from paramend.journal.ranges import OpenRanges, Ranges
-from paramend.journal.store import UndoStore
+from paramend.journal.store import PUT, UndoStore
 from paramend.journal.writer import Writer
 from paramend.leaves.leaves import uncollected
 from paramend.leaves.origins.origin import Extent
+from paramend.leaves.origins.partly import Partly
 from paramend.piecewise.changes import Work, Works, change_all
 from paramend.piecewise.chunks import laid_flat, nbytes_of, restage
 from paramend.piecewise.rows import survey
@@ -127,7 +128,7 @@ def check_patch(source: Source, plan: Plan, spool: Spool) -> list[Work]:
             message = f"{row.path}: shape and dtype cannot change in place, and {row.edit} gives {row.spec}"
             raise Unsupported(message, hint=hint)
         why = source.refusal(row.source)
-        if why:
+        if why and not isinstance(row.calls[-1].args.get("value"), Partly):  # which changes bytes
             raise Unsupported(f"{row.path} cannot take {row.edit}: {why}", hint="leave it out of the selection")
         extent = laid_flat(source, row) if chunked else source.extent(row.source)
         if extent is None:
@@ -174,6 +175,10 @@ class _Patch:
         self.chunked = isinstance(source, Chunked)
         self.files = [] if self.chunked else sorted({each.extent.path for each in self.work})
         self.documents = [document for document in plan.texts if document.text != document.before]
+        for document in self.documents:
+            if not (document.text and PUT.fullmatch(document.name)):  # an undo record of it would not be believed
+                self.spool.close()
+                raise Unsupported(f"{document.file} cannot change in place", hint=ELSEWHERE)
         known: dict[Any, str] = {}  # many leaves take the same calls
         said = ((each.row, tuple(map(id, each.row.calls))) for each in self.work)
         self.edits = [(row.path, known.get(key) or known.setdefault(key, row.edit)) for row, key in said]

@@ -12,6 +12,7 @@ EXAMPLES = {
     "delete": "paramend delete model lm_head.weight -o headless",
     "rename": "paramend rename model 'model.layers.<n>.**' 'decoder.<n>.**' -o renamed.safetensors",
     "apply": "paramend apply recipe.yaml model -o edited",
+    "delta": "paramend delta model tuned -o change\nparamend delta change",
     "config": "paramend config model rope_theta\nparamend config model --set rope_theta=1e6 --in-place",
     "convert": "paramend convert model model.pt\nparamend convert model sharded --max-shard-size 2GB",
     "graft": "paramend graft pretrained --into model --only 'model.layers[:2]/**' -o started",

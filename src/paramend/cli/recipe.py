@@ -30,20 +30,28 @@ class _Unmet(_ui.Refusal):
 @click.argument("path", type=ADDRESS, required=False)
 @takes(*EDITS, html=DRY_TOO)
 def apply(recipe: Path, path: Path | None, **given: Any) -> None:
-    """Apply a recipe to a checkpoint.
+    """Apply a recipe, or a delta, to a checkpoint.
 
     RECIPE is a YAML or JSON file of steps; PATH is a file or a directory. With -o, PATH is only read; OUT gets the
     edited leaves and all other bytes as they are. With --in-place only the bytes of the selected leaves are written,
     and checksums over them, and steps must keep shape, dtype and path. Every step is checked before anything is
     written, and all problems are listed with their addresses in the recipe.
 
-    RECIPE may be a configuration of mergekit as well, which names its models itself: PATH is left out then.
+    RECIPE may be a configuration of mergekit as well, which names its models itself: PATH is left out then. Or it is a
+    delta, a directory that `paramend delta` or slime wrote: PATH must be its base, bit for bit.
 
     Exit status: 0 done; 1 only expectations of the recipe failed; 2 anything else is wrong with the recipe, an
     unreadable or damaged file, or an OUT that cannot be written.
     """
     if path is not None and not (given["in_place"] or given["dry_run"] or given["out"]):
         edit_checkpoint(path, partial(Recipe.apply_file, recipe), **given)  # which says what is missing
+    if recipe.is_dir():
+        if path is None:
+            raise click.UsageError("PATH is needed: what the delta is applied to.")
+        from paramend.cli.delta import apply_delta  # most are recipes
+
+        apply_delta(recipe, path, **given)
+        return
     data = document_at(recipe).data
     if isinstance(data, Mapping) and "merge_method" in data:
         _merge(data, recipe, path, **given)

@@ -10,7 +10,7 @@ import numpy as np
 from paramend.arrays.backend import Backend
 from paramend.arrays.initializers import Site
 from paramend.arrays.lowrank import LowRank, Product
-from paramend.arrays.registry import backend, backend_of
+from paramend.arrays.registry import backend, backend_of, to_numpy
 from paramend.edits.arguments import Args, Value, shown
 from paramend.edits.checks import check_scalar
 from paramend.edits.damage import Losses
@@ -242,6 +242,32 @@ def explained(path: str, check: Callable[..., T], *args: Any) -> T:
     except (SpecMismatch, NoMatch, Unsupported) as error:
         error.args = (f"{path}: {error}",)
         raise
+
+
+def settled(edit: Call) -> Call:
+    """A call whose result a plan can know, with numpy arrays in place of those of other libraries."""
+    if edit.op.name == "apply" and not edit.args.get("keep_spec", True):
+        raise Unsupported(
+            "the spec of a function's result is known only when it runs, and a plan must know it before",
+            hint="keep_spec=True, with a .cast(...) before or after",
+        )
+    if edit.op.name == "reinit" and callable(edit.args.get("init")):
+        raise Unsupported(
+            "an initializer function (key, shape, dtype) needs a JAX leaf, and leaves on disk are numpy arrays",
+            hint='.reinit("lecun_normal")',
+        )
+    arrays = {name: edit.args[name] for name in ("value", "direction") if name in edit.args}
+    held = {name: _held(value, lazy=name == "value") for name, value in arrays.items()}
+    return replace(edit, args={**edit.args, **held})
+
+
+def _held(value: Any, lazy: bool = False) -> Any:
+    """A value with numpy arrays in place of those of other libraries and, unless it is lazy, of leaves of files."""
+    if isinstance(value, LowRank):
+        return LowRank(*map(_held, value))
+    if isinstance(value, Stored):
+        return value if lazy else value.read()
+    return value if type(value) is np.ndarray or backend_of(type(value)) is None else to_numpy(value)
 
 
 def sliced_shape(shape: tuple[int, ...], index: Any) -> tuple[int, ...]:

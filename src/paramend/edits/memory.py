@@ -48,6 +48,7 @@ class Memory(Tree, Editable):
             new = iter(list(new))
         for number, value in new:
             self.assign(number, value)
+            del value  # the next one takes its memory
 
     def check_(self, calls: Mapping[int, Call]) -> dict[int, Call]:
         """The calls that are to be carried out in place, one for each array; raises if they cannot be."""
@@ -144,17 +145,20 @@ class Memory(Tree, Editable):
         """The new values of leaves, one at a time; at the end, a warning if some values overflowed."""
         found: list[tuple[str, Damage]] = []
         for number, call in calls.items():
-            before, place = self.values[number], self._place(number) if call.op.placed else NOWHERE
-            if call.op.losses is None:
-                yield number, call.run(before, place)
-                continue
-            with np.errstate(over="ignore", invalid="ignore"):  # counted here
-                after = call.run(before, place)
-            found.append((self.index.path(number), Damage(*of_call(call, before, after))))
-            yield number, after
+            yield number, self._value(number, call, found)
         if any(damage.overflowed for _, damage in found):
             call = next(iter(calls.values()))
             warnings.warn(f"{call}: {said(found)}", ValuesLost, stacklevel=_CALLER)
+
+    def _value(self, number: int, call: Call, found: list[tuple[str, Damage]]) -> Any:
+        """The new value of a leaf; what it could not hold is added to what was found."""
+        before, place = self.values[number], self._place(number) if call.op.placed else NOWHERE
+        if call.op.losses is None:
+            return call.run(before, place)
+        with np.errstate(over="ignore", invalid="ignore"):  # counted here
+            after = call.run(before, place)
+        found.append((self.index.path(number), Damage(*of_call(call, before, after))))
+        return after
 
     def _check(self, calls: Mapping[int, Call]) -> None:
         check_calls(self, calls)

@@ -2,12 +2,10 @@
 
 import copyreg
 from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
-from inspect import signature
-from typing import Any, Concatenate, Generic, Literal, ParamSpec, SupportsIndex, TypeAlias, TypeVar
+from typing import Generic, Literal, SupportsIndex, TypeAlias, TypeVar
 
 from paramend.arrays.lowrank import LowRank, product_of
-from paramend.edits import checks, damage, hands, moves, runs
+from paramend.edits import checks, damage, moves, runs
 from paramend.edits.arguments import (
     ALONG,
     ARRAY,
@@ -23,14 +21,12 @@ from paramend.edits.arguments import (
     OPERAND,
     PERMUTATION,
     PLACES,
-    REQUANTIZE,
     SEED,
     Args,
-    Value,
 )
-from paramend.edits.call import Check, Op, Run
+from paramend.edits.call import Op
 from paramend.edits.directions import check_projection, projection
-from paramend.leaves.origins.stored import Zeros
+from paramend.edits.table import ROWS, edit, in_place, moving
 from paramend.leaves.specs import AnyArray, DtypeLike, Scalar, Seed
 
 # mypy: disable-error-code="empty-body"
@@ -38,14 +34,11 @@ from paramend.leaves.specs import AnyArray, DtypeLike, Scalar, Seed
 # below it makes the twin that works in place. So editors and type checkers see the verbs in the table itself.
 
 T = TypeVar("T")
-S = TypeVar("S")
-P = ParamSpec("P")
-F = TypeVar("F", bound=Callable[..., Any])
 Requantize: TypeAlias = Literal["amax", "keep", "never"]
 # A function (key, shape, dtype), as JAX has them.
 Initializer: TypeAlias = Callable[[AnyArray, tuple[int, ...], AnyArray], AnyArray]
 
-OPS: dict[str, Op] = {}
+OPS = ROWS
 
 
 def op_of(name: str) -> Op:
@@ -59,69 +52,6 @@ def op_of(name: str) -> Op:
 
 # Each op exists once: a pickle holds its name.
 copyreg.pickle(Op, lambda op: (op_of, (op.name,)))
-
-
-def edit(
-    says: str, run: Run, check: Check | None = None, takes: tuple[Value, ...] = (), **how: Any
-) -> Callable[[F], F]:
-    """A decorator that enters a verb into the table; its arguments are the attributes of `Op`."""
-
-    def entered(verb: F) -> F:
-        own = list(signature(verb).parameters.values())[1:]
-        given = takes
-        if own and own[-1].name == "requantize" and (takes or not own[:-1]):
-            given = (*takes, REQUANTIZE)
-        optional = {each.name: each.default for each in own if each.default is not each.empty}
-        names = tuple(each.name for each in own)
-        op = Op(verb.__name__, says, names, run, check, takes=given, optional=optional, **how)
-        if given and len(given) != len(names):
-            raise TypeError(f"the edit {op.name} has the arguments {names}, and takes= describes {len(given)}")
-        OPS[op.name] = op
-
-        @wraps(verb)
-        def made(self: "Edits[Any]", /, *args: Any, **kwargs: Any) -> Any:
-            verb(self, *args, **kwargs)  # Python itself reports a missing argument
-            return self._edit(op, _checked({**op.optional, **dict(zip(names, args, strict=False)), **kwargs}))
-
-        return made  # type: ignore[return-value]
-
-    return entered
-
-
-def moving(move: Callable[[Any, Args], Any]) -> Mapping[str, Any]:
-    """The attributes of an edit that only moves elements, of an array or of an origin: on disk, bytes are copied."""
-    return {
-        "run": lambda library, x, args, place: move(x, args),
-        "check": lambda spec, args: hands.spec_of(move(Zeros(spec), args)),
-        "moves": move,
-        "keeps_spec": False,
-        "chunks": False,
-        "arithmetic": False,
-    }
-
-
-def in_place(verb: Callable[Concatenate[S, P], Any]) -> Callable[Concatenate[S, P], None]:
-    """The twin of a verb that changes the leaves in place."""
-    op = OPS[verb.__name__]
-    if not op.keeps_spec:
-        raise TypeError(f"{op.name} changes specs, and cannot be done in place")
-
-    def made(self: Any, /, *args: Any, **kwargs: Any) -> None:
-        verb.__wrapped__(self, *args, **kwargs)  # type: ignore[attr-defined]
-        self._edit_(op, _checked({**op.optional, **dict(zip(op.parameters, args, strict=False)), **kwargs}))
-
-    made.__name__, made.__module__ = f"{op.name}_", verb.__module__
-    made.__qualname__ = f"{verb.__qualname__}_"
-    made.__doc__ = f"`{op.name}` in place: the selected leaves themselves change, and nothing is returned."
-    made.__signature__ = signature(verb).replace(return_annotation=None)  # type: ignore[attr-defined]
-    return made
-
-
-def _checked(args: dict[str, Any]) -> dict[str, Any]:
-    """Arguments, if `requantize` among them is a rule that there is; an edit of floats does not look at it."""
-    if "requantize" in args:
-        REQUANTIZE.read(args["requantize"])
-    return args
 
 
 class Edits(Generic[T]):

@@ -7,13 +7,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from typing import Any
 
-import numpy as np
-
 from paramend.anatomy.documents import Change, Document
 from paramend.arrays.initializers import NOWHERE, Site
-from paramend.arrays.lowrank import LowRank
-from paramend.arrays.registry import backend_of, to_numpy
-from paramend.edits.call import Call, Coding, explained
+from paramend.edits.call import Call, Coding, explained, settled
 from paramend.edits.damage import Damage, said
 from paramend.edits.ops import OPS
 from paramend.errors import BadArgument, RenameClash, Unsupported
@@ -23,7 +19,6 @@ from paramend.leaves.groups import groups_of
 from paramend.leaves.leaves import Index, Leaves, keys_of, plain, uncollected
 from paramend.leaves.names import by_name
 from paramend.leaves.origins.origin import Origin
-from paramend.leaves.origins.stored import Stored
 from paramend.leaves.origins.texts import shortened
 from paramend.leaves.paths import Label, labels, natural, write_path
 from paramend.leaves.specs import Spec
@@ -212,10 +207,10 @@ class Plan(Paged):
         """The plan with further calls on some leaves; `SpecMismatch` or `Unsupported` where one does not fit."""
         index = self.index
         new: dict[int, Row] = {}
-        settled = {id(edit): _settled(edit) for edit in calls.values()}
+        known = {id(edit): settled(edit) for edit in calls.values()}
         specs: dict[tuple[int, Spec], Spec] = {}  # many leaves have the same spec
         for number, given in calls.items():
-            edit = settled[id(given)]
+            edit = known[id(given)]
             first = min(self.twins(number), key=index.numbers.index) if self.leaves.ties else number
             place = Site(index.pieces(first), out_first=index.separator == ".") if edit.op.placed else NOWHERE
             for twin in self.twins(number):
@@ -423,7 +418,7 @@ def call(op: str, args: Mapping[str, Any]) -> Call:
     for name in parameters:
         if name not in args and name not in OPS[op].optional:
             raise BadArgument(f"{op} needs {name}; it takes {takes}")
-    return _settled(Call(OPS[op], dict(args)))
+    return settled(Call(OPS[op], dict(args)))
 
 
 def plan(leaves: Leaves, selector: Any, edit: Call) -> Plan:
@@ -444,29 +439,3 @@ def plan(leaves: Leaves, selector: Any, edit: Call) -> Plan:
 
 
 _LEAVE_OUT = "leave it out of the selection"
-
-
-def _settled(edit: Call) -> Call:
-    """A call whose result a plan can know, with numpy arrays in place of those of other libraries."""
-    if edit.op.name == "apply" and not edit.args.get("keep_spec", True):
-        raise Unsupported(
-            "the spec of a function's result is known only when it runs, and a plan must know it before",
-            hint="keep_spec=True, with a .cast(...) before or after",
-        )
-    if edit.op.name == "reinit" and callable(edit.args.get("init")):
-        raise Unsupported(
-            "an initializer function (key, shape, dtype) needs a JAX leaf, and leaves on disk are numpy arrays",
-            hint='.reinit("lecun_normal")',
-        )
-    arrays = {name: edit.args[name] for name in ("value", "direction") if name in edit.args}
-    held = {name: _held(value, lazy=name == "value") for name, value in arrays.items()}
-    return replace(edit, args={**edit.args, **held})
-
-
-def _held(value: Any, lazy: bool = False) -> Any:
-    """A value with numpy arrays in place of those of other libraries and, unless it is lazy, of leaves of files."""
-    if isinstance(value, LowRank):
-        return LowRank(*map(_held, value))
-    if isinstance(value, Stored):
-        return value if lazy else value.read()
-    return value if type(value) is np.ndarray or backend_of(type(value)) is None else to_numpy(value)

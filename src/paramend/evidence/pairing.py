@@ -22,7 +22,7 @@ class Match:
 def matches(old: Leaves, new: Leaves) -> list[Match]:
     """The leaves of two trees paired by name, in the order of the old tree; added leaves come last. `fc.weight` in a
     state dict is fc → weight in a module. A leaf with several paths is looked for under all of them."""
-    before, after = _named(old), _named(new)
+    before, after = named(old), named(new)
     kept = {_one(old, number) for name, number in before.items() if name in after}
     known = {_one(new, number) for name, number in after.items() if name in before}
     paths: dict[tuple[Any, Any], list[str]] = {}
@@ -42,7 +42,7 @@ def _one(leaves: Leaves, number: int) -> int:
     return leaves.ties.get(number, number)
 
 
-def _named(leaves: Leaves) -> dict[Name, int]:
+def named(leaves: Leaves) -> dict[Name, int]:
     """Leaf numbers by their pieces, and by a serial number among leaves with the same pieces."""
     seen: Counter[tuple[str, ...]] = Counter()
     found: dict[Name, int] = {}

@@ -63,10 +63,6 @@ class Gathered(Gathering):
                     found.setdefault(id(each.source), each.source)
         return list(found.values())
 
-    def formats(self, number: int) -> set[str]:
-        """The formats of the files that a leaf is read from; "" among them if some of it is in memory or computed."""
-        return {each.source.format if isinstance(each, Stored) else "" for each in self.origins[number].stored()}
-
     def extents(self, number: int) -> list[Extent] | None:
         """Where the bytes of a leaf are, one extent after the other; None if some are computed."""
         return self.origins[number].extents

@@ -69,11 +69,11 @@ class _Draft:
             return self._object(child.at, new)
         if type(old) is not list or type(new) is not list or len(old) != len(new):
             return self._written(new, child.at, text)
-        found, done = "", child.at
+        found, done = list[str](), child.at
         for each, value in zip(self.children(child.at)[0], new, strict=True):
-            found += self.text[done : each.at] + self.changed(each, value)
+            found += self.text[done : each.at], self.changed(each, value)
             done = each.stop
-        return found + self.text[done : child.stop]
+        return "".join((*found, self.text[done : child.stop]))
 
     def _object(self, at: int, new: Mapping[str, Any]) -> str:
         """The text of the object that begins here, with other entries; white space stays before those that stay."""
@@ -85,16 +85,16 @@ class _Draft:
         gap = f",{lead or self.blank}"
         if len(children) > 1:
             gap = self.text[children[0].stop : children[1].start]
-        found = ""
+        found: list[str] = []
         for n, child in enumerate(children):
             if child.key in new:
-                found += self.text[children[n - 1].stop : child.start] if found else lead
-                found += self.text[child.start : child.at] + self.changed(child, new[child.key])
+                before = self.text[children[n - 1].stop : child.start] if found else lead
+                found += before, self.text[child.start : child.at], self.changed(child, new[child.key])
         there = {child.key for child in children}
         for key in (key for key in new if key not in there):
             name = json.dumps(key, ensure_ascii=self.ascii)
-            found += f"{gap if found else lead}{name}{self.colon}{self._written(new[key], at, inner=True)}"
-        return f"{{{found}{found and tail}}}"
+            found += gap if found else lead, name, self.colon, self._written(new[key], at, inner=True)
+        return "".join(("{", *found, tail if found else "", "}"))
 
     def children(self, at: int) -> tuple[list[_Child], int]:
         """The entries of the object or array that begins here, and where its closing bracket is."""

@@ -1,11 +1,12 @@
 """`Shards`: a directory with a model in one file or several, as one source."""
 
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from paramend.disk.urls import opened_together
+from paramend.disk.urls import Url, opened_together
 from paramend.errors import BadCheckpoint
 from paramend.formats.index import ShardIndex, find_index, read_index
 from paramend.formats.jsontext import bad
@@ -19,6 +20,7 @@ from paramend.reports import wording
 
 # Systems limit a process to a few hundred open files; the largest models have more.
 _OPEN = 64
+_SHARD = re.compile(r"-\d+-of-(\d+)\.")
 
 
 class Shards(Gathering):
@@ -129,6 +131,8 @@ def open_directory(path: Path, opener: Callable[[Path], Source], weights: Callab
     chosen = [name for name in names if weights(name)] if shard_index is None else shard_index.files
     if not chosen:
         return None
+    if isinstance(folder, Url) and shard_index is None:
+        _check_all(folder, chosen)
     missing = sorted(set(chosen) - set(names))
     if missing:
         assert shard_index is not None
@@ -148,6 +152,17 @@ def open_directory(path: Path, opener: Callable[[Path], Source], weights: Callab
         for file in files:
             file.close()
         raise
+
+
+def _check_all(folder: Path, names: Sequence[str]) -> None:
+    """Raise for some of the shards of a model without its index, which is written last."""
+    counts = [int(found[1]) for name in names if (found := _SHARD.search(name))]
+    if counts and len(counts) < max(counts):
+        raise BadCheckpoint(
+            f"{folder}: it holds {len(counts)} of {max(counts)} shards, and no index: it is being written, or was not "
+            "written to the end",
+            hint=f"open one of them: {folder / names[0]}",
+        )
 
 
 def _names(file: Source) -> Iterable[tuple[int, str]]:

@@ -10,6 +10,7 @@ from paramend.freezing.schedules import When, read_schedule
 from paramend.leaves.specs import AnyTree
 from paramend.reports import wording
 from paramend.reports.wording import described
+from paramend.resize.rules import code
 from paramend.selectors.selector import SelectorLike, sel, slice_of
 from paramend.selectors.slices import write_index
 from paramend.trees.lookup import is_torch_module
@@ -115,7 +116,7 @@ def freeze(
     if isinstance(tx, type) or not all(callable(getattr(tx, verb, None)) for verb in ("init", "update")):
         raise Unsupported(
             f"freeze takes an optax transformation, which has `init` and `update`; this is {described(tx)}",
-            hint=f"pm.freeze_(module, {_written(selector)})"
+            hint=f"pm.freeze_(module, {code(selector)})"
             if is_torch_module(tx)
             else 'pm.freeze(optax.adamw(1e-3), "**/Dense_0/**")',
         )
@@ -336,9 +337,5 @@ def _check_torch(module: object, selector: SelectorLike, verb: str) -> None:
             f"{verb} takes a torch module, which changes in place; this is {described(module)}",
             hint=f"pm.{verb}(module, selector): the module first"
             if is_torch_module(selector)
-            else f"in JAX wrap the optimizer: tx = pm.freeze(optax.adamw(1e-3), {_written(selector)})",
+            else f"in JAX wrap the optimizer: tx = pm.freeze(optax.adamw(1e-3), {code(selector)})",
         )
-
-
-def _written(selector: SelectorLike | None) -> str:
-    return f'"{selector}"' if isinstance(selector, str) else repr(selector)

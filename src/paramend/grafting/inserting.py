@@ -17,8 +17,8 @@ from paramend.edits.quantized import check_whole
 from paramend.edits.structure import boxes, enter
 from paramend.errors import NoMatch, RenameClash
 from paramend.leaves.groups import groups_of
-from paramend.leaves.leaves import Editable, keys_of, plain
-from paramend.leaves.paths import Label, labels, text_of, write_path
+from paramend.leaves.leaves import Editable, keys_of, labels_of, plain
+from paramend.leaves.paths import Label, text_of, write_path
 from paramend.leaves.specs import AnyTree
 from paramend.mapping.report import LayoutReport, Moved
 from paramend.reports import wording
@@ -72,9 +72,9 @@ def insert(
         return cast(T, _listed(assemble(host, [*own, *new], ties=ties), range(len(own)))), report
     tree = cast(Memory, host)
     one = {number: donor.ties.get(number, number) for number in numbers}
-    values = {number: _native(host, donor.fetch(number)) for number in dict.fromkeys(one.values())}
+    values = {number: native(host, donor.fetch(number)) for number in dict.fromkeys(one.values())}
     boxed = _boxed(tree, donor, numbers)
-    entries = [(_nested(host, paths[number]), boxed(number, values[one[number]])) for number in numbers]
+    entries = [(nested(host, paths[number]), boxed(number, values[one[number]])) for number in numbers]
     return cast(T, enter(tree, entries)), report
 
 
@@ -118,11 +118,6 @@ def new_paths(donor: Editable, numbers: Sequence[int], moved: Mapping[int, Keys]
     return {n: tuple(key for key, _ in moved[n]) if n in moved else keys_of(index.paths[n]) for n in numbers}
 
 
-def labels_of(path: Path) -> tuple[Label, ...]:
-    """The labels of all keys of a path."""
-    return tuple(label for key in path for label in labels(key))
-
-
 def check_free(
     donor: Editable, paths: Mapping[int, Path], there: Iterable[Sequence[Label]], separator: str, hint: str
 ) -> None:
@@ -151,7 +146,7 @@ def _above(path: Sequence[Label], separator: str) -> Iterator[str]:
     return (plain(path[:depth], separator) for depth in range(1, len(path)))
 
 
-def _nested(host: Editable, path: Path) -> Path:
+def nested(host: Editable, path: Path) -> Path:
     """The keys in a tree like the host: one for a state dict, one for each piece in nested containers."""
     theirs = host.index.paths.values()
     keys, whole = list(map(keys_of, theirs)), labels_of(path)
@@ -177,6 +172,7 @@ def _boxed(host: Memory, donor: Editable, numbers: Sequence[int]) -> Callable[[i
     return boxed
 
 
-def _native(host: Any, value: Any) -> Any:
+def native(host: Any, value: Any) -> Any:
+    """A value in the library of a tree."""
     library = backend(host.read(host.index.numbers[0])) if host.index.numbers else backend(value)
     return value if backend(value) is library else library.from_numpy(to_numpy(value))

@@ -13,8 +13,8 @@ from paramend.edits.quantized import check_renamed, check_whole
 from paramend.edits.structure import enter, relocate
 from paramend.errors import Unsupported
 from paramend.formats.jsontext import CONFIG
-from paramend.grafting.inserting import Path, check_free, labels_of, moved_by, moved_report, new_paths
-from paramend.leaves.leaves import plain
+from paramend.grafting.inserting import Path, check_free, moved_by, moved_report, new_paths
+from paramend.leaves.leaves import labels_of, plain
 from paramend.leaves.paths import text_of
 from paramend.mapping.report import LayoutReport
 from paramend.selectors.selector import SelectorLike

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from paramend.anatomy.beside import WITH_HEAD
+from paramend.anatomy.sizes import KEYS as SIZES
 from paramend.anatomy.ties import said
 from paramend.errors import BadArgument, SpecMismatch, Unsupported
 from paramend.leaves.leaves import Leaves
@@ -14,13 +15,10 @@ from paramend.resize.widths import Use
 
 # Axis → the keys of a configuration that hold its length. The first one counts; others of that value follow.
 KEYS: Mapping[str, tuple[str, ...]] = {
-    "hidden": ("hidden_size", "n_embd", "pooler_output_size", "word_embed_proj_dim"),
-    "mlp": ("intermediate_size", "ffn_dim", "n_inner"),
+    **{axis: SIZES[axis] for axis in ("mlp", "heads", "kv_heads", "vocabulary")},
+    "hidden": (*SIZES["hidden"], "pooler_output_size", "word_embed_proj_dim"),
     "expert_mlp": ("moe_intermediate_size",),
     "shared_mlp": ("shared_expert_intermediate_size",),
-    "heads": ("num_attention_heads", "n_head"),
-    "kv_heads": ("num_key_value_heads",),
-    "vocabulary": ("vocab_size",),
 }
 
 # The end of a module's path, without numbers → its axes, in the order in which the weight has them: `<` before those
@@ -242,7 +240,7 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
         known = [config[key] for key in keys if type(config.get(key)) is int]
         sizes |= {axis: known[0]} if known else {}
     if "hidden" not in sizes or "heads" not in sizes:
-        raise BadArgument(f"the configuration has none of {', '.join((*KEYS['hidden'][:2], *KEYS['heads']))}")
+        raise BadArgument("the configuration has none of hidden_size, n_embd, num_attention_heads, n_head")
     sizes.setdefault("mlp", 4 * sizes["hidden"])  # n_inner of GPT-2
     sizes.setdefault("kv_heads", sizes["heads"])
     given = config.get("head_dim")

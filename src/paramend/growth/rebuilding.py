@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from paramend._optional import imported
-from paramend.arrays.registry import backend, backend_of
 from paramend.errors import BadArgument, Unsupported
+from paramend.growth.configured import copied
 from paramend.growth.depth import Order
 from paramend.growth.numbered import Layers, renumbered, shared
 from paramend.leaves.leaves import keys_of
@@ -139,7 +139,7 @@ class Rebuilder:
     def _fresh(self, node: Any, kind: Kind | None) -> Any:
         if kind is not None:  # a box
             return kind.close(node, [self._fresh(child, None) for child in kind.open(node)[1]])
-        return _own(node)
+        return copied(node)
 
     # ---- modules -------------------------------------------------------------------------------------------
 
@@ -179,15 +179,10 @@ class Rebuilder:
                 _renumber_(layer, self.order.sources[target], target)
 
 
-def _own(value: Any) -> Any:
-    """A copy of an array; other values as they are."""
-    return value if backend_of(type(value)) is None else backend(value).like(value, value)
-
-
 def _twin(module: Any, kind: Kind) -> Any:
     """A copy of an NNX module, arrays included."""
     tree = Tree(module)
-    owners = {id(tree.boxes.get(number, value)): _own(value) for number, value in enumerate(tree.values)}
+    owners = {id(tree.boxes.get(number, value)): copied(value) for number, value in enumerate(tree.values)}
     assert kind.replace is not None
     return kind.replace(module, owners)
 

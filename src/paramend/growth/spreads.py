@@ -17,6 +17,8 @@ METHODS = ("tile", "zero", "split")
 # Axis, and the number of a layer; None for all layers alike.
 Spreads = Mapping[tuple[str, int | None], Spread]
 
+# What is written where no key says it.
+_UNSAID = {"mlp": "n_inner", "kv_heads": "num_key_value_heads"}
 _EPS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
 
 
@@ -188,7 +190,7 @@ def configured(axes: Axes, config: Mapping[str, Any], spreads: Spreads) -> dict[
         there = [key for key in keys if config.get(key) == old]
         silent = {"mlp": 4 * new["hidden"], "kv_heads": new["heads"]}.get(axis, old)  # what no key says
         if axes.has(axis) and new.get(axis) != (old if there else silent):
-            made |= dict.fromkeys(there or keys[-1:], new[axis])
+            made |= dict.fromkeys(there or [_UNSAID[axis]], new[axis])
     hidden, heads, head = new["hidden"], new["heads"], axes.sizes["head"]
     derived = not hidden % heads and hidden // heads == head
     if axes.family.fixed and not derived:

@@ -105,7 +105,7 @@ class UndoStore:
             written -= weight_files(self.base) if self.is_folder else {self.base.name}
         replaced = set(head.files[head.written :]).union(*head.moved)
         if self.is_folder:
-            replaced = {n for n in replaced if not (may_change(self.base, n) if tree else _PUT.fullmatch(n))}
+            replaced = {n for n in replaced if not (may_change(self.base, n) if tree else PUT.fullmatch(n))}
         return sorted(written | replaced)
 
     @contextlib.contextmanager
@@ -336,7 +336,7 @@ def _not_own(base: Path, record: Path) -> BadCheckpoint:
 
 
 # The files that a patch puts whole into a folder of shards, or replaces there.
-_PUT = re.compile(r"[^./][^/]*\.(safetensors|json)")
+PUT = re.compile(r"[^./][^/]*\.(safetensors|json)")
 # Records that were begun, new files that never replaced old ones, and old files that were put back in part.
 _LEFT = re.compile(rf"[0-9]+\.({PARTIAL}|{STAGED}|{BACK})")
 

@@ -218,6 +218,11 @@ def keys_of(path: Iterable[Label]) -> tuple[str, ...]:
     return tuple(keys)
 
 
+def labels_of(keys: Iterable[str]) -> tuple[Label, ...]:
+    """The labels of the keys of a path: `keys_of` turned round."""
+    return tuple(label for key in keys for label in labels(key))
+
+
 class Leaves(Protocol):
     """Anything whose leaves have names and specs: a pytree, a module, a checkpoint.
 

@@ -2,24 +2,25 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from paramend.arrays.initializers import NOWHERE, Site
-from paramend.disk.io import put
+from paramend.disk.io import get, put
 from paramend.edits.call import Call
 from paramend.edits.damage import of_call
 from paramend.edits.plan import Row
 from paramend.formats.source import Source
 from paramend.leaves.origins.origin import Extent
+from paramend.leaves.origins.partly import Partly
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 from paramend.piecewise import steps as computing
 from paramend.piecewise.edited import are_alike, is_orderless
 from paramend.piecewise.regions import Region, region
 from paramend.piecewise.rows import values
-from paramend.piecewise.spool import Spooled
 from paramend.piecewise.steps import Learner, flat, step_of
 from paramend.piecewise.windows import GAP, Window, joined
 from paramend.reports.progress import Meter
@@ -46,7 +47,7 @@ class Works:
 
     def of(self, row: Row, extent: Extent) -> Work:
         value = row.calls[-1].args.get("value") if row.calls else None
-        if isinstance(value, Spooled):
+        if isinstance(value, Partly):
             steps = int((value.changed[:, 1] - value.changed[:, 0]).sum())
             return Work(row, extent, (), value.changed + extent.start, steps)
         key = (row.before, extent.nbytes, *map(id, row.calls))
@@ -79,7 +80,7 @@ def _merged(ranges: Array) -> Array:
     return np.stack([ranges[first, 0], reach[last]], 1)
 
 
-# Bytes of new values that are copied from a spool at once.
+# Bytes of new values that are written at once, where only some change.
 _SPAN = 1 << 20
 # The bytes of a leaf up to which it is changed together with others like it.
 _SMALL = 1 << 16
@@ -149,11 +150,13 @@ def change(descriptor: int, source: Source, work: Work, meter: Meter) -> None:
         _change_slice(descriptor, extent, replace(edit, index=None), where, row, place, meter)
     if work.regions:
         return
-    spooled = row.calls[-1].args.get("value")
-    if isinstance(spooled, Spooled):
+    new_values = row.calls[-1].args.get("value")
+    if isinstance(new_values, Partly):
         for start, stop in (work.ranges - extent.start).tolist():
             for at in range(start, stop, _SPAN):
-                data = spooled.data(at, min(at + _SPAN, stop))
+                end = min(at + _SPAN, stop)
+                old = partial(get, descriptor, extent.start + at, end - at, extent.path)
+                data = new_values.data(at, end, old)
                 put(descriptor, data, extent.start + at)
                 meter.advance(len(data), row.path)
         return

@@ -12,6 +12,7 @@ from paramend.edits.call import Call
 from paramend.edits.plan import Plan, Row
 from paramend.formats.gathered import leaf_of
 from paramend.leaves.origins.origin import CHUNK, Origin
+from paramend.leaves.origins.partly import Partly
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.specs import Array, numpy_dtype
 from paramend.piecewise.edited import Edited
@@ -67,6 +68,8 @@ def values(source: Any, row: Row) -> Iterator[Array]:
 
 def data(origin: Origin) -> Iterator[memoryview]:
     """The bytes of an origin, in pieces."""
+    if isinstance(origin, Partly) and origin.refusal:
+        return origin.contents()
     found = (_bytes(origin, array) for array in pieces(origin))
     return _ahead(found) if origin.tile > CHUNK else found
 

@@ -1,7 +1,7 @@
 """Spooling: new values of leaves that are made of old ones, computed before the first of these is overwritten."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import IO, Any
 
@@ -10,23 +10,20 @@ import numpy as np
 from paramend.edits.plan import Row
 from paramend.leaves.origins.boxes import Box, select
 from paramend.leaves.origins.origin import Given, Origin
+from paramend.leaves.origins.partly import Partly
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 from paramend.piecewise.rows import expression, pieces
 
 # Bytes that stay in memory; more go to a file.
 _MEMORY = 32 << 20
 # What differs is recorded and written in units of so many bytes.
-_PAGE = 4096
+PAGE = 4096
 
 
-class Spooled(Given):
-    """A leaf whose new values are in a spool.
+class Spooled(Given, Partly):
+    """A leaf whose new values are in a spool."""
 
-    Attributes:
-        changed: the bytes of the leaf that are not what they were, as (start, stop), ascending.
-    """
-
-    moves = False
+    changed: Array = np.empty(0)
 
     def __init__(self, file: IO[bytes], at: int, spec: Spec, changed: Array) -> None:
         self._file, self._at, self._spec, self.changed = file, at, spec, changed
@@ -43,8 +40,7 @@ class Spooled(Given):
     def read_box(self, box: Box) -> Array:
         return np.array(select(self.read_range(0, self.spec.size).reshape(self.spec.shape), box))
 
-    def data(self, start: int, stop: int) -> bytes:
-        """Some bytes of the leaf."""
+    def data(self, start: int, stop: int, old: Callable[[], bytearray]) -> bytes:
         self._file.seek(self._at + start)
         return self._file.read(stop - start)
 
@@ -78,18 +74,19 @@ class Spool:
             self._file.seek(self._end)
             self._file.write(flat.view(np.uint8).data)
             start, self._end = start + flat.size, self._end + flat.nbytes
-        return Spooled(self._file, at, spec, _joined(found))
+        return Spooled(self._file, at, spec, adjoined(found))
 
 
 def _differ(new: Array, old: Array) -> Array:
     """The pages that differ, as (start, stop)."""
-    whole = len(new) // _PAGE * _PAGE
-    paged = (new[:whole] != old[:whole]).reshape(-1, _PAGE).any(1)
+    whole = len(new) // PAGE * PAGE
+    paged = (new[:whole] != old[:whole]).reshape(-1, PAGE).any(1)
     pages = np.flatnonzero(np.append(paged, not np.array_equal(new[whole:], old[whole:])))
-    return np.stack([pages * _PAGE, np.minimum((pages + 1) * _PAGE, len(new))], 1)
+    return np.stack([pages * PAGE, np.minimum((pages + 1) * PAGE, len(new))], 1)
 
 
-def _joined(found: Sequence[Array]) -> Array:
+def adjoined(found: Sequence[Array]) -> Array:
+    """Ascending ranges, (start, stop), in which those that touch are one."""
     ranges = np.concatenate([np.empty((0, 2), np.int64), *found])
     new = np.flatnonzero(np.concatenate([[True], ranges[1:, 0] > ranges[:-1, 1]])) if len(ranges) else np.empty(0, int)
     last = np.concatenate([new[1:] - 1, [len(ranges) - 1]]) if len(ranges) else new

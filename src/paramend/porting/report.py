@@ -131,7 +131,8 @@ def refusal(plan: PortPlan) -> PortRefused:
     for units, said in zip(plan.lone, places, strict=True):
         if units:
             blocks.append(f"what {said}:\n" + "\n".join(f"  {unit}" for unit in units))
-    candidates = [([_name(u) for u in ours], [_name(u) for u in theirs]) for ours, theirs in plan.doubtful]
+    names = [[["/".join(unit.path) for unit in units] for units in pair] for pair in plan.doubtful]
+    candidates = [(ours, theirs) for ours, theirs in names]
     renames = {old: new for ours, theirs in candidates for old, new in zip(ours, theirs, strict=False)}
     rules = {path: [step.to_data() for step in ways[-1]] for path, (_, ways) in plan.questions.items()}
     hints = [f"rename={renames}, with the right pairs"] * bool(renames)
@@ -140,10 +141,6 @@ def refusal(plan: PortPlan) -> PortRefused:
     hint = "\n      ".join(hints) or 'rename={"layer/of/source": "layer/of/target"}; None leaves it behind'
     report = reported(plan, GraftReport(refused=True))
     return PortRefused("\n\n".join(blocks), report=report, candidates=candidates, hint=hint)
-
-
-def _name(unit: Unit) -> str:
-    return "/".join(unit.path)
 
 
 def _listed(units: list[Unit]) -> str:

@@ -155,8 +155,6 @@ def _scheme(data: Any) -> str:
 
 NEW_PATH = TEXT.named("a path", "layers/<n>/w")
 PATHS = Value("a list of paths", _texts, {"type": "array", "minItems": 1, "items": TEXT.schema}, example="layers/<n>/w")
-
-
 KEPT = Value("how many places stay, or which ones", _kept, SIZES.schema, example="0,1")
 WIDTHS = {
     "hidden": "the residual width",

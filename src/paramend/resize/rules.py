@@ -43,7 +43,7 @@ class Resize:
 
     def __repr__(self) -> str:
         usual = globals()[self.kind].__kwdefaults__
-        given = (f"{name}={_code(value)}" for name, value in self.options.items() if value != usual[name])
+        given = (f"{name}={code(value)}" for name, value in self.options.items() if value != usual[name])
         return f"pm.resize.{self.kind}({', '.join(given)})"
 
     def __call__(self, array: AnyArray, shape: Sequence[int], *, path: Sequence[str] = ()) -> Array:
@@ -71,7 +71,8 @@ class Resize:
         return tuple(old) != tuple(new) or (None not in grids and grids[0] != grids[1])
 
 
-def _code(value: Any) -> str:
+def code(value: Any) -> str:
+    """A value as it is typed in Python."""
     return f'"{value}"' if isinstance(value, str) else repr(value)
 
 

@@ -191,8 +191,7 @@ def with_rows(path: Path, start: int, stop: int, places: Mapping[tuple[int, int]
 
 def nbytes_of(made: Plan, row: Row) -> int:
     """The number of bytes that a leaf will have, also for a dtype of unknown width."""
-    source: Any = made.leaves
-    return row.spec.nbytes if row.calls or row.spec.dtype in BITS else source.nbytes(row.source)
+    return row.spec.nbytes if row.spec.dtype in BITS else expression(made.leaves, row).nbytes
 
 
 def operands(row: Row) -> list[Stored]:

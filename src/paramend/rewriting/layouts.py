@@ -8,11 +8,13 @@ from typing import Any
 
 from paramend.disk.failures import ELSEWHERE
 from paramend.disk.urls import path_of, text_of
-from paramend.edits.plan import Plan
+from paramend.edits.plan import Plan, Row
 from paramend.errors import Unsupported
-from paramend.formats.gathered import Gathered
 from paramend.formats.registry import DEFAULT, Format
 from paramend.formats.shards import Shards
+from paramend.leaves.origins.partly import Partly
+from paramend.leaves.origins.stored import Stored
+from paramend.piecewise.rows import expression
 from paramend.reports import wording
 from paramend.rewriting.additions import grown_shards
 from paramend.rewriting.arrangement import base_of, lost
@@ -107,10 +109,7 @@ def lay_in_place(made: Plan) -> tuple[list[File], list[tuple[str, str]]]:
 def _check(made: Plan, form: Format) -> None:
     """Raise for leaves that a new file in a format cannot hold. Some formats copy bytes of their own unchanged."""
     writer = form.writer()
-    source: Any = made.leaves
     for row in made.rows:
-        formats = source.formats(row.source) if isinstance(source, Gathered) else {source.format}
-        copied = writer.copies_raw and not row.calls and formats == {form.name}
         if row.spec.dtype.startswith("key<"):
             raise Unsupported(
                 f"{row.path} is typed PRNG keys ({row.spec}), and {form.says} hold plain numbers",
@@ -120,9 +119,16 @@ def _check(made: Plan, form: Format) -> None:
             raise Unsupported(
                 f"{form.says} hold arrays under names, and this is a single one", hint='pm.save({"w": array}, path)'
             )
-        why = "" if copied else writer.refusal(row.spec)
-        if why:
+        why = writer.refusal(row.spec)
+        if why and not (writer.copies_raw and _is_copied(made, row, form)):
             raise Unsupported(f"{row.path} cannot be written: {why}", hint="cast it, or delete it first")
+
+
+def _is_copied(made: Plan, row: Row, form: Format) -> bool:
+    """Whether the bytes of a leaf are those of files of a format."""
+    origin = expression(made.leaves, row)
+    formats = {each.source.format if isinstance(each, Stored) else "" for each in origin.stored()}
+    return formats == {form.name} and (not row.calls or isinstance(origin, Stored | Partly))
 
 
 def _folder(made: Plan, source: Any, wish: Wish, *, link: bool) -> Layout:

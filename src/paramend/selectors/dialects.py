@@ -7,7 +7,8 @@ from paramend.errors import SelectorError
 from paramend.leaves.leaves import Index
 from paramend.leaves.paths import labels, write_path
 from paramend.reports import wording
-from paramend.selectors.patterns import parse
+from paramend.selectors.grammar import Number, Piece
+from paramend.selectors.patterns import Pattern, parse
 
 _KEYSTR = re.compile(r"""\[(?:'((?:[^'\\]|\\.)*)'|"((?:[^"\\]|\\.)*)"|([0-9]+))\]|\.([^\W0-9]\w*)""")
 
@@ -91,6 +92,28 @@ def advice(text: str, index: Index | None = None) -> str:
         return f'~pm.sel("{negated[1]}")'
     single = re.sub(r"(?<!\\)\?", "*", text)
     return f'"{single}"' if single != text and index is not None and _finds(single, index) else ""
+
+
+def captures(text: str) -> Pattern:
+    """The pattern of a selector; `SelectorError`, with what to write instead if it is in another dialect."""
+    try:
+        pattern = parse(text)
+    except SelectorError as error:
+        better = advice(text)
+        if not better:
+            raise
+        message = error.args[0].partition("\n\n")[0]
+        raise SelectorError(message, text=text, span=error.span, hint=better) from None
+    for segment in pattern.segments:
+        for atom in segment.atoms if isinstance(segment, Piece) else ():
+            if isinstance(atom, Number) and (atom.factor, atom.shift) != (1, 0):
+                raise SelectorError(
+                    f"{atom} is arithmetic, and a selector only captures",
+                    text=text,
+                    span=(text.find("<"), text.find(">") + 1),
+                    hint=f"<{atom.name}> here, and {atom} in the target of a rename",
+                )
+    return pattern
 
 
 def _ranges(found: "re.Match[str]") -> str:

@@ -6,7 +6,8 @@ caches each (set, name) → set, so a large tree costs one dictionary look-up pe
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import getitem
 from typing import Any, NamedTuple
 
 from paramend.leaves.paths import Label, Names, Part, labels, number_of, text_of
@@ -178,7 +179,7 @@ class MatchWalk:
                 numbers = sorted(members)
                 chosen, missing = step.positions.pick(len(numbers))
                 if missing:
-                    everyone = tuple(_at(names, place) for number in numbers for place in members[number])
+                    everyone = tuple(reduce(getitem, place, names) for number in numbers for place in members[number])
                     self.missing.append(Missing(step, missing[0], len(numbers), family, everyone, after))
                 for position in range(len(numbers)) if missing and self.lenient else chosen:
                     for place in members[numbers[position]]:
@@ -194,13 +195,6 @@ class MatchWalk:
             if trial.hits:
                 return missing
         return None
-
-
-def _at(names: Names, place: tuple[Label, ...]) -> Any:
-    found: Any = names
-    for label in place:
-        found = found[label]
-    return found
 
 
 def _named(names: Names, text: str) -> list[Any]:

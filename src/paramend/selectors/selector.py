@@ -9,15 +9,14 @@ from typing import Any, NoReturn, TypeAlias, TypeGuard
 
 import numpy as np
 
-from paramend.errors import BadArgument, NoMatch, OutOfRange, SelectorError, Unsupported
+from paramend.errors import BadArgument, NoMatch, OutOfRange, Unsupported
 from paramend.leaves.leaves import Explained, Leaves, unique
 from paramend.leaves.names import Alone, bound, by_name, called
 from paramend.leaves.nested import unexhausted
 from paramend.leaves.paths import text_of
 from paramend.leaves.specs import DtypeLike, Slice, Spec, dtype_name
 from paramend.reports import wording
-from paramend.selectors.dialects import advice, from_keys, from_keystr, keys_in
-from paramend.selectors.grammar import Number, Piece
+from paramend.selectors.dialects import captures, from_keys, from_keystr, keys_in
 from paramend.selectors.masks import masked
 from paramend.selectors.messages import absent, count_of, examples, nothing, out_of_range, quoted
 from paramend.selectors.patterns import Pattern, parse
@@ -385,25 +384,7 @@ def sel(what: SelectorLike) -> Selector:
 @lru_cache(maxsize=4096)
 def _text_selector(text: str) -> Text:
     text = from_keystr(text) or text
-    try:
-        pattern = parse(text)
-    except SelectorError as error:
-        better = advice(text)
-        if not better:
-            raise
-        message = error.args[0].partition("\n\n")[0]
-        raise SelectorError(message, text=text, span=error.span, hint=better) from None
-    for segment in pattern.segments:
-        for atom in segment.atoms if isinstance(segment, Piece) else ():
-            if isinstance(atom, Number) and (atom.factor, atom.shift) != (1, 0):
-                start = text.find("<")
-                raise SelectorError(
-                    f"{atom} is arithmetic, and a selector only captures",
-                    text=text,
-                    span=(start, text.find(">") + 1),
-                    hint=f"<{atom.name}> here, and {atom} in the target of a rename",
-                )
-    return Text(text, pattern)
+    return Text(text, captures(text))
 
 
 @unexhausted("the selector")

@@ -209,6 +209,9 @@ def rarer(model: nnx.Module, params: Params, module: nn.Sequential, optimizer: t
 
 
 def evidence(params: Params, path: Path) -> dict[str, str]:
+    change: pm.Delta = pm.delta(params, path, encoding="xor")
+    change.then(pm.Delta.load(path)).save(path)
+    assert_type(change.apply(params), Params)
     difference = pm.diff(before=params, after=path, selector="**", only="head/**", sort="path")
     if difference:
         print(difference.changed[0].max_abs, difference.renamed, difference.unexpected)

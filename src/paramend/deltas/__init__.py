@@ -1,0 +1,1 @@
+"""What is different in one model, as files that make it of another."""
