@@ -44,7 +44,7 @@ class Url(PosixPath):
     def __fspath__(self) -> str:
         raise Unsupported(
             f"{self}: this needs a file on this machine, and it is in a remote store",
-            hint=f'pm.open("{self}").save("copy/"), then the same with the copy',
+            hint="copy it to this machine, and give the path of the copy",
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
