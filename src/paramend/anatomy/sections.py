@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from paramend.disk.remote import unanswered
+from paramend.disk.urls import unanswered
 from paramend.errors import BadCheckpoint
 from paramend.formats.jsontext import CONFIG
 from paramend.leaves.nested import is_deep

@@ -17,7 +17,6 @@ from paramend.disk.failures import UNSUPPORTED, reason
 from paramend.disk.io import reading, release
 from paramend.disk.locks import hold
 from paramend.disk.permissions import PRIVATE, Access, create_file, settle
-from paramend.disk.uploads import uploaded
 from paramend.disk.urls import Url
 from paramend.errors import Busy, CannotRead, CannotWrite
 
@@ -38,6 +37,8 @@ def published(
     What a killed writer left is taken up again if `resumes` says so of its manifest, and stays if this one fails, too.
     """
     if isinstance(out, Url):
+        from paramend.disk.uploads import uploaded  # as in `disk/urls.py`
+
         with uploaded(out, force=force, folder=folder) as staging:
             yield staging
         return

@@ -428,11 +428,6 @@ def _told(error: ParamendError, number: int) -> ParamendError:
     return error
 
 
-def unanswered(error: BaseException) -> bool:
-    """Whether an error says that a store does not answer, not that something is not there, or is not shown."""
-    return isinstance(error, CannotRead) and "number" not in error.__dict__
-
-
 def _code(error: Exception) -> int:
     found = re.search(r"status(?: code)?: (\d{3})\b", str(error))
     return int(found[1]) if found else 0

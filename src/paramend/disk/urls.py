@@ -8,12 +8,13 @@ import stat
 from collections.abc import Generator, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path, PosixPath, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from paramend.disk import remote
-from paramend.disk.remote import Address, Object, Seen
-from paramend.errors import BadArgument, Unsupported
+from paramend.errors import BadArgument, CannotRead, Unsupported
+
+if TYPE_CHECKING:
+    from paramend.disk.remote import Address, Object, Seen
 
 SCHEMES = ("s3", "gs", "az", "hf", "http", "https")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)
@@ -21,6 +22,12 @@ _COLLAPSED = re.compile(r"([a-z][a-z0-9]+):/+(.*)")  # what pathlib makes of an 
 _SLASH = "\x1f"  # what stands for a slash in a query, which is no part of a path
 # Names that are likely those of files: an object is looked for first, then a folder.
 _FILE = re.compile(r".+\.[A-Za-z]\w*")
+
+
+def _remote() -> Any:
+    from paramend.disk import remote  # threads and digests, which files of this machine do not need
+
+    return remote
 
 
 class Url(PosixPath):
@@ -55,7 +62,7 @@ class Url(PosixPath):
         return super().name.partition("?")[0]
 
     @property
-    def at(self) -> Address:
+    def at(self) -> "Address":
         """Where it is in its store."""
         scheme, place, *keys = self.parts if len(self.parts) > 1 else (*self.parts, "")
         scheme = scheme[:-1]
@@ -63,28 +70,28 @@ class Url(PosixPath):
             name, _, revision = (keys.pop(0) if keys else "").partition("@")
             place = f"{place}/{name}/resolve/{quote(revision, safe='%') or 'main'}"
         key, _, query = "/".join(keys).partition("?") if scheme.startswith("http") else ("/".join(keys), "", "")
-        return Address(scheme, place, key, query.replace(_SLASH, "/"))
+        return _remote().Address(scheme, place, key, query.replace(_SLASH, "/"))
 
-    def opened(self) -> Object:
+    def opened(self) -> "Object":
         """The object, opened for reading: by the first call, so that all that is read from this path is one version."""
         return self._object
 
     @cached_property
-    def _object(self) -> Object:
-        return Object(self.at, self)
+    def _object(self) -> "Object":
+        return _remote().Object(self.at, self)
 
     @cached_property
-    def _inside(self) -> dict[str, Seen | None]:
-        return remote.listing(self.at, self)
+    def _inside(self) -> "dict[str, Seen | None]":
+        return _remote().listing(self.at, self)
 
     def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
         """What the store says now; `FileNotFoundError` if there is neither an object nor a folder."""
         if not _FILE.fullmatch(self.name) and self._inside:
-            return remote.status(self.at, None)
-        seen = remote.look(self.at, self)
+            return _remote().status(self.at, None)
+        seen = _remote().look(self.at, self)
         if seen is None and not self._inside:
             raise FileNotFoundError(errno.ENOENT, "there is no such object", str(self))
-        return remote.status(self.at, seen)
+        return _remote().status(self.at, seen)
 
     def lstat(self) -> os.stat_result:
         return self.stat()
@@ -106,7 +113,7 @@ class Url(PosixPath):
         try:
             return self.stat().st_mode
         except OSError as error:
-            if remote.unanswered(error):
+            if unanswered(error):
                 raise
             return 0  # stores may refuse to say that something is not there
 
@@ -118,7 +125,7 @@ class Url(PosixPath):
         return child
 
     def _mode_of(self, name: str) -> int:
-        return remote.status(self.at, self._inside[name]).st_mode if name in self._inside else 0
+        return _remote().status(self.at, self._inside[name]).st_mode if name in self._inside else 0
 
     def iterdir(self) -> Generator["Url", None, None]:
         return (self / name for name in sorted(self._inside))
@@ -135,7 +142,7 @@ class Url(PosixPath):
         return raw if "b" in mode else io.TextIOWrapper(raw, encoding=how.get("encoding") or "utf-8")
 
     def unlink(self, missing_ok: bool = False) -> None:
-        remote.delete(self.at, self)
+        _remote().delete(self.at, self)
 
     def absolute(self) -> "Url":
         return self
@@ -187,5 +194,11 @@ def text_of(given: str | os.PathLike[str]) -> str:
 
 def opened_together(paths: Sequence[Path]) -> Sequence[Path]:
     """The same paths; those in remote stores have been opened, several at a time: each answer is slow to come."""
-    remote.together(path.opened for path in paths if isinstance(path, Url))
+    if calls := [path.opened for path in paths if isinstance(path, Url)]:
+        _remote().together(calls)
     return paths
+
+
+def unanswered(error: BaseException) -> bool:
+    """Whether an error says that a store does not answer, not that something is not there, or is not shown."""
+    return isinstance(error, CannotRead) and "number" not in error.__dict__

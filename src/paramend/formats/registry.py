@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paramend.disk.remote import unanswered
-from paramend.disk.urls import Url, path_of
+from paramend.disk.urls import Url, path_of, unanswered
 from paramend.errors import BadCheckpoint, CannotRead, Unsupported
 from paramend.formats.files import FOREIGN, OpenFile, near
 from paramend.formats.index import is_index, read_index

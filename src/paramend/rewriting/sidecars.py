@@ -5,7 +5,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from paramend.disk.remote import unanswered
+from paramend.disk.urls import unanswered
 from paramend.formats.index import is_index
 from paramend.formats.registry import FOREIGN_WEIGHTS, SUFFIXES
 from paramend.formats.shards import Shards
