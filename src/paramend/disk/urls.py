@@ -70,7 +70,8 @@ class Url(PosixPath):
             name, _, revision = (keys.pop(0) if keys else "").partition("@")
             place = f"{place}/{name}/resolve/{quote(revision, safe='%') or 'main'}"
         key, _, query = "/".join(keys).partition("?") if scheme.startswith("http") else ("/".join(keys), "", "")
-        return _remote().Address(scheme, place, key, query.replace(_SLASH, "/"))
+        found: Address = _remote().Address(scheme, place, key, query.replace(_SLASH, "/"))
+        return found
 
     def opened(self) -> "Object":
         """The object, opened for reading: by the first call, so that all that is read from this path is one version."""
@@ -78,20 +79,24 @@ class Url(PosixPath):
 
     @cached_property
     def _object(self) -> "Object":
-        return _remote().Object(self.at, self)
+        found: Object = _remote().Object(self.at, self)
+        return found
 
     @cached_property
     def _inside(self) -> "dict[str, Seen | None]":
-        return _remote().listing(self.at, self)
+        found: dict[str, Seen | None] = _remote().listing(self.at, self)
+        return found
 
     def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
         """What the store says now; `FileNotFoundError` if there is neither an object nor a folder."""
         if not _FILE.fullmatch(self.name) and self._inside:
-            return _remote().status(self.at, None)
+            folder: os.stat_result = _remote().status(self.at, None)
+            return folder
         seen = _remote().look(self.at, self)
         if seen is None and not self._inside:
             raise FileNotFoundError(errno.ENOENT, "there is no such object", str(self))
-        return _remote().status(self.at, seen)
+        found: os.stat_result = _remote().status(self.at, seen)
+        return found
 
     def lstat(self) -> os.stat_result:
         return self.stat()
