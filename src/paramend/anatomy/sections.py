@@ -15,7 +15,7 @@ from paramend.reports import wording
 # Keys that count layers. If a section has several, all are changed.
 COUNTS = (
     *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers", "depth", "num_blocks"),
-    "num_layers_per_stack",
+    *("num_layers_per_stack", "block_count"),
 )
 # The same for models with an encoder and a decoder.
 SIDES: Mapping[str, tuple[str, ...]] = {

@@ -109,7 +109,14 @@ class Checkpoint(Editable):
     @cached_property
     def quantization(self) -> Mapping[str, object] | None:
         """What the configuration beside the weights says of their quantisation; None if it says nothing."""
-        return quantization_of(self.path, self.texts)
+        return None if self.configuration is not None else quantization_of(self.path, self.texts)
+
+    @property
+    def configuration(self) -> bytes | None:
+        """The configuration that its own file holds, as JSON; None for formats whose files hold none."""
+        source: Any = self.source
+        found: bytes | None = getattr(getattr(source, "base", source), "configuration", None)
+        return found
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -314,7 +321,7 @@ class Checkpoint(Editable):
 
     def relocated(self, moves: Mapping[int, Sequence[tuple[str, int | None]]]) -> "Checkpoint":
         made = self.planned(self.plan.renamed(moves))
-        if not quantization_of(self.path, self.texts):
+        if not self.quantization:
             return made
         from paramend.edits.decoding import modules, renamed  # most checkpoints are not quantised
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from paramend.arrays.registry import backend, backend_of, to_numpy
+from paramend.arrays.registry import backend, backend_of
 from paramend.errors import BadArgument, Unsupported
 from paramend.formats.source import Gathering
 from paramend.leaves.leaves import Index, tied
@@ -108,7 +108,7 @@ class InMemory(Gathering):
             place = place._replace(key=key, device=device)
         self._entries.append((keys, place))
         self._leaves.append(value)
-        self._made.append(Made(backend(value).spec(value), partial(to_numpy, value)))
+        self._made.append(Made(backend(value).spec(value), partial(backend(value).numpy, value)))
         self._paths.append(path or ("",))
         self._owners.append(_owner(value, box) or number)
 

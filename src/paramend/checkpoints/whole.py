@@ -16,12 +16,13 @@ from paramend.checkpoints.memory import SEPARATOR, InMemory
 from paramend.disk.identity import check_not_overwritten
 from paramend.disk.urls import text_of
 from paramend.edits.plan import Plan
+from paramend.edits.weights import weighed
 from paramend.errors import BadArgument, RenameClash, Unsupported
 from paramend.formats.registry import open_source
 from paramend.formats.source import Source
 from paramend.leaves.outlines import ATOMS, Outline, Place, closed, once, outline_of
 from paramend.leaves.paths import Joined
-from paramend.leaves.specs import AnyTree, Array
+from paramend.leaves.specs import BLOCKS, AnyTree, Array
 from paramend.reports import wording
 from paramend.reports.progress import Progress
 
@@ -63,7 +64,7 @@ def load(
     They are copies, which later changes of the file do not affect. Leaves that are tied in the file are one array under
     several paths; those of JAX are one each, so that a step may donate them. Steps, learning rates and all else that is
     not an array are there as the file has them; so are lists and tuples. Typed PRNG keys are their numbers; with "jax"
-    they are keys.
+    they are keys. Weights in blocks of GGUF are decoded to float32.
 
     Args:
         path: a file or a directory.
@@ -98,12 +99,13 @@ def load(
     source = open_source(path)
     try:
         names = None if nested else _names(source)
-        outline = outline_of(source)
+        outline, seen = outline_of(source), weighed(Checkpoint(source))
         ties = {} if kind == "jax" else source.ties
         made: dict[int, Any] = {}
         for number, (_, place) in outline.places.items():
             if (first := ties.get(number, number)) not in made:
-                array = source.read(first) if mmap else copied(source, first)
+                blocks = source.spec(first).dtype in BLOCKS
+                array = seen.read(first) if blocks else source.read(first) if mmap else copied(source, first)
                 scalar = place.scalar and not array.ndim
                 leaf = array.item() if scalar else array if library is None else library.from_numpy(array)
                 made[first] = library.typed_keys(leaf, place.key) if place.key and kind == "jax" else leaf

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import click
 
 from paramend.checkpoints.checkpoint import Checkpoint
+from paramend.cli import _ui
 from paramend.cli.choosing import EXCEPT, chosen
 from paramend.cli.opening import open_checkpoint
 from paramend.cli.options import ADDRESS, DRY_TOO, WRITES, Decorator, makes, renames, takes
@@ -33,13 +34,21 @@ def convert(path: Path, out: str, to: str | None, record: bool, **given: Any) ->
 
     IN is a file or a directory. The suffix of OUT selects the format (model.safetensors, model.pt ...); a trailing
     slash, or --max-shard-size, selects a directory of safetensors files; --to says it for other names. Every value is
-    kept bit for bit; what the format cannot hold is named.
+    kept bit for bit; what the format cannot hold is named. To and from GGUF, models of llama, mistral, qwen2 and qwen3
+    are translated: names, the order of rows, configuration, and tokens to GGUF.
 
     Exit status: 0 done; 2 an unreadable or damaged file, a leaf that the format cannot hold, or an OUT that cannot
     be written.
     """
+    from paramend.mapping.llama_cpp import translated  # the other commands here translate nothing
+    from paramend.rewriting.wishes import wish_of  # as above
+
     with open_checkpoint(path) as checkpoint:
-        carry_out(checkpoint.plan, path, out, record="" if record else None, to=to or "", quiet=True, **given)
+        wish = wish_of(checkpoint.plan, out, sized=given["max_shard_size"] is not None, to=to or "")
+        made, said = translated(checkpoint, wish.format.name)
+        carry_out(made.plan, path, out, record="" if record else None, to=to or "", quiet=True, **given)
+        for line in said:
+            _ui.say(line)
 
 
 def _choice(name: str, kinds: Any, says: str) -> Decorator:

@@ -26,7 +26,6 @@ _UNRESERVED = getattr(mmap, "MAP_NORESERVE", 0x4000)  # that of Linux, which Pyt
 FOREIGN: tuple[tuple[bytes, str, str], ...] = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "git lfs pull"),
     (b"\x89HDF", "an HDF5 file", ""),
-    (b"GGUF", "a GGUF file", ""),
     (b"\x1f\x8b", "compressed with gzip", "gunzip it first"),
     (b"<", "a web page (HTML or XML)", "download the file itself"),
 )

@@ -1,7 +1,6 @@
 """`Shards`: a directory with a model in one file or several, as one source."""
 
 import re
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,13 @@ from paramend.errors import BadCheckpoint
 from paramend.formats.index import ShardIndex, find_index, read_index
 from paramend.formats.jsontext import bad
 from paramend.formats.limits import shown
-from paramend.formats.source import Flat, Gathering, Overlapping, Released, Source
+from paramend.formats.source import Few, Flat, Gathering, Overlapping, Source, release
 from paramend.leaves.leaves import Index, separator_of, uncollected
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.outlines import Keys, Outline, Place, outline_of
 from paramend.leaves.specs import Array
 from paramend.reports import wording
 
-# Systems limit a process to a few hundred open files; the largest models have more.
-_OPEN = 64
 _SHARD = re.compile(r"-\d+-of-(\d+)\.")
 
 
@@ -34,7 +31,7 @@ class Shards(Gathering):
         self.format: str = self.files[0].format
         ties: dict[int, int] = {}
         self._homes: list[tuple[int, int]] = []
-        self._open: OrderedDict[int, None] = OrderedDict()
+        self._few = Few()
         names: list[str] = []
         where: dict[str, int] = {}
         for place, file in enumerate(self.files):
@@ -57,9 +54,12 @@ class Shards(Gathering):
             self._check_index(shard_index, where)
         self.ties: Mapping[int, int] = ties
         self.index = Index.of_names(names, separator_of(names))
-        first, *rest = (file.metadata for file in self.files)
-        # The metadata of the files, where all agree.
-        self.metadata = {key: value for key, value in first.items() if all(each.get(key) == value for each in rest)}
+        self.metadata = self._together([file.metadata for file in self.files])
+
+    def _together(self, metadata: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """The metadata of the files, where all agree."""
+        first, *rest = metadata
+        return {key: value for key, value in first.items() if all(each.get(key) == value for each in rest)}
 
     def outline(self) -> Outline:
         numbers = {home: number for number, home in enumerate(self._homes)}
@@ -97,11 +97,7 @@ class Shards(Gathering):
 
     def _opened(self, number: int) -> Stored:
         """A leaf, ready to be read; the files read last stay open."""
-        place, _ = self._homes[number]
-        self._open[place] = None
-        self._open.move_to_end(place)
-        if len(self._open) > _OPEN:
-            _release(self.files[self._open.popitem(last=False)[0]])
+        self._few.touch(self.files[self._homes[number][0]])
         return self.origin(number)
 
     @property
@@ -146,7 +142,7 @@ def open_directory(path: Path, opener: Callable[[Path], Source], weights: Callab
         with uncollected():
             for place in opened_together([folder / name for name in chosen]):
                 files.append(opener(place))
-                _release(files[-1])
+                release(files[-1])
             return Shards(path, folder, files, shard_index)
     except BaseException:
         for file in files:
@@ -170,8 +166,3 @@ def _names(file: Source) -> Iterable[tuple[int, str]]:
     if isinstance(file, Flat):
         return enumerate(file.names)
     return ((number, file.index.name(number)) for number in file.index.numbers)
-
-
-def _release(file: Any) -> None:
-    if isinstance(file, Released):
-        file.release()

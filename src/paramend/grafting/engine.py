@@ -18,6 +18,7 @@ from paramend.grafting.plan import GraftPlan, Move
 from paramend.grafting.quantized import check_groups
 from paramend.grafting.report import GraftReport
 from paramend.leaves.leaves import Editable, Leaves
+from paramend.leaves.origins.origin import Origin
 from paramend.leaves.specs import kind_of, numpy_dtype
 from paramend.reports import wording
 from paramend.reports.report import Line, fold, table
@@ -56,6 +57,10 @@ def values(plan: GraftPlan) -> dict[int, Any]:
 def value_of(plan: GraftPlan, move: Move) -> Any:
     """The new value of a leaf; what overflows or is lost is entered in the row of the move."""
     leaf = plan.target.read(move.number)
+    origin = _parts(plan, move, leaf)
+    if origin is not None:
+        move.row = replace(move.row, taken=origin.spec.size)
+        return backend(leaf).filled(leaf, origin.read_box)
     value = getattr(plan.source, "fetch", plan.source.read)(move.origin)
     if move.number in counts(plan.target) and not isinstance(losses.on_host(value), np.ndarray | np.generic):
         move.row = replace(move.row, taken=1)
@@ -88,6 +93,15 @@ def value_of(plan: GraftPlan, move: Move) -> Any:
         if ours.abstract(leaf) and not hasattr(plan.source, "fetch"):  # the user's array may change later
             value = value.copy()
     return ours.like(value, leaf)
+
+
+def _parts(plan: GraftPlan, move: Move, leaf: Any) -> Origin | None:
+    """Where the parts of a leaf that is spread over devices are read, each on its own; None: it is read whole."""
+    fits = move.meeting is None and plan.target.spec(move.number) == plan.source.spec(move.origin)
+    if not fits or isinstance(plan.source, Tree) or not isinstance(plan.source, Editable):
+        return None
+    origin: Origin = plan.source.expression(move.origin)
+    return origin if origin.boxed and backend(leaf).parted(leaf) else None
 
 
 def _converted(value: Any, dtype: str) -> Any:

@@ -43,7 +43,7 @@ def deepened(
     picks, ties = _picks(checkpoint, work)
     texts: list[Document] = []
     if work.config is not None and document is not None:
-        if path_of(checkpoint.path).is_dir():
+        if document.own or path_of(checkpoint.path).is_dir():
             texts.append(document.holding(work.config))
         else:
             file = document.file

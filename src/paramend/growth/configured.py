@@ -72,7 +72,7 @@ class Configured:
             new = document.holding(change(name, document.values)) if document is not None and document.text else None
             if new is None or document is None or new.text == document.text:
                 continue
-            if path_of(self.model.path).is_dir():
+            if document.own or path_of(self.model.path).is_dir():
                 tree = tree.planned(tree.plan.beside(new))
                 said += map(str, new.changes)
             else:

@@ -16,7 +16,7 @@ from paramend.disk.publishing import drop_spare_names, is_other, look, sync_fold
 from paramend.disk.urls import Url, path_of
 from paramend.errors import BadCheckpoint, Busy, CannotWrite, ParamendError, Unsupported
 from paramend.formats.orbax.store import may_change
-from paramend.formats.registry import home_of, is_tree, weight_files
+from paramend.formats.registry import files_of, home_of, is_tree, table_of, weight_files
 from paramend.journal import claims
 from paramend.journal.exchange import BACK, STAGED
 from paramend.journal.history import HistoryRow
@@ -101,11 +101,15 @@ class UndoStore:
         """The names of the files of a record that no patch of the checkpoint writes, or replaces."""
         head, tree = record.head, is_tree(self.base)
         written = set(head.files[: head.written])
-        if written and not tree:
-            written -= weight_files(self.base) if self.is_folder else {self.base.name}
         replaced = set(head.files[head.written :]).union(*head.moved)
+        if written or (replaced and not tree):
+            own = weight_files(self.base) if self.is_folder else files_of(self.base)
+            written -= own
+            replaced -= {name for name in own if name.endswith(".gguf")}  # of which headers may get longer
         if self.is_folder:
-            replaced = {n for n in replaced if not (may_change(self.base, n) if tree else PUT.fullmatch(n))}
+            table = table_of(self.base)
+            mine = (lambda n: n == table or may_change(self.base, n)) if tree else PUT.fullmatch
+            replaced = {name for name in replaced if not mine(name)}
         return sorted(written | replaced)
 
     @contextlib.contextmanager

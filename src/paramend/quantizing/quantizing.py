@@ -19,6 +19,7 @@ from paramend.edits.plan import call
 from paramend.edits.weights import Weights
 from paramend.errors import BadArgument, Quantized, SpecMismatch, Unsupported
 from paramend.leaves.codecs.fresh import check_scheme, codec_for, layout_of
+from paramend.leaves.codecs.ggml import WRITABLE
 from paramend.leaves.groups import groups_of
 from paramend.leaves.leaves import Group
 from paramend.leaves.origins.decoded import decoded
@@ -57,7 +58,7 @@ def quantize(
             tree in memory: dicts, a state dict; with `simulate` modules and kernels of JAX too.
         selector: the weights.
         scheme: "fp8-tensor", "fp8-channel", "fp8-block", "int8" or "int4" (as compressed-tensors packs them), "gptq",
-            "awq", "mxfp4", "nvfp4", "nf4", "fp4", "bnb-int8".
+            "awq", "mxfp4", "nvfp4", "nf4", "fp4", "bnb-int8"; "q8_0" or "q4_0", which GGUF files alone hold.
         simulate: whether the leaves stay floats, with the values that the scheme gives: what int4 in this layer costs.
         group_size: how many inputs share a scale, where the scheme leaves it open; -1 for all. int4, GPTQ and AWQ have
             128, int8 all of them.
@@ -100,7 +101,7 @@ def quantize(
         tree = leaves.edited({number: call("set", {"value": value}) for number, value in values.items()})
     else:
         tree = leaves.regrouped([new.regrouped(seen, simulate=simulate) for new in news])
-    if not simulate and scheme:
+    if not simulate and scheme and scheme not in WRITABLE:  # each leaf in blocks says itself what it is
         left = floats(leaves, [*numbers, *(each for group in seen.groups.values() for each in group.numbers)])
         named_ = modules(leaves, numbers)
         says = partial(quantised, scheme=scheme, group_size=group_size, modules=named_, floats=left)

@@ -265,7 +265,8 @@ class _Run:
         else:
             works, some = Works(), (row for row in self.made.rows if row.calls and row.spec.size)
             work = [works.of(row, laid_flat(self.source, row)) for row in some]
-            restage(self.source, [each for each in work if len(each.ranges)], folder, self.meter)
+            if work:
+                restage(self.source, [each for each in work if len(each.ranges)], folder, self.meter)
             self.filler.computed += sum(each.row.spec.nbytes for each in work)
             check_still(self.source.stats)
         for path in folder.rglob("*"):

@@ -20,6 +20,8 @@ from paramend.leaves.codecs.encoding import (
     scales_for,
     unit,
 )
+from paramend.leaves.codecs.ggml import Blocks
+from paramend.leaves.origins.blocked import encoded_blocks
 from paramend.leaves.origins.boxes import Box, ends, select, shape_of, whole
 from paramend.leaves.origins.moved import permute_axes, reshape
 from paramend.leaves.origins.origin import CHUNK, Namer, Origin
@@ -261,6 +263,8 @@ def encoded(
         free: whether a scale of scales may grow.
         misfit: what measures how far the values of the codes are from the weight, as they are read.
     """
+    if isinstance(codec, Blocks):
+        return encoded_blocks(codec, weight, kept or {}, misfit)
     views = codec.views(kept or {})
     axes = [codec.axes.index(axis) for axis in range(len(codec.axes))]
     values = reshape(weight, codec.spec.shape) if codec.shape else permute_axes(weight, axes) if axes else weight

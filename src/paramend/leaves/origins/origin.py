@@ -12,7 +12,7 @@ import numpy as np
 
 from paramend.leaves.names import Unread
 from paramend.leaves.origins.boxes import Box, Runs, boxes_of
-from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype
+from paramend.leaves.specs import WIDTHS, Array, Spec, numpy_dtype
 
 # Elements read or computed at once: they fit into the CPU cache; whole tensors are two to three times slower.
 CHUNK = 1 << 18
@@ -88,7 +88,7 @@ class Origin(Unread, ABC):
     @property
     def bits(self) -> int:
         """The bits of one element, also for dtypes of unknown width; 0 if they are not all of one width."""
-        return BITS.get(self.spec.dtype) or next((child.bits for child in self.children if child.bits), 0)
+        return WIDTHS.get(self.spec.dtype) or next((child.bits for child in self.children if child.bits), 0)
 
     @property
     def nbytes(self) -> int:
