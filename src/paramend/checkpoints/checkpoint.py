@@ -14,6 +14,7 @@ from paramend.anatomy.documents import Document
 from paramend.anatomy.quantization import quantization_of
 from paramend.arrays.initializers import NOWHERE, Site
 from paramend.arrays.registry import backend
+from paramend.disk.urls import Url, path_of
 from paramend.edits.call import Call
 from paramend.edits.choosing import chosen
 from paramend.edits.damage import Damage
@@ -93,7 +94,7 @@ class Checkpoint(Editable):
     @property
     def path(self) -> Path:
         """The path, as given by the user."""
-        return Path(self.source.path)
+        return path_of(self.source.path)
 
     @property
     def untouched(self) -> bool:
@@ -419,7 +420,7 @@ def open(path: str | os.PathLike[str], *, raw: bool = False) -> Checkpoint:
 def checkpoint_at(path: str | os.PathLike[str], *, raw: bool = False) -> Checkpoint:
     """The same as `open`, without a look at records of patches."""
     source = open_source(path)
-    mark_blocks(source, Path(source.path))
+    mark_blocks(source, path_of(source.path))
     return Checkpoint(source, raw=raw)
 
 
@@ -429,6 +430,8 @@ def recover(path: str | os.PathLike[str]) -> None:
     Records are in folders whose names end in `.undo`: in a folder of shards, or beside a file.
     """
     try:
+        if isinstance(path_of(path), Url):  # nothing in a store is changed in place
+            return
         home = home_of(Path(path))
         folder = home if home.is_dir() else home.parent
         with os.scandir(folder) as inside:
