@@ -105,7 +105,7 @@ def diff(
             report.histograms = histograms_of({path: pair.streams() for path, pair in pairs.items()})
         for name in PARTS:
             setattr(report, name, arranged(getattr(report, name), sort if name == "changed" else "path"))
-        report.tells_of(*read_by(old), *read_by(new))
+        report.tells_of(read_by(old), read_by(new))
         return report
 
 

@@ -77,7 +77,7 @@ def stats(
     if histograms:
         read = [number for number in numbers if not isinstance(found[number], str)]
         report.histograms = histograms_of({leaves.index.path(n): (stream_of(leaves, n),) for n in read})
-    report.tells_of(*read_by(leaves))
+    report.tells_of(read_by(leaves))
     return report
 
 

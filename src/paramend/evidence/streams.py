@@ -161,4 +161,5 @@ def read_by(leaves: Leaves) -> list[Path]:
     """The files that leaves are read from, and the folder if their checkpoint is one."""
     if not isinstance(leaves, Checkpoint):
         return []
-    return [Path(leaves.source.path), *leaves.source.stats]
+    path = Path(leaves.source.path)
+    return [*([path] if path.name else ()), *leaves.source.stats]
