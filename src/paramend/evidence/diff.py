@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from paramend.checkpoints.checkpoint import open as open_checkpoint
+from paramend.checkpoints.files import read_by
 from paramend.checkpoints.keys import matched
 from paramend.edits.memory import Memory
 from paramend.edits.weights import weighed
@@ -18,7 +19,6 @@ from paramend.evidence.histograms import histograms as histograms_of
 from paramend.evidence.moves import moves
 from paramend.evidence.pairing import Match, matches
 from paramend.evidence.permutations import transposed
-from paramend.evidence.streams import read_by
 from paramend.leaves.leaves import Editable
 from paramend.leaves.rules import Codec
 from paramend.leaves.specs import BITS, AnyTree

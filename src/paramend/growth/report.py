@@ -109,7 +109,9 @@ class DeepenReport(Paged):
         paths, did = [row.path for row in self.layers], [row.did for row in self.layers]
         ends = list(self.old)
         links = [[ends.index(source)] for source in sources]
-        return Page("deepen", self.headline(), paths, sizes, columns, did, "layer", chart="arrows", ends=ends, links=links)
+        return Page(
+            "deepen", self.headline(), paths, sizes, columns, did, "layer", chart="arrows", ends=ends, links=links
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -38,9 +38,10 @@ let style = {};
 
 function readStyle() {
   const css = getComputedStyle(document.documentElement);
-  style = Object.fromEntries(["node", "quiet", "ink", "line", "mark", "dim", "scheme"].map((name) => [name, css.getPropertyValue(`--${name}`).trim()]));
+  style = Object.fromEntries(["node", "quiet", "ink", "line", "paper", "dim", "scheme"].map((name) => [name, css.getPropertyValue(`--${name}`).trim()]));
   style.ramp = style.scheme === "dark" ? [...RAMP].reverse() : RAMP;  // what is large stands out from the paper
   style.signed = [COLOURS[0], style.quiet, COLOURS[5]];
+  style.fills = groups.map((_, index) => texture(pen, index));
 }
 
 const channels = (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
@@ -75,7 +76,8 @@ function loudness(leaf) {  // of leaves too narrow to draw, the loudest is seen
 }
 
 function texture(context, index) {
-  if (quiet[index] || index % 6 === 0) return groupColour(index);
+  const kind = quiet[index] ? 0 : quiet.includes(true) ? 1 + (index % 5) : index % 6;  // only the quiet are plain, if any
+  if (kind === 0) return groupColour(index);
   const tile = document.createElement("canvas");
   tile.width = tile.height = 8;
   const t = tile.getContext("2d");
@@ -84,7 +86,6 @@ function texture(context, index) {
   t.strokeStyle = t.fillStyle = "rgba(0,0,0,.55)";
   t.lineWidth = 1.2;
   t.beginPath();
-  const kind = index % 6;
   if (kind === 1 || kind === 3) { t.moveTo(-1, 9); t.lineTo(9, -1); t.moveTo(-1, 1); t.lineTo(1, -1); t.moveTo(7, 9); t.lineTo(9, 7); }
   if (kind === 2 || kind === 3) { t.moveTo(-1, -1); t.lineTo(9, 9); t.moveTo(-1, 7); t.lineTo(1, 9); t.moveTo(7, -1); t.lineTo(9, 1); }
   if (kind === 4) { t.moveTo(0, 4); t.lineTo(8, 4); }
@@ -117,7 +118,7 @@ function write(text, x, y, width, colour, on) {  // `on`: the colour below, whic
 }
 function drawLeaf(node, x, y, w, h) {
   pen.globalAlpha = match[node.leaf] ? 1 : 0.12;
-  pen.fillStyle = state.colour === "" && groups.length ? texture(pen, group[node.leaf]) : colourOf(node.leaf);
+  pen.fillStyle = state.colour === "" && groups.length ? style.fills[group[node.leaf]] : colourOf(node.leaf);
   pen.fillRect(x, y, w, h);
   pen.globalAlpha = 1;
   if (w > 3) { pen.strokeStyle = style.line; pen.lineWidth = 0.5; pen.strokeRect(x, y, w, h); }
@@ -158,21 +159,21 @@ function drawMap(width, height) {
 }
 
 function drawBars(width, height, plan) {
-  const { row, label, cell, singles, pairs } = plan;
-  const column = columns[state.colour === "" ? home : state.colour];
-  const known = singles.map((leaf) => column.values[leaf]).filter(Number.isFinite);
+  const { row, label, cell, singles, pairs, bars } = plan;
+  const column = barColumn();
+  const known = bars.map((leaf) => column.values[leaf]).filter(Number.isFinite);
   const low = Math.min(0, ...known), high = Math.max(0, ...known), end = width - 76;
   const place = (value) => label + (end - label) * ((value - low) / (high - low || 1));
-  singles.forEach((leaf, at) => {
+  bars.forEach((leaf, at) => {
     const value = column.values[leaf], y = at * row, x = place(0), to = Number.isFinite(value) ? place(value) : x;
     drawLeaf(leafNodes[leaf], Math.min(x, to), y + 2, Math.max(Math.abs(to - x), 1), row - 4);
     boxes[boxes.length - 1] = [leafNodes[leaf], 0, y, width, row];
     if (row < 11) return;
     write(paths[leaf], 4, y + row / 2, label - 12, style.ink);
-    if (value !== null) write(shownAs(value), end + 6, y + row / 2, 70, style.dim);
+    write(shownAs(value), end + 6, y + row / 2, 70, style.dim);
   });
   pen.fillStyle = style.dim;
-  pen.fillRect(place(0) - 0.5, 0, 1, singles.length * row);
+  pen.fillRect(place(0) - 0.5, 0, 1, bars.length * row);
   if (!pairs.length) return;
   const top = height - cell * ends.length - 2;
   const put = (leaf, i, j) => {
@@ -182,6 +183,7 @@ function drawBars(width, height, plan) {
   };
   for (const leaf of singles) put(leaf, links[leaf][0], links[leaf][0]);
   for (const leaf of pairs) { const [i, j] = links[leaf]; put(leaf, i, j); put(leaf, j, i); }
+  write(`pairs: ${column.name}`, 4, top - 10, label - 12, style.dim);
   if (cell < 11) return;
   ends.forEach((name, at) => {
     write(name, 4, top + (at + 0.5) * cell, label - 12, style.ink);
@@ -192,13 +194,15 @@ function drawBars(width, height, plan) {
     pen.restore();
   });
 }
+const barColumn = () => columns[state.colour === "" ? home : state.colour];
 function planBars(width) {
   const [singles, pairs] = [1, 2].map((many) => [...links.keys()].filter((leaf) => links[leaf].length === many));
+  const bars = singles.filter((leaf) => barColumn().values[leaf] !== null);
   const longest = Math.max(0, ...ends.map((name) => pen.measureText(name).width)) + 16;
   const label = Math.min(longest, width * 0.36), head = Math.min(longest, 110);
-  const row = Math.max(2, Math.min(24, 3000 / singles.length));
+  const row = Math.max(2, Math.min(24, 3000 / bars.length));
   const cell = Math.min(44, (width - label - 2) / ends.length);
-  return { row, label, cell, head, singles, pairs, height: row * singles.length + (pairs.length ? head + 14 + cell * ends.length : 0) };
+  return { row, label, cell, head, singles, pairs, bars, height: row * bars.length + (pairs.length ? head + 14 + cell * ends.length : 0) };
 }
 
 function drawArrows(width, height) {
@@ -206,11 +210,9 @@ function drawArrows(width, height) {
   const [old, now] = [height / ends.length, height / paths.length];
   const used = new Set(links.flat());
   ends.forEach((name, at) => {
-    pen.globalAlpha = used.has(at) ? 1 : 0.55;
     pen.fillStyle = style.node;
-    pen.fillRect(0, at * old + 1, wide, old - 2);
-    write(used.has(at) ? name : `${name} dropped`, 6, (at + 0.5) * old, wide - 10, style.ink);
-    pen.globalAlpha = 1;
+    if (used.has(at)) pen.fillRect(0, at * old + 1, wide, old - 2);
+    if (old >= 11) write(used.has(at) ? name : `${name} dropped`, 6, (at + 0.5) * old, wide - 10, used.has(at) ? style.ink : style.dim);
   });
   paths.forEach((name, leaf) => {
     const said = groups[group[leaf]], [from, to] = [(links[leaf][0] + 0.5) * old, (leaf + 0.5) * now];
@@ -232,7 +234,7 @@ function drawArrows(width, height) {
 const CHARTS = {
   map: { name: "Tree of leaves, as wide as they are large", plan: () => ({ height: 300 }), draw: drawMap },
   bars: { name: "A bar for each, and a matrix of pairs", plan: planBars, draw: drawBars },
-  arrows: { name: "Old layers, and the new layers made of them", plan: () => ({ height: Math.max(ends.length, paths.length) * Math.max(12, Math.min(28, 2000 / paths.length)) }), draw: drawArrows },
+  arrows: { name: "Old layers, and the new layers made of them", plan: () => ({ height: Math.max(ends.length, paths.length) * Math.max(2, Math.min(28, 3000 / paths.length)) }), draw: drawArrows },
 };
 
 function drawChart() {
@@ -248,8 +250,10 @@ function drawChart() {
   pen.setTransform(ratio, 0, 0, ratio, 0, 0);
   boxes = [];
   CHARTS[data.chart].draw(width, height, plan);
-  pen.strokeStyle = style.mark; pen.lineWidth = 2.5;
-  for (const [node, x, y, w, h] of boxes) if (node === state.at) pen.strokeRect(x + 1, y + 1, Math.max(w - 2, 2), h - 2);
+  for (const [node, x, y, w, h] of boxes) {
+    if (node !== state.at) continue;
+    for (const [colour, wide] of [[style.paper, 5], [style.ink, 2.5]]) { pen.strokeStyle = colour; pen.lineWidth = wide; pen.strokeRect(x + 1.5, y + 1.5, Math.max(w - 3, 1), h - 3); }
+  }
 }
 
 function nodeAt(event) {

@@ -1,7 +1,7 @@
 
 // ---- what is shown
 
-const ROW = 26;
+let ROW = 26;
 const lower = paths.map((path) => path.toLowerCase());
 const state = { query: "", off: new Set(), colour: "", sort: null, down: false, zoom: root, at: root, shown: [] };
 let match = new Uint8Array(paths.length).fill(1);
@@ -42,7 +42,7 @@ function resort() {
       if (y === null) return -1;
       return (typeof x === "number" ? x - y : x.localeCompare(y, "en", { numeric: true })) * sign;
     });
-  } else state.shown.sort((a, b) => (groups.length ? quiet[group[a]] - quiet[group[b]] : 0) || a - b);
+  } else state.shown.sort((a, b) => (groups.length && data.chart === "map" ? quiet[group[a]] - quiet[group[b]] : 0) || a - b);
   drawRows();
   drawChart();
 }
@@ -57,13 +57,16 @@ const heads = told.map(([key, title]) => ({ key, title, width: 0 }));
 const few = Array.from({ length: Math.min(paths.length, 300) }, (_, at) => Math.floor((at * paths.length) / Math.min(paths.length, 300)));
 for (const head of heads) {
   const texts = [head.title, ...few.map((leaf) => (head.key === "path" ? "" : shownCell(leaf, head.key)))];
-  const most = head.key === "path" ? 9 : ruler.measureText(head.title).width + 4;
-  head.width = Math.ceil(Math.max(most, Math.min(170, ruler.measureText(texts.reduce((a, b) => (b.length > a.length ? b : a))).width))) + 20;
+  const [title, ...others] = texts.map((text) => ruler.measureText(text).width);
+  head.width = Math.ceil(Math.max(title * 1.1, Math.min(170, Math.max(0, ...others)))) + 20;
 }
-let fitting = [];  // the columns that there is room for; the others are among the details
+let lines = 1, fitting = [];  // the columns that there is room for; the others are among the details
 
 function layOut() {
   const width = $("rows").clientWidth;
+  lines = width < 560 ? 2 : 1;  // of a path: where it is narrow, a path has two
+  ROW = lines === 2 ? 44 : 26;
+  document.documentElement.style.setProperty("--row", `${ROW}px`);
   let rest = width - Math.max(150, width * 0.34);
   fitting = heads.filter((head) => head.key === "path" || (head.width <= rest && ((rest -= head.width), true)));
   const others = fitting.reduce((sum, head) => sum + (head.key === "path" ? 0 : head.width), 0);
@@ -120,7 +123,7 @@ function drawRows() {
     for (const { key, width } of fitting) {
       const span = document.createElement("span");
       span.title = shownCell(leaf, key);
-      span.textContent = fitted(span.title, width - 17, ruler) || span.title;
+      span.textContent = fitted(span.title, key === "path" && lines === 2 ? 1.8 * (width - 17) : width - 17, ruler) || span.title;
       if (numeric(key)) span.className = "number";
       row.append(span);
     }
@@ -212,9 +215,11 @@ function picture(found) {
     let line = `M0 ${H}`;
     counts.forEach((count, at) => { line += ` L${at * step} ${y(count)} L${(at + 1) * step} ${y(count)}`; });
     line += ` L${W} ${H}`;
-    const colour = COLOURS[place];
+    const colour = place ? COLOURS[1] : COLOURS[style.scheme === "dark" ? 4 : 0];
     svg.append(make("path", { d: line, fill: place ? "none" : colour, "fill-opacity": 0.35, stroke: colour, "stroke-width": 1.6, "stroke-dasharray": place ? "5 3" : "none" }));
-    svg.append(make("text", { x: W * 0.5, y: H + 30, "text-anchor": place ? "start" : "end", dx: place ? 8 : -8, style: `fill:${colour}` }, place ? `- - ${name}` : `— ${name}`));
+    const said = make("text", { x: W * 0.5, y: H + 30, "text-anchor": place ? "start" : "end", dx: place ? 8 : -8 });
+    said.append(make("tspan", { style: `fill:${colour}` }, place ? "- - " : "— "), name);
+    svg.append(said);
   });
   svg.append(make("text", { x: 0, y: H + 13 }, shownAs(low)), make("text", { x: W, y: H + 13, "text-anchor": "end" }, shownAs(high)));
   svg.append(make("text", { x: W / 2, y: H + 13, "text-anchor": "middle" }, "height: square root of the count"));
@@ -254,6 +259,7 @@ function recolour() {
   state.colour = $("colour").value === "" ? "" : Number($("colour").value);
   drawChart();
   for (const paint of paintChips) paint();
+  if (state.at.leaf >= 0) detail(state.at);
   $("groups").className = state.colour === "" ? "" : "uncoloured";
   const scale = state.colour === "" ? null : columns[state.colour].scale;
   $("scale").hidden = !scale;
@@ -278,6 +284,7 @@ document.addEventListener("keydown", (event) => {
 const home = columns.findIndex((column) => column.name === data.colour);
 if (home >= 0) $("colour").value = String(home);
 document.documentElement.dataset.chart = data.chart;
+$("what").textContent = data.chart === "bars" ? "Bars" : "Colour";
 canvas.setAttribute("aria-label", `${CHARTS[data.chart].name}. Arrow keys move${data.chart === "map" ? ", Enter zooms in, Escape zooms out" : ""}.`);
 recolour();
 zoom(root);

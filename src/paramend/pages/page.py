@@ -142,7 +142,9 @@ class Page:
         if len(self.paths) > _MOST_IN_A_NOTEBOOK:
             return f"<pre>{escape(self.headline)}</pre>"
         style = "width:100%;height:900px;border:0"
-        return f'<iframe srcdoc="{escape(self.html())}" style="{style}" title="{escape(self.of or self.title)}"></iframe>'
+        return (
+            f'<iframe srcdoc="{escape(self.html())}" style="{style}" title="{escape(self.of or self.title)}"></iframe>'
+        )
 
     def _data(self) -> dict[str, Any]:
         names = {name: place for place, name in enumerate(self.legend)}

@@ -30,7 +30,8 @@ class Paged(Report):
         """Note the files that were read, for each checkpoint its own path first: a page of the report bears their names
         and is as private as they are."""
         object.__setattr__(self, "_access", access_of_paths(path for each in read for path in each))
-        object.__setattr__(self, "_names", told_apart([each[0] for each in read]) if all(read) else ())
+        if not self._names and all(read):
+            object.__setattr__(self, "_names", told_apart([each[0] for each in read]))
 
     def _page(self) -> Page:
         """The page, with the names of what it tells of."""
@@ -78,7 +79,7 @@ def told_apart(paths: Sequence[Path]) -> tuple[str, ...]:
     >>> told_apart([Path("/runs/1/model.pt"), Path("/runs/2/model.pt"), Path("/runs/1/model.pt")])
     ('1/model.pt', '2/model.pt')
     """
-    parts = [Path(os.path.abspath(path)).parts for path in dict.fromkeys(paths)]
+    parts = [path.absolute().parts for path in dict.fromkeys(paths)]
     depth = next((n for n in range(1, 99) if len({each[-n:] for each in parts}) == len(parts)), 1)
     return tuple("/".join(each[-depth:]) for each in parts)
 
