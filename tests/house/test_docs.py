@@ -24,6 +24,8 @@ LONG = {"README.md", "ablation.md", "freezing.md", "grafting.md", "growth.md", "
 
 
 SESSIONS = {"readers", "uses", "tutorials"}  # folders whose pages show sessions of a shell
+# Those that need more than the other tests; see `tests/conftest.py`.
+ON_DEMAND = {"remote.md": "far"}  # obstore, and a server of objects
 
 
 def called(page):
@@ -32,7 +34,9 @@ def called(page):
 
 def page_of(page):
     name = called(page)
-    return pytest.param(page, id=name, marks=pytest.mark.slow if name in LONG or "/" in name else ())
+    marks = [pytest.mark.slow] if name in LONG or "/" in name else []
+    marks += [getattr(pytest.mark, ON_DEMAND[name])] if name in ON_DEMAND else []
+    return pytest.param(page, id=name, marks=marks)
 
 
 @pytest.mark.numeric

@@ -24,6 +24,7 @@ from paramend.disk.failures import ELSEWHERE, check_room, explained, linked
 from paramend.disk.identity import check_still, check_unchanged
 from paramend.disk.io import put, write_file
 from paramend.disk.locks import opened
+from paramend.disk.urls import path_of
 from paramend.edits.plan import Plan
 from paramend.errors import BadArgument, BadCheckpoint, Unsupported
 from paramend.formats.gathered import Gathered
@@ -79,7 +80,7 @@ def patch(
     >>> np.fromfile(path, "float32")[-3:].tolist(), undo(path).left
     ([0.0, 0.0, 1.0], 0)
     """
-    path = Path(path)
+    path = path_of(path)
     store = UndoStore.of(path)
     if dry_run or not os.path.lexists(store.base):
         with open_checkpoint(path, raw=raw) as checkpoint:

@@ -1,10 +1,11 @@
 """`Shards`: a directory with a model in one file or several, as one source."""
 
-import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from paramend.disk.urls import Url, opened_together
 from paramend.errors import BadCheckpoint
 from paramend.formats.index import ShardIndex, find_index, read_index
 from paramend.formats.jsontext import bad
@@ -15,6 +16,8 @@ from paramend.leaves.origins.stored import Stored
 from paramend.leaves.outlines import Keys, Outline, Place, outline_of
 from paramend.leaves.specs import Array
 from paramend.reports import wording
+
+_SHARD = re.compile(r"-\d+-of-(\d+)\.")
 
 
 class Shards(Gathering):
@@ -118,12 +121,14 @@ def open_directory(path: Path, opener: Callable[[Path], Source], weights: Callab
     """The model in a directory, or in that of an index file; None if the directory holds no weights: without an index,
     files of such names as `weights` takes."""
     folder, found = (path, None) if path.is_dir() else (path.parent, path)
-    names = sorted(entry.name for entry in os.scandir(folder))
+    names = sorted(entry.name for entry in folder.iterdir())
     found = found or find_index(folder, names)
     shard_index = None if found is None else read_index(found)
     chosen = [name for name in names if weights(name)] if shard_index is None else shard_index.files
     if not chosen:
         return None
+    if isinstance(folder, Url) and shard_index is None:
+        _check_all(folder, chosen)
     missing = sorted(set(chosen) - set(names))
     if missing:
         assert shard_index is not None
@@ -135,14 +140,25 @@ def open_directory(path: Path, opener: Callable[[Path], Source], weights: Callab
     files: list[Source] = []
     try:
         with uncollected():
-            for name in chosen:
-                files.append(opener(folder / name))
+            for place in opened_together([folder / name for name in chosen]):
+                files.append(opener(place))
                 release(files[-1])
             return Shards(path, folder, files, shard_index)
     except BaseException:
         for file in files:
             file.close()
         raise
+
+
+def _check_all(folder: Path, names: Sequence[str]) -> None:
+    """Raise for some of the shards of a model without its index, which is written last."""
+    counts = [int(found[1]) for name in names if (found := _SHARD.search(name))]
+    if counts and len(counts) < max(counts):
+        raise BadCheckpoint(
+            f"{folder}: it holds {len(counts)} of {max(counts)} shards, and no index: it is being written, or was not "
+            "written to the end",
+            hint=f"open one of them: {folder / names[0]}",
+        )
 
 
 def _names(file: Source) -> Iterable[tuple[int, str]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from paramend.disk.failures import ELSEWHERE
+from paramend.disk.urls import path_of, text_of
 from paramend.edits.plan import Plan, Row
 from paramend.errors import Unsupported
 from paramend.formats.registry import DEFAULT, Format
@@ -65,13 +66,13 @@ def lay_out(
     would have the same name in the file.
     """
     source = base_of(made)
-    wish = wish_of(made, os.fspath(out), sized=max_shard_size is not None, to=to)
+    wish = wish_of(made, text_of(out), sized=max_shard_size is not None, to=to)
     kept = wish.format.name == source.format  # what its own file says of a model
     asked = [document.name for document in made.texts if document.asked and not (document.own and kept)]
     if asked and (wish.format.folder or not wish.folder):
         raise Unsupported(
-            f"{asked[0]} is edited, and {os.fspath(out)} would hold the weights alone",
-            hint=f"a directory: {Path(out).with_suffix('')}/",
+            f"{asked[0]} is edited, and {text_of(out)} would hold the weights alone",
+            hint=f"a directory: {path_of(out).with_suffix('')}/",
         )
     if wish.format.folder:
         return _folder(made, source, wish, link=link)

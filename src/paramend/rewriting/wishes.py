@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
+from paramend.disk.urls import path_of
 from paramend.edits.plan import Plan
 from paramend.errors import BadArgument, Unsupported
 from paramend.formats.registry import (
@@ -52,7 +53,7 @@ def wish_of(made: Plan, out: str, *, sized: bool, to: str | None = None) -> Wish
     source. `BadArgument` if the suffix is mistyped, `Unsupported` if such files cannot be written.
     """
     source = base_of(made)
-    own, named, tiled = format_of(source), format_for(Path(out)), isinstance(source, Tiled)
+    own, named, tiled = format_of(source), format_for(path_of(out)), isinstance(source, Tiled)
     several = isinstance(source, Shards) or tiled
     slash = out.endswith(os.sep)
     if named is None and not slash and not sized and not to:
@@ -94,7 +95,7 @@ def wish_of(made: Plan, out: str, *, sized: bool, to: str | None = None) -> Wish
 
 def named_format(out: str, *, sized: bool) -> Format:
     """The format of a tree in memory that is written under a name; without a suffix, the default."""
-    named = format_for(Path(out))
+    named = format_for(path_of(out))
     return DEFAULT if named is None or (not named.folder and (sized or out.endswith(os.sep))) else named
 
 

@@ -38,6 +38,9 @@ class Section(OpenFile):
             raise BadCheckpoint(f"{self.path}: an item of {self._nbytes:,} bytes ends too early")
         return self._whole.read(self._start + start, nbytes)
 
+    def memory(self, start: int, nbytes: int) -> tuple[Any, int]:
+        return self._whole.memory(self._start + start, nbytes)
+
     @property
     def map(self) -> mmap.mmap:
         return memoryview(self._whole.map)[self._start : self._start + self._nbytes]  # type: ignore[return-value]

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from paramend.disk.urls import path_of
 from paramend.errors import BadCheckpoint
 from paramend.formats.dcp.files import DistFile, ItemRow
 from paramend.formats.dcp.metadata import METADATA, SUFFIX, Manifest, metadata_bytes, read_manifest, relabelled
@@ -63,7 +64,7 @@ class DcpCheckpoint(Assembled):
     steps = ()
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        path = Path(path)
+        path = path_of(path)
         if not (path / METADATA).is_file():
             raise BadCheckpoint(
                 f"{path}: {METADATA} is missing: the checkpoint was not finished, or not copied completely"
