@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, overload
 import numpy as np
 
 from paramend._optional import need
-from paramend.checkpoints.checkpoint import Checkpoint, copied, recover
+from paramend.checkpoints.checkpoint import Checkpoint, recover
+from paramend.checkpoints.copies import copied
 from paramend.checkpoints.memory import SEPARATOR, InMemory
 from paramend.disk.identity import check_not_overwritten
 from paramend.disk.urls import text_of

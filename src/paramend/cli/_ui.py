@@ -52,7 +52,7 @@ def emit(data: Any) -> None:
 def tell(report: Any, *paths: Path, page: Path | None, as_json: bool) -> None:
     """Print a report on checkpoints as a table or as JSON, and write it as an HTML page if `page` is given."""
     if page is not None:
-        report.tells_of(*paths)
+        report.tells_of(*([path] for path in paths))
     if as_json:
         emit(report.to_dict())
     else:

@@ -88,7 +88,7 @@ def _show_anatomy(checkpoint: "Checkpoint", html: Path | None, *, as_json: bool)
 
     _ui.check_page(html)
     found = anatomy(checkpoint)
-    found.tells_of(checkpoint.path)
+    found.tells_of([checkpoint.path])
     if as_json:
         _ui.emit(found.to_dict())
     else:

@@ -74,7 +74,7 @@ def carry_out(
         data |= report.to_dict() if as_json else {}
         shown, done = report if told is None else told, report.summary
     if html is not None:
-        shown.tells_of(path, *(Path(file) for source in sources(made) for file in source.stats))
+        shown.tells_of([path], *([Path(source.path), *source.stats] for source in sources(made) if source.stats))
     if as_json:
         _ui.emit(data | (told.to_dict() if told is not None else {}))
     elif told is not None:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from paramend.arrays.registry import backend, to_numpy
-from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.disk.identity import check_unchanged, status_now, unchanged
 from paramend.disk.io import Readable, get_into, release, status_of
 from paramend.errors import Unsupported
@@ -156,10 +155,3 @@ class Desk:
             self._files[path] = descriptor, now
             check_unchanged(path, seen.get(path, now), now)
         return self._files[path][0]
-
-
-def read_by(leaves: Leaves) -> list[Path]:
-    """The files that leaves are read from, and the folder if their checkpoint is one."""
-    if not isinstance(leaves, Checkpoint):
-        return []
-    return [leaves.source.path, *leaves.source.stats]
