@@ -1,6 +1,5 @@
-"""The five usability tasks of BrainSurgery on a small GPT-2: outcomes by arithmetic, in a third of the lines or fewer."""
+"""The five usability tasks of BrainSurgery on a small GPT-2: outcomes by arithmetic."""
 
-import importlib
 import json
 import shlex
 import shutil
@@ -51,10 +50,6 @@ def base(tmp_path, monkeypatch):
     leaves = {f"h.{n}.{name}": integers(rng, shape) for n in range(LAYERS) for name, shape in BLOCK.items()}
     leaves["wte.weight"] = integers(rng, (6, WIDTH))
     return write(Path("inputs/base"), leaves, model_type="gpt2", n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH)
-
-
-def lines_of(task):
-    return [line for file in OURS.glob(f"{task}.*") for line in file.read_text().splitlines() if line]
 
 
 def outcome(task):
@@ -143,8 +138,3 @@ def test_an_adapter_is_folded_into_the_fused_projection(base):
     config = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "fan_in_fan_out": True}
     Path("inputs/lora/adapter_config.json").write_text(json.dumps(config))
     same(outcome("T5"), wanted)
-
-
-@pytest.mark.parametrize(("task", "theirs"), [("T1", 16), ("T2", 60), ("T3", 14), ("T4", 20), ("T5", 20)])
-def test_it_takes_a_third_of_the_lines_or_fewer(task, theirs):
-    assert 0 < 3 * len(lines_of(task)) <= theirs
