@@ -250,7 +250,8 @@ def test_a_directory_without_permission(tmp_path, monkeypatch):
     def refuse(*args):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(os, "scandir", refuse)
+    for call in ("scandir", "listdir"):
+        monkeypatch.setattr(os, call, refuse)
     with pytest.raises(CannotRead, match="Permission denied"):
         open_source(tmp_path)
 

@@ -21,11 +21,11 @@ from paramend.cli.main import cli
 from paramend.errors import CannotWrite
 from paramend.pages.page import Column, Histogram, Page
 
-HOSTILE = "a/</script><script>alert(1)</script>/w"
+HOSTILE = "z/</script><script>alert(1)</script>/w"
 
 
 def small():
-    paths = [f"layers/{i}/{n}" for i in range(12) for n in ("kernel", "bias")] + ["head", HOSTILE]
+    paths = [f"layers/{i}/{n}" for i in range(12) for n in ("kernel", "bias")] + ["norm", HOSTILE]
     groups = ["changed" if "7" in path else "identical" for path in paths[:-2]] + ["added", "removed"]
     sizes = [64 if "kernel" in path else 8 for path in paths]
     return Page(
@@ -239,13 +239,13 @@ def test_the_keyboard_does_it_all(browser, tmp_path):
     assert detail(browser).startswith("layers/1")
     assert "layers" in browser.find_element(By.ID, "trail").text
     ActionChains(browser).send_keys(Keys.ARROW_DOWN).perform()
-    assert detail(browser).startswith("layers/1/kernel")
+    assert detail(browser).startswith("layers/1/bias")
     ActionChains(browser).send_keys(Keys.ESCAPE).perform()
     assert detail(browser).startswith("all leaves")
     table = browser.find_element(By.ID, "rows")
     browser.execute_script("arguments[0].focus()", table)
     ActionChains(browser).send_keys(Keys.ARROW_DOWN, Keys.ARROW_DOWN).perform()
-    assert detail(browser).startswith("layers/0/bias")
+    assert detail(browser).startswith("layers/7/kernel")  # the table begins with what changed
     assert complaints(browser) == []
 
 
@@ -316,7 +316,7 @@ def test_the_reports_open_without_complaint(browser, tmp_path):
     assert count(browser) == "8 of 8 leaves"
     table = pm.ablate(source, ["Dense_0/**", "Dense_1/**"], lambda p: p["Dense_0"]["bias"].sum(), pairs=True)
     show(browser, table.to_html(), tmp_path)
-    assert count(browser) == "3 of 3 leaves"
+    assert count(browser) == "3 of 3 rows"
     before = {"layers": [{"w": np.full(3, float(i)), "b": np.arange(i + 1.0)} for i in range(3)], "h": np.ones(2)}
     after = pm.at(before, "layers[1]/*").add(0.5)
     show(browser, pm.diff(before, after, histograms=True).to_html(), tmp_path)

@@ -10,7 +10,10 @@ import paramend as pm
 from paramend.rewriting import jobs
 from support.rewrites import VERBS, content, edited, left, model
 
-pytestmark = pytest.mark.far
+pytestmark = [
+    pytest.mark.far,
+    pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning"),  # by JAX, if other tests imported it
+]
 
 
 @pytest.fixture(scope="module", autouse=True)

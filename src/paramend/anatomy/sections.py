@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from paramend.disk.urls import unanswered
 from paramend.errors import BadCheckpoint
 from paramend.formats.jsontext import CONFIG
 from paramend.leaves.nested import is_deep
@@ -55,7 +56,9 @@ def config_beside(path: Path, name: str = CONFIG) -> dict[str, Any]:
     file = beside(path, name)
     try:
         return parsed(file.read_bytes(), file) if file.stat().st_size <= _MOST else {}
-    except (OSError, BadCheckpoint):
+    except (OSError, BadCheckpoint) as error:
+        if unanswered(error):
+            raise
         return {}
 
 

@@ -14,6 +14,8 @@ from paramend.anatomy.documents import Document
 from paramend.anatomy.quantization import quantization_of
 from paramend.arrays.initializers import NOWHERE, Site
 from paramend.arrays.registry import backend
+from paramend.checkpoints.copies import copied
+from paramend.disk.urls import Url, path_of
 from paramend.edits.call import Call
 from paramend.edits.choosing import chosen
 from paramend.edits.damage import Damage
@@ -93,7 +95,7 @@ class Checkpoint(Editable):
     @property
     def path(self) -> Path:
         """The path, as given by the user."""
-        return Path(self.source.path)
+        return path_of(self.source.path)
 
     @property
     def untouched(self) -> bool:
@@ -419,7 +421,7 @@ def open(path: str | os.PathLike[str], *, raw: bool = False) -> Checkpoint:
 def checkpoint_at(path: str | os.PathLike[str], *, raw: bool = False) -> Checkpoint:
     """The same as `open`, without a look at records of patches."""
     source = open_source(path)
-    mark_blocks(source, Path(source.path))
+    mark_blocks(source, path_of(source.path))
     return Checkpoint(source, raw=raw)
 
 
@@ -429,6 +431,8 @@ def recover(path: str | os.PathLike[str]) -> None:
     Records are in folders whose names end in `.undo`: in a folder of shards, or beside a file.
     """
     try:
+        if isinstance(path_of(path), Url):  # nothing in a store is changed in place
+            return
         home = home_of(Path(path))
         folder = home if home.is_dir() else home.parent
         with os.scandir(folder) as inside:
@@ -439,33 +443,3 @@ def recover(path: str | os.PathLike[str]) -> None:
         from paramend.journal import undo  # most checkpoints have no undo records
 
         undo.recover(path)
-
-
-# A view of a few elements that repeats them to this many bytes is not written out in memory.
-_LARGE = 1 << 30
-
-
-def copied(source: Source, number: int) -> Array:
-    """A copy of a leaf of a source, read without mapping the file; `Unsupported` if numpy cannot make such an array."""
-    spec = source.spec(number)
-    try:
-        if spec.nbytes > _LARGE and source.format == "torch" and 0 in (view := source.read(number)).strides:
-            return _once(view)
-        flat: Array = source.read_range(number, 0, spec.size)
-    except MemoryError:
-        size = wording.size(spec.nbytes)
-        raise Unsupported(
-            f"{source.index.path(number)} takes {size}, and there is no memory for it",
-            hint="mmap=True maps what is needed; pm.at(pm.open(path), ...) edits it piece by piece",
-        ) from None
-    try:
-        found = flat.reshape(spec.shape)
-    except ValueError as error:  # more axes, or longer ones around an axis of length 0, than numpy has
-        raise Unsupported(f"numpy has no array of shape {spec.shape}: {error}") from error
-    return found if found.flags.writeable else found.copy()
-
-
-def _once(view: Array) -> Array:
-    """The elements of a view that repeats some of them, each copied once: read-only, of the same shape."""
-    first = tuple(slice(None) if step else slice(0, 1) for step in view.strides)
-    return np.broadcast_to(view[first].copy(), view.shape)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from paramend.anatomy.documents import Document
 from paramend.checkpoints.checkpoint import Checkpoint, checkpoint_at
 from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.checkpoints.exchanging import Addition, carried_out, staged
@@ -23,11 +24,11 @@ from paramend.disk.failures import ELSEWHERE, check_room, explained, linked
 from paramend.disk.identity import check_still, check_unchanged
 from paramend.disk.io import put, write_file
 from paramend.disk.locks import opened
+from paramend.disk.urls import path_of
 from paramend.edits.plan import Plan
 from paramend.errors import BadArgument, BadCheckpoint, Unsupported
 from paramend.formats.gathered import Gathered
-from paramend.formats.shards import Shards
-from paramend.formats.source import Chunked, Overlapping, Released, Sealed, Source
+from paramend.formats.source import Chunked, Gathering, Overlapping, Relabelled, Released, Sealed, Source, Tiled
 from paramend.journal.exchange import NewFiles, WholeFiles, check_replaceable
 from paramend.journal.ranges import OpenRanges, Ranges
 from paramend.journal.store import PUT, UndoStore
@@ -39,6 +40,7 @@ from paramend.piecewise.changes import Work, Works, change_all
 from paramend.piecewise.chunks import laid_flat, nbytes_of, restage
 from paramend.piecewise.rows import survey
 from paramend.piecewise.spool import Spool
+from paramend.piecewise.tiling import change_tiles, tiled
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
 from paramend.rewriting.files import operands
@@ -78,7 +80,7 @@ def patch(
     >>> np.fromfile(path, "float32")[-3:].tolist(), undo(path).left
     ([0.0, 0.0, 1.0], 0)
     """
-    path = Path(path)
+    path = path_of(path)
     store = UndoStore.of(path)
     if dry_run or not os.path.lexists(store.base):
         with open_checkpoint(path, raw=raw) as checkpoint:
@@ -138,14 +140,15 @@ def check_patch(source: Source, plan: Plan, spool: Spool) -> list[Work]:
     New values of quantised weights, of which several leaves are made, are computed into the spool.
     """
     name = source.path
-    for row in plan.deleted:
+    relabelled = isinstance(source, Relabelled)
+    for row in () if relabelled else plan.deleted:
         hint = f"paramend delete {name} '{row.path}' -o OUT"
         raise Unsupported(f"{name}: only values can change in place, and {row.path} would be deleted", hint=hint)
     work = []
     works, chunked = Works(), isinstance(source, Chunked)
     done: set[int] = set()
     for row in plan.changed:
-        if row.was:
+        if row.was and not relabelled:
             hint = f"paramend rename {name} '{row.was}' '{row.path}' -o OUT"
             raise Unsupported(f"{name}: only values can change in place, and {row.was} would be renamed", hint=hint)
         if row.spec != row.before:
@@ -153,10 +156,15 @@ def check_patch(source: Source, plan: Plan, spool: Spool) -> list[Work]:
             hint = f"paramend {verb} {name} '{row.path}' {row.spec.dtype} -o OUT"
             message = f"{row.path}: shape and dtype cannot change in place, and {row.edit} gives {row.spec}"
             raise Unsupported(message, hint=hint)
+        if not row.calls:
+            continue
         why = source.refusal(row.source)
         if why and not isinstance(row.calls[-1].args.get("value"), Partly):  # which changes bytes
             raise Unsupported(f"{row.path} cannot take {row.edit}: {why}", hint="leave it out of the selection")
         extent = laid_flat(source, row) if chunked else source.extent(row.source)
+        if extent is None and isinstance(source, Tiled):
+            work += tiled(source, row, works, spool) if row.spec.size else []
+            continue
         if extent is None:
             raise Unsupported(
                 f"{row.path}: its bytes are not contiguous in {name}, so they cannot be changed in place",
@@ -208,9 +216,15 @@ class _Patch:
             if not (document.text and PUT.fullmatch(document.name)):  # an undo record of it would not be believed
                 self.spool.close()
                 raise Unsupported(f"{document.file} cannot change in place", hint=ELSEWHERE)
+        if plan.restructured:  # a source that takes that in place
+            self.documents.append(Document(*source.relabelled({row.source: plan.name(row) for row in plan.rows})))
         known: dict[Any, str] = {}  # many leaves take the same calls
-        said = ((each.row, tuple(map(id, each.row.calls))) for each in self.work)
+        self.rows = list({each.row.source: each.row for each in self.work}.values())
+        rows = {row.source: row for row in plan.changed} if isinstance(source, Tiled) else {}  # values may be spooled
+        said = ((row, tuple(map(id, row.calls))) for row in (rows.get(row.source, row) for row in self.rows))
         self.edits = [(row.path, known.get(key) or known.setdefault(key, row.edit)) for row, key in said]
+        self.edits += [(row.path, row.edit) for row in plan.changed if row.was and not row.calls]
+        self.edits += [(row.path, "deleted") for row in plan.deleted]
         self.edits += [(change.file, str(change)) for change in plan.configured]
 
     def rehearse(self) -> PatchReport:
@@ -267,10 +281,11 @@ class _Patch:
     def _change(self, target: OpenRanges, followers: "list[_Follower]", meter: Meter) -> None:
         descriptors = dict(zip(target.files, target.descriptors, strict=True))
         if any(operands(row) for row in self.plan.changed):  # which may be made of what is in these files
-            for file in self.source.files if isinstance(self.source, Shards) else ():
+            for file in self.source.sources if isinstance(self.source, Gathering) else ():
                 if file.path in descriptors and isinstance(file, Released):
                     file.hold()
-        change_all(descriptors, self.source, self.work, meter)
+        change_all(descriptors, self.source, [each for each in self.work if each.tile is None], meter)
+        change_tiles(descriptors, self.source, [each for each in self.work if each.tile is not None], meter)
         for file, extents in followers:
             for name, start, data in file.after_patch(extents):
                 put(descriptors[name], data, start)
@@ -283,7 +298,8 @@ class _Patch:
             return Ranges(np.empty((0, 4), np.int64))
         places = {file: n for n, file in enumerate(self.files)}
         counts = [len(each.ranges) for each in self.work]
-        rows = np.repeat(np.arange(len(counts)), counts)
+        numbers = {row.source: number for number, row in enumerate(self.rows)}
+        rows = np.repeat([numbers[each.row.source] for each in self.work], counts)
         files = np.repeat([places[each.extent.path] for each in self.work], counts)
         found = [np.empty((0, 2), np.int64), *(each.ranges for each in self.work)]
         parts = [np.column_stack([rows, files, np.concatenate(found)]).astype(np.int64)]
@@ -335,8 +351,8 @@ _Follower = tuple[Any, list[Extent]]
 
 
 def _followers(source: Any, work: Sequence[Work]) -> list[_Follower]:
-    if isinstance(source, Shards):
-        return [found for file in source.files for found in _followers(file, work)]
+    if isinstance(source, Gathering):
+        return [found for file in source.sources for found in _followers(file, work)]
     if not isinstance(source, Sealed):
         return []
     extents = [each.extent for each in work if each.extent.path == source.path]

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, overload
 import numpy as np
 
 from paramend._optional import need
-from paramend.checkpoints.checkpoint import Checkpoint, copied, recover
+from paramend.checkpoints.checkpoint import Checkpoint, recover
+from paramend.checkpoints.copies import copied
 from paramend.checkpoints.memory import SEPARATOR, InMemory
 from paramend.disk.identity import check_not_overwritten
+from paramend.disk.urls import text_of
 from paramend.edits.plan import Plan
 from paramend.edits.weights import weighed
 from paramend.errors import BadArgument, RenameClash, Unsupported
@@ -213,7 +215,7 @@ def save(
     from paramend.rewriting.rewrite import write  # not needed to look at a checkpoint
     from paramend.rewriting.wishes import named_format
 
-    form = named_format(os.fspath(path), sized=max_shard_size is not None)
+    form = named_format(text_of(path), sized=max_shard_size is not None)
     joined = form.framework != "flax"
     made = Plan.of(InMemory(tree, flat=form.writer().flat, keys=form.typed_keys, joined=joined))
     return write(made, path, force=force, max_shard_size=max_shard_size, progress=progress)

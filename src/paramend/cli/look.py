@@ -10,7 +10,7 @@ import click
 from paramend.cli import _ui
 from paramend.cli.choosing import EXCEPT, chosen
 from paramend.cli.opening import open_checkpoint
-from paramend.cli.options import takes
+from paramend.cli.options import ADDRESS, takes
 from paramend.edits.weights import Weights, is_coded, weighed
 from paramend.formats.safetensors_header import RECORD
 from paramend.formats.source import Source
@@ -29,7 +29,7 @@ _ENTRIES, _WIDTH = 20, 200
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=ADDRESS)
 @click.argument("selectors", metavar="[SELECTOR]...", nargs=-1)
 @click.option("--except", "excepts", **EXCEPT)
 @click.option(
@@ -88,7 +88,7 @@ def _show_anatomy(checkpoint: "Checkpoint", html: Path | None, *, as_json: bool)
 
     _ui.check_page(html)
     found = anatomy(checkpoint)
-    found.tells_of(checkpoint.path)
+    found.tells_of([checkpoint.path])
     if as_json:
         _ui.emit(found.to_dict())
     else:

@@ -11,7 +11,7 @@ from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.cli import _ui
 from paramend.cli.choosing import EXCEPT, chosen
 from paramend.cli.opening import open_checkpoint
-from paramend.cli.options import DRY_TOO, WRITES, Decorator, makes, renames, takes
+from paramend.cli.options import ADDRESS, DRY_TOO, WRITES, Decorator, makes, renames, takes
 from paramend.cli.stack import rewrite
 from paramend.cli.writing import carry_out, edit_checkpoint, write_made
 from paramend.errors import GraftRefused
@@ -21,7 +21,7 @@ from paramend.grafting.options import Dtype, Mismatch, Missing, Place, Unused
 
 
 @click.command()
-@click.argument("path", metavar="IN", type=click.Path(path_type=Path))
+@click.argument("path", metavar="IN", type=ADDRESS)
 @click.argument("out", metavar="OUT")
 @click.option("--to", type=click.Choice([row.name for row in writable()]), help="The format, if OUT does not say it.")
 @takes(
@@ -74,10 +74,8 @@ _OPTIONS = ("rename", "mismatch", "place", "unused", "missing", "dtype")
 
 
 @click.command()
-@click.argument("source", type=click.Path(path_type=Path))
-@click.option(
-    "--into", "target", required=True, metavar="TARGET", type=click.Path(path_type=Path), help="What gets the values."
-)
+@click.argument("source", type=ADDRESS)
+@click.option("--into", "target", required=True, metavar="TARGET", type=ADDRESS, help="What gets the values.")
 @renames("Where leaves of SOURCE go in TARGET, as in 'h/<n>/**=layers/<n>/**'", " 'OLD=' leaves them behind.")
 @click.option(
     "--only", multiple=True, metavar="SELECTOR", help="The leaves of TARGET that may change; may be repeated."
@@ -127,8 +125,8 @@ def _typed(options: Mapping[str, Any]) -> str:
 
 
 @click.command()
-@click.argument("target", type=click.Path(path_type=Path))
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("target", type=ADDRESS)
+@click.argument("source", type=ADDRESS)
 @click.argument("selector")
 @renames("A path of SOURCE and its path in OUT: 'mtp.**=model.mtp.**'")
 @takes("in_place", "link", in_place="Change TARGET itself; `paramend undo TARGET` takes it back.")
@@ -166,7 +164,7 @@ def insert(
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=ADDRESS)
 @click.argument("selector")
 @renames("A path of MODEL and its path in OUT: 'language_model.**=**'")
 @takes("link", link="Hard-link shards that stay whole.")

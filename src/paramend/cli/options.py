@@ -1,5 +1,6 @@
 """The options that commands have in common, each told to click once."""
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +8,19 @@ from typing import Any
 
 import click
 
+from paramend.disk.urls import path_of
+
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class _Address(click.Path):
+    """A path of this machine, or an address in a remote store."""
+
+    def coerce_path_result(self, value: "str | os.PathLike[str]") -> Any:
+        return path_of(value)
+
+
+ADDRESS = _Address()
 
 # What click is told of each, besides its name.
 _ROWS: dict[str, dict[str, Any]] = {

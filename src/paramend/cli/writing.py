@@ -10,6 +10,7 @@ import click
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.cli import _ui, fates
 from paramend.cli.opening import open_checkpoint, raw
+from paramend.disk.urls import path_of
 from paramend.edits.plan import Plan
 from paramend.errors import ParamendError
 from paramend.pages.paged import Paged
@@ -45,9 +46,9 @@ def carry_out(
     prints nothing."""
     _ui.check_page(html)
     crew = Crew(workers, engine, resume)
-    if html is not None and out is not None and html.absolute() == Path(out).absolute():
+    if html is not None and out is not None and html.absolute() == path_of(out).absolute():
         raise click.UsageError("OUT and the page of --html need names of their own.")
-    data: dict[str, Any] = {"source": str(path), "path": None if out is None else str(Path(out)), "dry_run": dry_run}
+    data: dict[str, Any] = {"source": str(path), "path": None if out is None else str(path_of(out)), "dry_run": dry_run}
     said: tuple[str, ...] = ()
     if out is None:
         with suppress(ParamendError):  # a name may solve it
@@ -67,13 +68,13 @@ def carry_out(
         data |= {"said": list(said)} if as_json and said else {}
         done = "\n".join((f"dry run: {'nothing' if html is None else 'no checkpoint'} was written", *said))
     else:
-        _ui.watch(fates.Outputs([Path(out), *([] if html is None else [html])], resumes=resume))
-        with _ui.bar(f"writing {Path(out).name}") as progress:
+        _ui.watch(fates.Outputs([path_of(out), *([] if html is None else [html])], resumes=resume))
+        with _ui.bar(f"writing {path_of(out).name}") as progress:
             report = write(made, out, force=force, record=record, progress=progress, crew=crew, **how)
         data |= report.to_dict() if as_json else {}
         shown, done = report if told is None else told, report.summary
     if html is not None:
-        shown.tells_of(path, *(Path(file) for source in sources(made) for file in source.stats))
+        shown.tells_of([path], *([Path(source.path), *source.stats] for source in sources(made) if source.stats))
     if as_json:
         _ui.emit(data | (told.to_dict() if told is not None else {}))
     elif told is not None:

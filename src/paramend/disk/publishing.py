@@ -17,7 +17,8 @@ from paramend.disk.failures import UNSUPPORTED, reason
 from paramend.disk.io import reading, release
 from paramend.disk.locks import hold
 from paramend.disk.permissions import PRIVATE, Access, create_file, settle
-from paramend.errors import Busy, CannotWrite
+from paramend.disk.urls import Url
+from paramend.errors import Busy, CannotRead, CannotWrite
 
 _ASIDE, _MANIFEST = ".old", ".jsonl"
 # How many temporaries may be swept by others before they are locked.
@@ -35,6 +36,12 @@ def published(
 
     What a killed writer left is taken up again if `resumes` says so of its manifest, and stays if this one fails, too.
     """
+    if isinstance(out, Url):
+        from paramend.disk.uploads import uploaded  # as in `disk/urls.py`
+
+        with uploaded(out, force=force, folder=folder) as staging:
+            yield staging
+        return
     temporary, made, tries = spare(out), None, 1
     try:
         if resumes is not None and (found := _taken_up(out, access, resumes, folder=folder)) is not None:
@@ -79,8 +86,15 @@ def look(path: Path) -> os.stat_result | None:
     """What has a name; None if nothing has."""
     try:
         return path.lstat()
+    except CannotRead:  # a store that does not answer
+        raise
     except OSError:
         return None
+
+
+def there(path: Path) -> bool:
+    """Whether something has a name, be it a link that leads nowhere."""
+    return look(path) is not None
 
 
 def is_other(path: Path, then: os.stat_result | None) -> bool:

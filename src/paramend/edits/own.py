@@ -146,7 +146,7 @@ def floats(weight: Weight | Own, given: Sequence[Any], dtype: str = "") -> Any:
         return weight.origin(dtype)
     if isinstance(weight, Own):
         return weight.decoded(given, dtype)
-    return backend(given[0]).beside(weight.origin(dtype).read(), given[0])
+    return backend(given[0]).resized(weight.origin(dtype).read(), given[0])
 
 
 def decoded_by(rule: Codec, given: Sequence[Any], path: str) -> Any:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from paramend.disk.urls import Url, path_of, unanswered
 from paramend.errors import BadCheckpoint, CannotRead, Unsupported
 from paramend.formats.files import FOREIGN, OpenFile, near
 from paramend.formats.index import is_index, read_index
@@ -44,6 +45,8 @@ class Format:
     framework: str = ""  # the name of the library of these files in the metadata of a safetensors file
     padded: bool = True  # whether each leaf is aligned, whatever comes before it
     structural: bool = False  # whether an edited file keeps its other content when leaves get other names or specs
+    data: str = ""  # of a folder, the pattern of its files whose bytes change in place
+    table: str = ""  # of a folder, the file that says which leaves it has, for which an edit in place puts another
     single: bool = True  # whether a checkpoint may be a single array without a name
     typed_keys: bool = False  # whether it tells typed PRNG keys from their numbers
 
@@ -117,10 +120,16 @@ def _is_orbax(path: Path, head: bytes) -> bool:
     )
 
 
+def _is_dcp(path: Path, head: bytes) -> bool:
+    from paramend.formats.dcp.source import is_checkpoint  # the readers of formats are opened when needed
+
+    return not head and path.is_dir() and is_checkpoint(path)
+
+
 def _steps(path: Path) -> Iterator[Path]:
-    for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
+    for entry in sorted(path.iterdir()):
         if entry.name.rpartition("_")[2].isdigit() and entry.is_dir():
-            yield path / entry.name
+            yield entry
 
 
 FORMATS: tuple[Format, ...] = (
@@ -192,6 +201,20 @@ FORMATS: tuple[Format, ...] = (
         single=False,
         typed_keys=True,
     ),
+    Format(
+        "dcp",
+        "distributed checkpoints of torch",
+        (".dcp",),
+        _is_dcp,
+        "paramend.formats.dcp.source",
+        "DcpCheckpoint",
+        keeps="objects that are not tensors, places in the nested state dict, other files of the directory",
+        folder=True,
+        data="*.distcp",
+        table=".metadata",
+        framework="pt",
+        single=False,
+    ),
 )
 
 # The format of new files whose name implies none.
@@ -236,11 +259,19 @@ def is_tree(path: Path) -> bool:
     return row is not None and row.folder
 
 
+def table_of(path: Path) -> str:
+    """The name of the file that says which leaves a directory has, if edits in place replace it; "" for none."""
+    row = find_format(path, b"") if path.is_dir() else None
+    return "" if row is None else row.table
+
+
 def home_of(path: Path) -> Path:
     """The file or folder that identifies a checkpoint, however the user named it: for Orbax, the folder of the tree."""
     try:
         row = find_format(path, b"") if path.is_dir() else None
-    except OSError:
+    except OSError as error:
+        if unanswered(error):
+            raise
         row = None
     if row is None or not row.folder:
         return path.with_name(_first_part(path.name)) if path.name.endswith(".gguf") else path
@@ -249,8 +280,12 @@ def home_of(path: Path) -> Path:
 
 
 def weight_files(folder: Path) -> set[str]:
-    """The names of the files that are read as weights when a directory, or an index in it, is opened."""
-    names = sorted(entry.name for entry in os.scandir(folder))
+    """The names of the files that are read as weights when a directory, or an index in it, is opened; of a format whose
+    checkpoints are directories, of those whose bytes change in place."""
+    row = find_format(folder, b"")
+    if row is not None and row.folder:
+        return {path.name for path in folder.glob(row.data)} if row.data else set()
+    names = sorted(entry.name for entry in folder.iterdir())
     if not any(map(_holds_weights, names)) and (first := _only_gguf(folder)) is not None:
         return files_of(first)
     indexes = list(filter(is_index, names))
@@ -265,16 +300,20 @@ def files_of(path: Path) -> set[str]:
     if not path.name.endswith(".gguf"):
         return {path.name}
     first = _first_part(path.name)
-    return {path.name, *(entry.name for entry in os.scandir(path.parent) if _first_part(entry.name) == first)}
+    return {path.name, *(entry.name for entry in path.parent.iterdir() if _first_part(entry.name) == first)}
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
     """A file, a directory or an index file, opened for reading. Its content tells the format; only headers are read."""
-    path = Path(path)
+    path = path_of(path)
+    if isinstance(path, Url):
+        path = Url(*path.parts)  # what another one knows of its store may be old
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         raise CannotRead(f"{path}: there is no such file or directory", hint=near(path)) from None
+    except CannotRead:
+        raise
     except (OSError, ValueError) as error:
         raise CannotRead(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     with unexhausted(str(path), BadCheckpoint):
@@ -292,6 +331,12 @@ def _open_folder(path: Path) -> Source:
         row = find_format(path, b"")
         if row is not None:
             return row.open(path)
+        names = [entry.name for entry in path.iterdir() if entry.name.startswith("shard-")]
+        if names and not any(path.glob("*.index.json")):
+            from paramend.formats.dcp.sharded import is_sharded, open_sharded  # few models are in this form
+
+            if is_sharded(names):
+                return open_sharded(path, _open_file)
         found = open_directory(path, _open_file, _holds_weights)
         if found is None and (first := _only_gguf(path)) is not None:
             return _open_file(first)
@@ -302,10 +347,8 @@ def _open_folder(path: Path) -> Source:
         raise CannotRead(f"{path}: {error.strerror or error}") from None
     if found is not None:
         return found
-    if (path / ".metadata").is_file() and any(path.glob("*.distcp")):
-        raise _distributed(path)
-    inside = sorted(entry.name for entry in os.scandir(path) if not entry.name.startswith("."))
-    below = [name for name in inside if any((path / name).glob("*.safetensors"))]
+    inside = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+    below = [name for name in inside if any((path / name).glob("*.safetensors")) or _is_dcp(path / name, b"")]
     held = f"it holds {wording.listing(inside, 4)}" if inside else "it is empty"
     raise BadCheckpoint(
         f"{path}: it is a directory without a checkpoint: {held}",
@@ -319,7 +362,7 @@ def _holds_weights(name: str) -> bool:
 
 def _only_gguf(folder: Path) -> Path | None:
     """The GGUF file of a folder without other weights, the first of those of a model in several."""
-    names = sorted(entry.name for entry in os.scandir(folder) if format_for(Path(entry.name)) is not None)
+    names = sorted(entry.name for entry in folder.iterdir() if format_for(Path(entry.name)) is not None)
     firsts = {_first_part(name) for name in names}
     return folder / names[0] if len(firsts) == 1 and names[0].endswith(".gguf") else None
 
@@ -332,7 +375,7 @@ def _first_part(name: str) -> str:
 def _is_weights(folder: Path) -> Callable[[str], bool]:
     """Whether a file in a folder without safetensors files holds weights: by suffix, or by content if the
     folder has one file."""
-    names = [entry.name for entry in os.scandir(folder)]
+    names = [entry.name for entry in folder.iterdir()]
     visible = [name for name in names if not name.startswith(".") and not name.endswith(".json")]
     known = [name for name in visible if format_for(Path(name)) is not None]
     # Trainers save their own state beside the model.
@@ -352,7 +395,10 @@ def _is_weights(folder: Path) -> Callable[[str], bool]:
 
 def _open_file(path: Path) -> Source:
     if path.name.endswith(".distcp") or (path.name == ".metadata" and any(path.parent.glob("*.distcp"))):
-        raise _distributed(path.parent)
+        raise BadCheckpoint(
+            f"{path}: it is a part of a distributed checkpoint of torch (DCP), which is a directory",
+            hint=f"{path.parent}",
+        )
     head = _head(path)
     row = find_format(path, head)
     if row is None and head:
@@ -370,17 +416,10 @@ def _head(path: Path) -> bytes:
             raise CannotRead(f"{path}: it cannot be read: {error.strerror or error}") from None
 
 
-def _distributed(folder: Path) -> BadCheckpoint:
-    return BadCheckpoint(
-        f"{folder}: it is a distributed checkpoint of torch (DCP), whose tensors are spread over its files",
-        hint=f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} {folder.name or 'model'}.pt",
-    )
-
-
 def _unknown(path: Path, head: bytes) -> BadCheckpoint:
     if not head:
         return BadCheckpoint(f"{path}: byte 0: the file is empty", hint="copy or download it again")
-    if tarfile.is_tarfile(path):
+    if not isinstance(path, Url) and tarfile.is_tarfile(path):
         return BadCheckpoint(
             f"{path}: it is a tar archive, which may hold a checkpoint",
             hint=f"tar -xf {path}, then open what was in it",

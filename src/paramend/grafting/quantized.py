@@ -95,7 +95,7 @@ def _codes(parts: Mapping[str, Origin], given: Any) -> list[Any]:
     """The leaves that a float leaf becomes."""
     if isinstance(given[0], Origin):
         return list(parts.values())
-    return [backend(given[0]).beside(part.read(), given[0]) for part in parts.values()]
+    return [backend(given[0]).resized(part.read(), given[0]) for part in parts.values()]
 
 
 def _parts(weight: Weight, values: Origin, misfit: Misfit) -> dict[str, Origin]:

@@ -189,7 +189,7 @@ class _New:
 
         def make(old: Sequence[Any]) -> list[Any]:
             made = [self.values("")] if simulate else self.parts()
-            return made if isinstance(old[0], Origin) else [backend(old[0]).beside(e.read(), old[0]) for e in made]
+            return made if isinstance(old[0], Origin) else [backend(old[0]).resized(e.read(), old[0]) for e in made]
 
         paths = [seen.index.paths[self.number]] if simulate else self.paths(seen)
         return Group((self.number,), tuple(map(keys, paths)), make)

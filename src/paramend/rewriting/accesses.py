@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from paramend.disk.permissions import NEW_FILE, NEW_FOLDER, PRIVATE, Access, access_of, files_in, of_folder, reach
+from paramend.disk.urls import Url
 from paramend.edits.plan import Plan, Row
 from paramend.formats.gathered import Gathered
 from paramend.formats.registry import SUFFIXES, is_tree
@@ -133,6 +134,8 @@ def _files(source: Any, home: Path | None) -> _Found:
 
 
 def _status(path: Path) -> os.stat_result | None:
+    if isinstance(path, Url):  # it has no permissions
+        return None
     try:
         return path.stat()
     except OSError:

@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from paramend.anatomy.counts import miscounted, retyped
 from paramend.anatomy.documents import Document
 from paramend.anatomy.sections import beside
+from paramend.disk.urls import path_of
 from paramend.edits.plan import Plan
 from paramend.errors import BadCheckpoint
 from paramend.formats.jsontext import CONFIG
@@ -52,7 +52,7 @@ def left_behind(made: Plan, source: Any) -> tuple[str, ...]:
     if changed:
         told = [line for document in changed for line in document.said]
         return (*told, *(f"{document.name} changes, and is not written beside a single file" for document in changed))
-    path = beside(Path(getattr(source, "path", "")))
+    path = beside(path_of(getattr(source, "path", "")))
     if not getattr(source, "stats", None) or not path.is_file():
         return ()
     files, said = followed_files(made, [File(CONFIG, path.stat().st_size, (), path)])

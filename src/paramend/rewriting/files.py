@@ -9,6 +9,7 @@ from paramend.disk.sharing import best_start
 from paramend.edits.plan import Plan, Row
 from paramend.formats.registry import Format, format_of
 from paramend.formats.safetensors_header import MAX_HEADER, RECORD, SafetensorsWriter, framed
+from paramend.formats.source import Tiled
 from paramend.formats.writer import Item, LeafBytes
 from paramend.leaves.leaves import keys_of
 from paramend.leaves.origins.origin import Extent, Origin
@@ -178,6 +179,8 @@ def _span(made: Plan, row: Row, span: LeafBytes) -> list[Copy | Computed]:
 def _extents(made: Plan, row: Row) -> list[Extent] | None:
     """Where the bytes of a leaf are, including one that is set to a leaf of another file; None if computed."""
     origin = expression(made.leaves, row)
+    if isinstance(origin, Stored) and isinstance(origin.source, Tiled):
+        origin = origin.source.origin(origin.number)
     if origin.children:
         return origin.extents
     extent = origin.extent  # also of a dtype whose elements differ in width

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from paramend.disk.copying import WINDOW, Copier, WriteBack
-from paramend.disk.identity import changed, check_unchanged
-from paramend.disk.io import get, put, release
+from paramend.disk.copying import WINDOW, Copier, WriteBack, is_regular
+from paramend.disk.identity import changed, check_unchanged, status_now
+from paramend.disk.io import Readable, get, put, release, status_of
+from paramend.disk.urls import Url
 from paramend.edits.plan import Plan, Row
 from paramend.errors import CannotRead
 from paramend.journal.store import records_of
@@ -52,9 +53,9 @@ class Filler:
             fresh: whether the file holds nothing there yet.
             hashed: a digest that takes all bytes.
         """
-        at = os.lseek(target, 0, os.SEEK_CUR)
+        at = os.lseek(target, 0, os.SEEK_CUR) if is_regular(target) else 0
         back = WriteBack(target, at)
-        flow = _Flow(self.source, self.digests, fresh=fresh, hashed=hashed)
+        flow = _Flow(self.source, self.digests, fresh=fresh and is_regular(target), hashed=hashed)
         for piece in pieces:
             name = ""
             if isinstance(piece, bytes):
@@ -89,16 +90,18 @@ class Inputs:
             self.seen |= source.stats
         self.touched: set[Path] = set()
         self._records = records_of(self.seen, refuses=True)
-        self._open: OrderedDict[Path, int] = OrderedDict()
+        self._open: OrderedDict[Path, Readable] = OrderedDict()
 
-    def descriptor(self, path: Path) -> int:
+    def descriptor(self, path: Path) -> Readable:
         if path not in self._open:
             try:
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                descriptor = path.opened() if isinstance(path, Url) else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except CannotRead:
+                raise
             except OSError as error:
                 raise CannotRead(f"{path}: {error.strerror or error}") from None
             self._open[path] = descriptor
-            now = os.fstat(descriptor)
+            now = status_of(descriptor)
             check_unchanged(path, self.seen.setdefault(path, now), now)
             self.touched.add(path)
             if len(self._open) > _OPEN:
@@ -110,10 +113,8 @@ class Inputs:
         if records_of(self.seen) != self._records:  # a patch, which times alone may not show
             raise changed(next(iter(self.seen)))
         for path in self.touched:
-            try:
-                now = os.fstat(self._open[path]) if path in self._open else path.stat()
-            except OSError:
-                raise changed(path) from None
+            held = self._open.get(path)
+            now = os.fstat(held) if isinstance(held, int) else status_now(path)
             check_unchanged(path, self.seen.get(path, now), now)
 
     def close(self) -> None:

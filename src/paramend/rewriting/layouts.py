@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from paramend.disk.failures import ELSEWHERE
+from paramend.disk.urls import path_of, text_of
 from paramend.edits.plan import Plan, Row
 from paramend.errors import Unsupported
 from paramend.formats.registry import DEFAULT, Format
-from paramend.formats.shards import Shards
+from paramend.formats.source import Relabelled, Tiled
 from paramend.leaves.origins.partly import Partly
 from paramend.leaves.origins.stored import Stored
 from paramend.piecewise.rows import expression
@@ -65,13 +66,13 @@ def lay_out(
     would have the same name in the file.
     """
     source = base_of(made)
-    wish = wish_of(made, os.fspath(out), sized=max_shard_size is not None, to=to)
+    wish = wish_of(made, text_of(out), sized=max_shard_size is not None, to=to)
     kept = wish.format.name == source.format  # what its own file says of a model
     asked = [document.name for document in made.texts if document.asked and not (document.own and kept)]
     if asked and (wish.format.folder or not wish.folder):
         raise Unsupported(
-            f"{asked[0]} is edited, and {os.fspath(out)} would hold the weights alone",
-            hint=f"a directory: {Path(out).with_suffix('')}/",
+            f"{asked[0]} is edited, and {text_of(out)} would hold the weights alone",
+            hint=f"a directory: {path_of(out).with_suffix('')}/",
         )
     if wish.format.folder:
         return _folder(made, source, wish, link=link)
@@ -137,7 +138,11 @@ def _is_copied(made: Plan, row: Row, form: Format) -> bool:
 
 def _folder(made: Plan, source: Any, wish: Wish, *, link: bool) -> Layout:
     """A checkpoint that is a directory: a copy with other values, or a new one if leaves get other names or specs."""
+    if wish.again and isinstance(source, Relabelled) and not any(each.calls for each in made.rows):
+        return _relabelled(made, source, wish, link=link)
     fresh = not wish.again or made.restructured or any(each.spec != each.before for each in made.rows)
+    tiles = isinstance(source, Tiled)  # all its files are known
+    fresh = fresh or tiles
     more = sum(nbytes_of(made, each) for each in made.rows if fresh or each.calls)
     if fresh:
         _check(made, wish.format)
@@ -147,8 +152,24 @@ def _folder(made: Plan, source: Any, wish: Wish, *, link: bool) -> Layout:
     inner = tree_within(source)
     tree = "" if inner == Path() else inner.as_posix()
     if fresh:
-        files = [file for file in files if tree and not file.name.startswith(f"{tree}/")]
+        files = [file for file in files if file.origin not in source.stats and (tiles or _is_outside(file, tree))]
     return Layout(tuple(files), True, wish.format, tuple(left_out), tree, fresh, more)
+
+
+def _is_outside(file: File, tree: str) -> bool:
+    return bool(tree) and not file.name.startswith(f"{tree}/")
+
+
+def _relabelled(made: Plan, source: Any, wish: Wish, *, link: bool) -> Layout:
+    """A copy whose leaves get other names, or go, by another file of metadata; files of nothing but what goes, go."""
+    _check(made, wish.format)
+    files, left_out = own_files(source, link=link)
+    stays = {row.source for row in made.rows}
+    kept = {each.source.path for number in stays for each in source.tiles(number)}
+    gone = {each.source.path for row in made.deleted for each in source.tiles(row.source)} - kept - source.objects
+    table, _, text = source.relabelled({row.source: made.name(row) for row in made.rows})
+    files = [file for file in files if file.origin != table and file.origin not in gone]
+    return Layout((*files, text_file(table.name, text)), True, wish.format, tuple(left_out))
 
 
 def _again(made: Plan, source: Any, wish: Wish, *, link: bool) -> Layout:
@@ -174,7 +195,7 @@ def _again(made: Plan, source: Any, wish: Wish, *, link: bool) -> Layout:
 def _beside(made: Plan, source: Any) -> tuple[Sequence[File], list[str], tuple[str, ...]]:
     """The files beside the weights, what is left out, and what is to be said of them."""
     files, left_out, weights = (
-        sidecars(source) if isinstance(source, Shards) and source.format != "gguf" else ([], [], [])
+        sidecars(source) if hasattr(source, "shard_index") and source.format != "gguf" else ([], [], [])
     )
     changed = {document.name: document.text for document in made.texts if not document.own}
     files = [file for file in files if file.name not in changed]

@@ -13,7 +13,8 @@ from typing import Any
 from paramend.disk.failures import reason
 from paramend.disk.io import put, release
 from paramend.disk.permissions import create_file, settle
-from paramend.disk.publishing import is_other, look, published, spare
+from paramend.disk.publishing import is_other, look, published, spare, there
+from paramend.disk.urls import Url
 from paramend.edits.plan import Plan
 from paramend.errors import BadCheckpoint, CannotRead, CannotWrite, Unsupported
 from paramend.formats.gathered import Gathered
@@ -81,7 +82,7 @@ class Note:
         """The record of the source, if it is not copied with the files; None if there is nothing to write."""
         place = sidecar(base)
         held = getattr(base, "metadata", {}).get(RECORD)
-        filed = place is not None and os.path.lexists(place)
+        filed = place is not None and there(place)
         if not filed and (held is None or self._where == "header"):
             return None
         if self._where == "folder" and any(file.name == FILE for file in self.layout.files):
@@ -145,6 +146,11 @@ class Note:
                 hint=f"a directory: {self._out.with_suffix('')}/",
             )
         return raw
+
+    @property
+    def seals(self) -> bool:
+        """Whether the record goes into the header when all leaves have been written."""
+        return self._where == "header" and self._record is not None
 
     def finish(self, temporary: Path, accesses: Accesses) -> None:
         """Write the record into the output: a directory, or the header of a file."""
@@ -215,8 +221,11 @@ class Note:
 
     def clear(self) -> None:
         """Put the record beside a file that is about to be replaced aside: no file ever has another's record."""
-        if self._where == "beside" and os.path.lexists(self._out) and os.path.lexists(beside(self._out)):
-            self._aside = beside(self._out).rename(spare(self._out))
+        if self._where == "beside" and there(self._out) and there(beside(self._out)):
+            if isinstance(self._out, Url):  # where nothing can be renamed in one step
+                beside(self._out).unlink()
+            else:
+                self._aside = beside(self._out).rename(spare(self._out))
 
     def _publish(self, accesses: Accesses) -> None:
         if self._aside is not None:
@@ -239,7 +248,7 @@ def _put(path: Path, data: bytes) -> None:
 
 def _name_of(source: Any) -> str:
     """The name of a checkpoint in a record, without folders of this machine."""
-    path = source.folder if isinstance(source, Shards) else Path(source.path)
+    path = source.folder if isinstance(source, Shards) else source.path
     return str((path.name or path.resolve().name).encode("utf-8", "replace").decode())
 
 
@@ -248,7 +257,7 @@ class _Texts:
 
     def __init__(self, base: Any) -> None:
         self._base, self._room = base, MAX_TEXT
-        self._files = {Path(base.path).resolve(): ""}
+        self._files = {base.path.resolve(): ""}
 
     def of(self, origin: Origin) -> str:
         """The expression of a leaf; "" if it does not say all, is a leaf of the source, or there is no room for it."""
@@ -263,7 +272,7 @@ class _Texts:
     def named(self, leaf: Origin) -> str:
         if not isinstance(leaf, Stored):
             return leaf.says
-        place, name = Path(leaf.source.path).resolve(), quoted(leaf.source.index.name(leaf.number))
+        place, name = leaf.source.path.resolve(), quoted(leaf.source.index.name(leaf.number))
         if place not in self._files:
             own, known = _name_of(leaf.source), {_name_of(self._base), *self._files.values()}
             names = (own, *(f"{own}#{number}" for number in range(2, len(known) + 2)))

@@ -16,9 +16,11 @@ from paramend.disk.identity import check_still, check_unchanged
 from paramend.disk.io import put, release, writing
 from paramend.disk.permissions import Access, create_file, settle
 from paramend.disk.publishing import look, published, sync_file
+from paramend.disk.uploads import Staging
+from paramend.disk.urls import path_of
 from paramend.edits.outcome import Outcome
 from paramend.edits.plan import Plan, Row
-from paramend.formats.registry import DEFAULT, format_for
+from paramend.formats.registry import DEFAULT, SUFFIXES, format_for
 from paramend.journal.store import retiring
 from paramend.leaves.nested import unexhausted
 from paramend.leaves.origins.origin import Extent
@@ -123,7 +125,7 @@ def write(
     `record` is the recipe of the plan, or "", if the output carries a record. If it raises, nothing was written."""
     crew.check()
     layout = check_output(made, out, force=force, resume=crew.resume, **how)
-    out = Path(out)
+    out = path_of(out)
     asked, note = layout, Note(made, out, layout, record)
     layout = note.layout
     run = _Run(made, out, progress, layout, note)
@@ -146,7 +148,8 @@ def write(
             run.inputs.check()
             if layout.folder:
                 made_files = (path for path in temporary.rglob("*") if path.is_file())
-                names = tuple(sorted(path.relative_to(temporary).as_posix() for path in made_files))
+                sent = temporary.upload.sent if isinstance(temporary, Staging) and temporary.upload else ()
+                names = tuple(sorted({*sent, *(path.relative_to(temporary).as_posix() for path in made_files)}))
                 for inner in (inner for inner in temporary.rglob("*") if inner.is_dir()):
                     settle(inner, run.accesses.of_folder(inner.relative_to(temporary).as_posix()))
             note.clear()
@@ -154,7 +157,7 @@ def write(
         run.inputs.close()
         if manifest is not None:
             manifest.close()
-    path = str(Path(getattr(made.leaves, "path", "")))
+    path = str(path_of(getattr(made.leaves, "path", "")))
     counts = run.filler.copied, run.filler.computed, run.linked, run.filler.copier.shared
     return RewriteReport(
         path, str(out), made, *counts, names, layout.left_out, note.name, layout.said, layout.format.name
@@ -176,7 +179,7 @@ def stage(made: Plan, files: Sequence[File], home: Path, folder: Path, progress:
 class _Run:
     def __init__(self, made: Plan, out: Path, progress: Progress | None, layout: Layout, note: Note) -> None:
         self.made, self.out = made, out
-        self.layout = layout
+        self.layout, self.note = layout, note
         self.source: Any = made.leaves
         self.meter = Meter(progress, layout.nbytes)
         self.filler = Filler(made, note.digests, self.meter)
@@ -194,6 +197,10 @@ class _Run:
             self.linked += file.nbytes
             return
         self.inputs.touched |= read
+        if isinstance(path, Staging) and path.name.endswith(SUFFIXES) and not file.patched and not self.note.seals:
+            with path.streamed(file.nbytes) as target:
+                self.filler.fill(file.pieces, target)
+            return
         target = create_file(path, access) if file.name else os.open(path, os.O_WRONLY | os.O_CLOEXEC)
         try:
             self.filler.fill(file.pieces, target)
@@ -258,7 +265,8 @@ class _Run:
         else:
             works, some = Works(), (row for row in self.made.rows if row.calls and row.spec.size)
             work = [works.of(row, laid_flat(self.source, row)) for row in some]
-            restage(self.source, [each for each in work if len(each.ranges)], folder, self.meter)
+            if work:
+                restage(self.source, [each for each in work if len(each.ranges)], folder, self.meter)
             self.filler.computed += sum(each.row.spec.nbytes for each in work)
             check_still(self.source.stats)
         for path in folder.rglob("*"):

@@ -25,7 +25,9 @@ class _Worker:
         self.pipe, theirs = Pipe()
         number = theirs.fileno()
         program = _PROGRAM.format(path=sys.path, number=number, parent=os.getpid())
-        self.process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.DEVNULL, pass_fds=[number])
+        command, null = [sys.executable, "-c", program], subprocess.DEVNULL
+        # In a group of its own, Ctrl-C does not reach it, not even while it starts: the program that began it decides.
+        self.process = subprocess.Popen(command, stdin=null, pass_fds=[number], process_group=0)
         theirs.close()
         self.task: Task | None = None
         self._sent = sent
@@ -92,7 +94,6 @@ class Processes:
 
 def serve(number: int, parent: int) -> None:
     """Do the jobs that come through a pipe, until it is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the program that began it decides
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     pipe = Connection(number)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from paramend.leaves.mapped import forget
-from paramend.leaves.origins.boxes import Box, bare, contiguous, ends, select, shape_of
+from paramend.leaves.origins.boxes import Box, bare, contiguous, ends, select, shape_of, shifted
 from paramend.leaves.origins.origin import Extent, Given, Origin
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 
@@ -73,7 +73,7 @@ class Stored(Origin):
         if hasattr(self.source, "read_box"):  # a protocol is slow to ask for, and a tile asks hundreds of times
             cover = [ends(places) for places in box]
             found = self.source.read_box(self.number, tuple(slice(*each) for each in cover))
-            return select(found, tuple(_shifted(places, low) for places, (low, _) in zip(box, cover, strict=True)))
+            return select(found, tuple(shifted(places, low) for places, (low, _) in zip(box, cover, strict=True)))
         dtype, extent, inner = numpy_dtype(self.spec.dtype), self.extent, math.prod(shape[1:])
         found = np.empty(shape_of(box), dtype)
         # What is not aligned in its file is never mapped, and would be copied whole.
@@ -87,15 +87,9 @@ class Stored(Origin):
                 if array is None
                 else array[low:high]
             )
-            bare(found)[at : at + rows] = select(bare(band), (_shifted(places, low), *box[1:]))
+            bare(found)[at : at + rows] = select(bare(band), (shifted(places, low), *box[1:]))
             forget(band, 0, high - low)
         return found
-
-
-def _shifted(places: Any, low: int) -> Any:
-    if isinstance(places, range):
-        return range(places.start - low, places.start - low + len(places) * places.step, places.step)
-    return places - low
 
 
 class Held(Origin):
