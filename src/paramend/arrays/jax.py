@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from paramend.arrays.places import Chosen, chosen
 from paramend.errors import Unsupported
 from paramend.leaves.specs import Spec, numpy_dtype
 
@@ -61,7 +62,7 @@ def full(x: Any, value: Any) -> Any:
 
 def _own(value: Any) -> Any:
     """A copy of an array, in a buffer of its own: a step that donates it must not take another array away."""
-    return value if isinstance(value, jax.core.Tracer) else jax.device_put(value, may_alias=False)
+    return value if isinstance(value, jax.core.Tracer) else jax.device_put(value, value.sharding, may_alias=False)
 
 
 def like(value: Any, x: Any) -> Any:
@@ -69,7 +70,9 @@ def like(value: Any, x: Any) -> Any:
     lack a sharding; the result may then share the memory of a numpy array."""
     given = isinstance(value, jax.Array | jax.core.Tracer)
     if isinstance(x, jax.ShapeDtypeStruct):
-        if not given:
+        if not given and x.sharding is not None and _far(x.sharding):
+            value = _cut(value, x.sharding)
+        elif not given:
             # Wait for the transfer, so that there is only one copy on the host at a time.
             value = jax.block_until_ready(jax.device_put(np.asarray(value), x.sharding))
         if x.weak_type and not value.weak_type:
@@ -81,7 +84,9 @@ def like(value: Any, x: Any) -> Any:
         # Placed directly, so that a large host array is never whole on one device.
         placed = None if isinstance(x, jax.core.Tracer) or not x.committed else x.sharding
         # JAX may take over the memory of a numpy array, which the user may change later.
-        value = jax.device_put(np.array(value), placed) if placed is not None else jnp.asarray(np.array(value))
+        value = _cut(value, placed) if placed is not None else jnp.asarray(np.array(value))
+    elif parted(x) and _apart(value, x):
+        value = _cut(numpy(value), x.sharding)
     if getattr(x, "weak_type", False) and not value.weak_type:
         value = jnp.zeros_like(x).at[...].set(value)
     elif given:
@@ -93,6 +98,78 @@ def like(value: Any, x: Any) -> Any:
     return _placed(value, x)
 
 
+def parted(x: Any) -> bool:
+    return not isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) and len(x.sharding.device_set) > 1
+
+
+def _far(sharding: Any) -> bool:
+    """Whether some devices are those of other processes."""
+    return not sharding.is_fully_addressable
+
+
+def _apart(value: Any, x: Any) -> bool:
+    """Whether an array is bound to this process, and x is not: JAX does not compute with both."""
+    return _far(x.sharding) and not isinstance(value, jax.core.Tracer) and not _far(value.sharding)
+
+
+def _cut(value: Any, sharding: Any) -> Any:
+    """A numpy array that every process has, in the parts of a sharding: each is copied on its own, nothing is sent."""
+    value = np.asarray(value)
+    return jax.make_array_from_callback(value.shape, sharding, lambda part: np.array(value[part]))
+
+
+def _within(sharding: Any, shape: Sequence[int]) -> Any:
+    """A sharding for an array of another shape: axes that its devices do not divide, and those that are no more, are
+    whole; other shardings than those of a mesh are kept."""
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return sharding
+    cut = [
+        name if length % _count(sharding.mesh, name) == 0 else None
+        for name, length in zip(sharding.spec, shape, strict=False)
+    ]
+    return sharding if tuple(cut) == tuple(sharding.spec) else _named(sharding, cut)
+
+
+def _named(sharding: Any, names: Sequence[Any]) -> Any:
+    """The sharding of axes by these names of axes of the same mesh."""
+    spec = jax.sharding.PartitionSpec(*names)
+    return jax.sharding.NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+
+
+def _count(mesh: Any, name: Any) -> int:
+    """Into how many parts the names of mesh axes cut an axis."""
+    names = name if isinstance(name, tuple) else (name,)
+    return math.prod(mesh.shape[each] for each in names if each in mesh.shape)
+
+
+def spread(x: Any) -> bool:
+    given = isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)
+    return not given and not (x.is_fully_addressable or x.is_fully_replicated)
+
+
+def gathered(x: Any) -> Any:
+    if not spread(x):
+        return x
+    from jax.experimental import multihost_utils  # needed between processes alone
+
+    return multihost_utils.process_allgather(x, tiled=True)
+
+
+def parts(x: Any) -> list[tuple[Any, Any]]:
+    if not parted(x):
+        return [(tuple(map(range, x.shape)), x)]
+    return list({_box(each.index, x): each.data for each in x.addressable_shards}.items())
+
+
+def _box(index: Any, x: Any) -> tuple[range, ...]:
+    """The places that a part of x has along each axis, from its slices."""
+    return tuple(range(*each.indices(length)) for each, length in zip(index, x.shape, strict=True))
+
+
+def filled(x: Any, read: Callable[[Any], Any]) -> Any:
+    return jax.make_array_from_callback(x.shape, x.sharding, lambda index: read(_box(index, x)))
+
+
 def from_numpy(array: Any) -> Any:
     """A copy on the default device; `Unsupported` if JAX lacks the dtype, or needs it enabled."""
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
@@ -101,18 +178,33 @@ def from_numpy(array: Any) -> Any:
 
 
 def beside(values: Any, x: Any) -> Any:
-    """The values with the sharding of x; whole on each of its devices if they have another shape."""
-    value, named = from_numpy(values), jax.sharding.NamedSharding
+    """The values with the sharding of x, along axes of its length; others are whole on each of its devices."""
+    alike = [length if length == old else 1 for length, old in zip(values.shape, x.shape, strict=False)]
+    return _spread(values, x, alike)
+
+
+def resized(values: Any, x: Any) -> Any:
+    return _spread(values, x, values.shape)
+
+
+def _spread(values: Any, x: Any, lengths: Sequence[int]) -> Any:
+    """The values with the sharding of x as far as it divides these lengths."""
     if isinstance(x, jax.core.Tracer) or not x.committed:
-        return value
-    whole = value.shape != x.shape and isinstance(x.sharding, named)
-    return jax.device_put(value, named(x.sharding.mesh, jax.sharding.PartitionSpec()) if whole else x.sharding)
+        return from_numpy(values)
+    sharding = _within(x.sharding, lengths)
+    if jax.dtypes.canonicalize_dtype(values.dtype) != values.dtype or not parted(x):
+        return jax.device_put(from_numpy(values), sharding)  # which refuses a dtype that JAX lacks
+    return _cut(values, sharding)
 
 
 def _operand(value: Any, x: Any) -> Any:
     """A second operand that cannot promote x: Python scalars are weak already, arrays take the dtype of x."""
     if isinstance(value, bool | int | float | complex):
         return bool(value) if x.dtype == bool else value
+    if parted(x) and (not isinstance(value, jax.Array) or _apart(value, x)):
+        # A numpy array is on no device yet: JAX cuts it where x is.
+        value = np.asarray(value)
+        return value.astype(x.dtype)
     value = jnp.asarray(value)
     return value if value.dtype == x.dtype or value.weak_type else value.astype(x.dtype)
 
@@ -167,6 +259,9 @@ def put(x: Any, index: Any, verb: str, value: Any) -> Any:
         return _own(x)
     sharding = _explicit(x)
     if sharding is None:
+        found = chosen(index, x.shape) if parted(x) else None
+        if found is not None:
+            return _placed(_put_where(x, found, verb, _operand(value, x)), x)
         parts = index if isinstance(index, tuple) else (index,)
         if verb != "set" and any(isinstance(part, np.ndarray) for part in parts):  # which may name an element twice
             value = getattr(jnp, verb)(x[index], _operand(value, x)).astype(x.dtype)
@@ -180,6 +275,21 @@ def put(x: Any, index: Any, verb: str, value: Any) -> Any:
         spread = _with_sharding(jnp.zeros(x.shape, x.dtype).at[index].set(spread), x, sharding)
     changed = spread if verb == "set" else getattr(jnp, verb)(x, spread)
     return _placed(jnp.where(_with_sharding(jnp.asarray(inside), x, sharding), changed, x).astype(x.dtype), x)
+
+
+def _put_where(x: Any, found: Chosen, verb: str, value: Any) -> Any:
+    """A value in a slice, as a choice between two arrays that are cut in one way: a scatter would gather the axis."""
+    inside: Any = np.ones((1,) * x.ndim, bool)
+    value = found.spread(value) if jnp.ndim(value) else value
+    for axis, (length, places) in enumerate(zip(x.shape, found.places, strict=True)):
+        line = [-1 if at == axis else 1 for at in range(x.ndim)]
+        here, source = np.zeros(length, bool), np.zeros(length, np.int32)
+        here[places], source[places] = True, np.arange(places.size).reshape(places.shape)
+        inside = inside if here.all() else inside & here.reshape(line)
+        if jnp.ndim(value) and value.shape[axis] != 1 and not np.array_equal(places, np.arange(length)):
+            value = (np if isinstance(value, np.ndarray) else jnp).take(value, source, axis)
+    changed = value if verb == "set" else getattr(jnp, verb)(x, value)
+    return jnp.where(inside, changed, x).astype(x.dtype)
 
 
 def _moved(move: Callable[..., Any], *arrays: Any) -> Any:
@@ -196,12 +306,17 @@ def stack(arrays: Any, axis: int) -> Any:
         return result
     names = [*sharding.spec, *[None] * (first.ndim - len(sharding.spec))]
     names.insert(axis, None)
-    spec = jax.sharding.PartitionSpec(*names)
-    return jax.device_put(result, jax.sharding.NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind))
+    return jax.device_put(result, _named(sharding, names))
 
 
 def concat(arrays: Any, axis: int) -> Any:
-    return _moved(lambda *each: jnp.concatenate(each, axis), *arrays)
+    """The arrays one after the other, sharded like the first as far as the new length allows it."""
+    first, *rest = arrays
+    if not parted(first):
+        return _moved(lambda *each: jnp.concatenate(each, axis), *arrays)
+    rest = [beside(numpy(each), first) if _apart(each, first) else each for each in rest]
+    result = jnp.concatenate([first, *rest], axis)
+    return jax.device_put(result, _within(first.sharding, result.shape))
 
 
 def take(x: Any, positions: Sequence[int], axis: int) -> Any:
@@ -209,11 +324,7 @@ def take(x: Any, positions: Sequence[int], axis: int) -> Any:
     result = _moved(lambda x: jnp.take(x, np.asarray(positions, np.int64), axis=axis), x)
     if isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct):
         return result
-    try:
-        x.sharding.shard_shape(result.shape)
-    except ValueError:  # the layers are spread over devices, which no longer divide their number
-        return result
-    return _placed(result, x)
+    return result if not parted(x) else jax.device_put(result, _within(x.sharding, result.shape))
 
 
 def transpose(x: Any, axes: Sequence[int]) -> Any:
@@ -227,6 +338,11 @@ def reshape(x: Any, shape: Sequence[int]) -> Any:
 
 
 def numpy(x: Any) -> np.ndarray[Any, Any]:
+    if spread(x):
+        raise Unsupported(
+            f"{x.dtype}[{', '.join(map(str, x.shape))}] is spread over processes, and its values are not here",
+            hint="jax.experimental.multihost_utils.process_allgather(x, tiled=True); Orbax writes parts",
+        )
     return np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
 
 

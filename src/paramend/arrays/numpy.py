@@ -1,6 +1,6 @@
 """Verbs over numpy arrays and numpy scalars, as `Backend` documents them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,30 @@ def like(value: Any, x: Any) -> Any:
 
 def beside(values: Any, x: Any) -> Any:
     return values
+
+
+def resized(values: Any, x: Any) -> Any:
+    return beside(values, x)
+
+
+def gathered(x: Any) -> Any:
+    return x
+
+
+def parted(x: Any) -> bool:
+    return False
+
+
+def spread(x: Any) -> bool:
+    return False
+
+
+def parts(x: Any) -> list[tuple[Any, Any]]:
+    return [(tuple(map(range, x.shape)), x)]
+
+
+def filled(x: Any, read: Callable[[Any], Any]) -> Any:
+    return like(read(tuple(map(range, x.shape))), x)
 
 
 def from_numpy(array: Any) -> Array:

@@ -46,6 +46,10 @@ def backend(x: Any) -> Backend:
 
 
 def to_numpy(x: Any) -> "np.ndarray[Any, Any]":
-    """The values of an array of any library on the host; anything else as numpy reads it."""
+    """The values of an array of any library on the host; anything else as numpy reads it. Those of an array that is
+    spread over processes are gathered: all of them must call this."""
     found = backend_of(type(x))
-    return np.asarray(x) if found is None else found.numpy(x)
+    if found is None:
+        return np.asarray(x)
+    whole = found.gathered(x)
+    return backend(whole).numpy(whole)

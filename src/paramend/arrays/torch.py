@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from paramend.arrays import torch_codes
+from paramend.arrays import torch_codes, torch_sharded
 from paramend.errors import Unsupported
 from paramend.leaves.specs import Spec, numpy_dtype
 
@@ -56,14 +57,19 @@ def _new(x: Any, compute: Callable[[], Any]) -> Any:
     return result.requires_grad_() if x.requires_grad and not result.requires_grad else result
 
 
+_by_part = torch_sharded.by_part(_new)
+
+
 def zeros(x: Any) -> Any:
     return _new(x, lambda: torch.zeros_like(x))
 
 
+@_by_part
 def full(x: Any, value: Any) -> Any:
     return _new(x, lambda: torch.zeros_like(x).copy_(_tensor(value, x)))
 
 
+@_by_part
 def like(value: Any, x: Any) -> Any:
     """The values as a tensor with the device, memory format and `requires_grad` of `x`. For `x` on the meta device, the
     result is on the default device."""
@@ -95,7 +101,33 @@ def from_numpy(array: Any) -> Any:
 
 
 def beside(values: Any, x: Any) -> Any:
-    return from_numpy(values).to(x.device)
+    new = from_numpy(values).to(x.device)
+    return torch_sharded.beside(new, x) if torch_sharded.owns(x) else new
+
+
+def resized(values: Any, x: Any) -> Any:
+    new = from_numpy(values).to(x.device)
+    return torch_sharded.beside(new, x, range(new.ndim)) if torch_sharded.owns(x) else new
+
+
+def gathered(x: Any) -> Any:
+    return torch_sharded.gathered(x)
+
+
+def parted(x: Any) -> bool:
+    return torch_sharded.owns(x)
+
+
+def spread(x: Any) -> bool:
+    return torch_sharded.owns(x)
+
+
+def parts(x: Any) -> list[tuple[Any, Any]]:
+    return torch_sharded.parts(x) if torch_sharded.owns(x) else [(tuple(map(range, x.shape)), x)]
+
+
+def filled(x: Any, read: Callable[[Any], Any]) -> Any:
+    return _new(x, lambda: torch_sharded.filled(x, lambda box: from_numpy(read(box)).to(x.device)))
 
 
 def _wide(verb: Callable[..., Any]) -> Callable[..., Any]:
@@ -112,10 +144,12 @@ def _wide(verb: Callable[..., Any]) -> Callable[..., Any]:
 _VERBS = {"add": _wide(torch.add), "multiply": _wide(torch.mul)}
 
 
+@_by_part
 def add(x: Any, value: Any) -> Any:
     return _new(x, lambda: _VERBS["add"](x, _tensor(value, x)))
 
 
+@_by_part
 def multiply(x: Any, value: Any) -> Any:
     return _new(x, lambda: _VERBS["multiply"](x, _tensor(value, x)))
 
@@ -124,21 +158,26 @@ def matmul(x: Any, y: Any) -> Any:
     return x @ y
 
 
+@_by_part
 def clip(x: Any, lo: Any, hi: Any) -> Any:
     low, high = (None if bound is None else _tensor(bound, x) for bound in (lo, hi))
     return _new(x, lambda: _wide(torch.clamp)(x, low, high))
 
 
+@_by_part
 def cast(x: Any, dtype: str) -> Any:
     return _new(x, lambda: x.to(getattr(torch, dtype), copy=True))
 
 
 def get(x: Any, index: Any) -> Any:
     """x[index], a copy outside the autograd graph unless x is in it."""
+    if torch_sharded.owns(x):
+        return torch_sharded.get(x, _torch_index(index, x.shape))
     index = _torch_index(index, x.shape)
     return x[index].clone() if x.grad_fn is not None else x.detach()[index].clone()
 
 
+@_by_part
 def put(x: Any, index: Any, verb: str, value: Any) -> Any:
     index = _torch_index(index, x.shape)
 
@@ -151,6 +190,7 @@ def put(x: Any, index: Any, verb: str, value: Any) -> Any:
     return _new(x, compute)
 
 
+@_by_part
 def take(x: Any, positions: Sequence[int], axis: int) -> Any:
     """A new tensor of slices of x, with its axes in the same order in memory."""
     places = torch.tensor(positions, dtype=torch.int64, device=x.device)
@@ -159,10 +199,12 @@ def take(x: Any, positions: Sequence[int], axis: int) -> Any:
     return _new(x, lambda: torch.index_select(x.permute(order), back[axis], places).permute(back))
 
 
+@_by_part
 def transpose(x: Any, axes: Sequence[int]) -> Any:
     return _new(x, lambda: x.permute(*axes).clone(memory_format=torch.contiguous_format))
 
 
+@_by_part
 def reshape(x: Any, shape: Sequence[int]) -> Any:
     return _new(x, lambda: x.clone(memory_format=torch.contiguous_format).reshape(tuple(shape)))
 
@@ -176,11 +218,13 @@ def _torch_index(index: Any, shape: Any) -> Any:
     return tuple(torch.as_tensor(part) if isinstance(part, np.ndarray) else part for part in parts)
 
 
+@torch_sharded.by_part(lambda first, compute: compute())
 def stack(tensors: Any, axis: int) -> Any:
     """The tensors along a new axis; none is in the autograd graph unless the first is."""
     return torch.stack([x if tensors[0].grad_fn is not None else x.detach() for x in tensors], axis)
 
 
+@_by_part
 def concat(tensors: Any, axis: int) -> Any:
     """The tensors one after the other; none is in the autograd graph unless the first is."""
     return _new(
@@ -191,6 +235,7 @@ def concat(tensors: Any, axis: int) -> Any:
 def numpy(x: Any) -> np.ndarray[Any, Any]:
     if torch_codes.owns(type(x)):
         raise Unsupported(f"a leaf is no array: {refusal(x)}", hint="tree, report = pm.dequantize(tree)")
+    torch_sharded.refuse(x)
     x = x.detach().cpu().contiguous()
     name = str(x.dtype).removeprefix("torch.")
     if name == "bfloat16" or name.startswith("float8"):
@@ -226,6 +271,7 @@ class _Pointer:
 def memory(x: Any) -> tuple[str, np.ndarray[Any, Any]] | None:
     """The device, and the elements as untyped memory, which may lie on the device; None if there is none."""
     try:
+        x = torch_sharded.part(x) if torch_sharded.owns(x) else x
         if x.is_meta or x.layout != torch.strided or not x.numel() or not x.data_ptr():
             return None
     except RuntimeError:  # a tensor of another kind, without a storage of its own
@@ -244,6 +290,10 @@ def assign(x: Any, value: Any) -> None:
 
 def storage(x: Any) -> object:
     """A key that is equal for tied tensors. In a state dict, tied weights are two tensors over one storage."""
+    if torch_sharded.owns(x) and not x.is_meta:
+        # Not its address, which all parts without elements share: ties are the same in all processes.
+        held = torch_sharded.part(x)
+        return StorageWeakRef(held.untyped_storage()).cdata, held.storage_offset(), tuple(x.shape), x.placements
     try:
         pointer = 0 if x.is_meta or x.layout != torch.strided else x.untyped_storage().data_ptr()
     except RuntimeError:  # a tensor of another kind, as within `torch.func.vmap`

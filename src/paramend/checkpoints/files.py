@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from paramend.checkpoints.checkpoint import Checkpoint
+from paramend.disk.urls import path_of
 
 
 def read_by(tree: Any) -> list[Path]:
@@ -11,5 +12,5 @@ def read_by(tree: Any) -> list[Path]:
     in memory."""
     if not isinstance(tree, Checkpoint):
         return []
-    path = Path(tree.source.path)
+    path = path_of(tree.source.path)
     return [*([path] if path.name else ()), *tree.source.stats]

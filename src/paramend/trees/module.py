@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from paramend.errors import Unsupported
 from paramend.trees.kind import Kind
 
 
@@ -20,7 +21,13 @@ def _open(module: Any) -> tuple[tuple[Any, ...], tuple[Any, ...], Any]:
 def _replace(module: Any, changes: Mapping[int, Any]) -> Any:
     # Tensors in the memo are not copied: unchanged ones stay the same objects, ties stay ties.
     kept = {id(t): t for t in (*module.parameters(), *module.buffers())}
-    return copy.deepcopy(module, kept | {at: _placed(value, kept.get(at)) for at, value in changes.items()})
+    try:
+        return copy.deepcopy(module, kept | {at: _placed(value, kept.get(at)) for at, value in changes.items()})
+    except AssertionError as error:  # of FSDP2, whose modules have hooks of their own
+        raise Unsupported(
+            f"{type(module).__name__} cannot be copied: {error}",
+            hint="edit it in place, as pm.at(module, ...).zero_() does, or edit module.state_dict()",
+        ) from error
 
 
 def _placed(value: Any, old: Any) -> Any:
