@@ -111,7 +111,7 @@ def _shades(page: Page, figure: "Figure") -> list[str]:
     """A colour for each leaf by the column that colours the page, and its scale in the figure; empty if the groups
     colour it."""
     column = next((column for column in page.columns if column.name == page.colour), None)
-    scale = column and Scale.of(column.values)
+    scale = None if column is None else Scale.of(column.values)
     if column is None or scale is None:
         return []
     matplotlib: Any = need("matplotlib", extra="plot", to="draw a report")
