@@ -203,9 +203,8 @@ def _moved(placement: Any, to: Callable[[int], int]) -> Any:
     axis = _axis(placement)
     if axis is None:
         return placement
-    if type(placement) is not _library().Shard:
-        raise Unsupported(f"the axis of a {type(placement).__name__} cannot move", hint="x.redistribute(placements=)")
-    return _library().Shard(to(axis))
+    strided = {"split_factor": placement.split_factor} if hasattr(placement, "split_factor") else {}
+    return type(placement)(to(axis), **strided)
 
 
 def reshape(verb: Verb, x: Any, shape: Sequence[int]) -> Any:
