@@ -55,6 +55,19 @@ def printable_lines(text: str) -> str:
     return text if text.isprintable() else "\n".join(map(printable, text.split("\n")))
 
 
+_LOGIN = re.compile(r"(https?://)[^\s/@]+@")
+_SIGNED = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")
+
+
+def masked(text: str) -> str:
+    """The text without what lets its readers in: the logins and signatures of web addresses.
+
+    >>> masked("no https://me:pass@host/a.pt?signature=1 here")
+    'no https://***@host/a.pt here'
+    """
+    return _SIGNED.sub(r"\1", _LOGIN.sub(r"\1***@", text)) if "://" in text else text
+
+
 _WIDTH = 100  # characters of a text that are shown before, at and after a fault in it
 
 
@@ -69,6 +82,7 @@ class ParamendError(Exception):
     code = "paramend"
 
     def __init__(self, message: str, *, hint: str = "") -> None:
+        message, hint = masked(message), masked(hint)
         super().__init__(f"{message}\n\nhint: {hint}" if hint else message)
         self.hint = hint
 

@@ -10,7 +10,7 @@ import pytest
 from tests.support.processes import run_two
 
 PROGRAM = """
-import json, os, re, sys
+import json, os, re, sys, tracemalloc, warnings
 several = len(sys.argv) > 1
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={4 if several else 8}"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -116,6 +116,45 @@ for name, verb in TREES.items():
 assert pm.verify(tree(spread), pm.at(tree(spread), "head").zero(), only="head") == ["head"]
 assert str(pm.stats(tree(spread))) == str(pm.stats(tree(single)))
 
+# Axes that become longer stay cut where the devices divide the new length.
+pair = {"Dense_0": {"kernel": full[:8], "bias": full[0]}, "Dense_1": {"kernel": full[:4]}}
+terms = {"Dense_0": {"lora_a": np.ones((8, 1), np.float32), "lora_b": full[:1]}}
+places = ("Dense_0", "kernel"), ("Dense_0", "bias"), ("Dense_1", "kernel")
+MODELS = {
+    "widen to 6": (lambda t: pm.widen(t, features={"Dense_0": 6}), (P("a", "b"), P(), P(None, "b"))),
+    "widen to 8": (lambda t: pm.widen(t, features={"Dense_0": 8}), (P("a", "b"), P("a"), P("a", "b"))),
+    "fold": (lambda t: pm.fold(t, terms), None),
+    "extract": (lambda t: pm.fold(t, pm.extract(pm.at(t, "Dense_0/kernel").multiply(2), t, rank=1)[0]), None),
+    "linear": (lambda t: pm.merge([t, pm.at(t, "**").multiply(3)], weights=[1, 3]), None),
+    "slerp": (lambda t: pm.merge([t, pm.at(t, "**").add(3)], "slerp", t=0.25), None),
+    "overlap": (lambda t: pm.graft(t, jax.tree.map(lambda x: np.ones((2, *x.shape[1:])), t), mismatch="overlap"), None),
+}
+for name, (verb, specs) in MODELS.items():
+    wanted = first(verb(jax.tree.map(single, pair)))
+    result = first(verb(jax.tree.map(lambda x: cut(both if x.ndim == 2 else P("a"), x), pair)))
+    for (layer, role), spec in zip(places, specs or (both, P("a"), both)):
+        leaf = result[layer][role]
+        assert host(leaf).tobytes() == np.asarray(wanted[layer][role]).tobytes(), (name, layer, role)
+        assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim), (name, leaf.sharding)
+
+# What a dtype cannot hold is counted: of several processes each counts its half, once for all devices.
+half = np.full((16, 4), 300, np.float16)
+LOSSES = {
+    "all": (lambda s: s.multiply(300), 64),
+    "a spread array": (lambda s: s.multiply(cut(P("b", "a"), half)), 64),
+    "columns": (lambda s: s[:, 1:].multiply(np.array([[1, 300, 300]])), 32),
+    "a mask": (lambda s: s[full % 8 > 3].add(np.full(32, 65500)), 32),
+    "cast": (lambda s: s.cast("int8"), 64),
+}
+for name, (edit, count) in LOSSES.items():
+    for spec in both, P("a"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            edit(pm.at({"w": cut(spec, half)}, "w"))
+        said = [str(each.message) for each in caught if each.category.__name__ == "ValuesLost"]
+        wanted = f": {count // (1 + several)} values overflow (w)" + ", of those in this process" * several
+        assert len(said) == 1 and said[0].endswith(wanted), (name, said)
+
 folder = os.environ["FOLDER"]
 if several:
     try:
@@ -125,12 +164,27 @@ if several:
 else:
     from paramend.leaves.origins.stored import Stored
 
+    large = np.arange(1 << 22, dtype=np.float32).reshape(1 << 11, 1 << 11)
+    for spec in both, P(None, ("b", "a")), P("b"):
+        leaf = cut(spec, large)
+        tracemalloc.start()
+        pm.save({"w": leaf}, f"{folder}/{len(os.listdir(folder))}.safetensors")
+        assert tracemalloc.get_traced_memory()[1] < 8e6 and leaf._npy_value is None  # it has 16 MB
+        tracemalloc.stop()
+    for file in os.listdir(folder):
+        with pm.open(f"{folder}/{file}") as saved:
+            assert np.array_equal(saved["w"], large)
     pm.save({"w": spread(full)}, f"{folder}/w.safetensors")
     read, boxes = Stored.read_box, []
     Stored.read_box = lambda self, box: boxes.append(tuple(map(len, box))) or read(self, box)
     with pm.open(f"{folder}/w.safetensors") as source:
         result, _ = pm.graft({"w": spread(full * 0)}, source)
     assert np.array_equal(result["w"], full) and set(boxes) == {(4, 2)} and result["w"].sharding == cut(both).sharding
+    with pm.open(f"{folder}/w.safetensors") as source:
+        result, report = pm.graft({"w": cut(P("a"), half)}, pm.at(source, "w").multiply(2048))
+    wanted = full * 2048
+    assert result["w"].dtype == np.float16 and np.array_equal(result["w"], np.where(full < 32, wanted, np.inf))
+    assert [row.overflowed for row in report.copied] == [33]
     print(json.dumps("done"))
 """
 

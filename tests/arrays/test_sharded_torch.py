@@ -6,7 +6,7 @@ import pytest
 from tests.support.processes import run_two
 
 PROGRAM = """
-import json, sys
+import json, sys, warnings
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -16,12 +16,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.placement_types import _StridedShard
 import paramend as pm
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
 mesh = init_device_mesh("cpu", (2,))
+meshes = [init_device_mesh("cpu", shape) for shape in ((2, 1), (1, 2))]
 full = torch.arange(1.0, 16.0).reshape(5, 3)  # neither axis is divided evenly
 rows = np.arange(15, dtype=np.float32).reshape(5, 3)
 two = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
@@ -59,6 +61,15 @@ def cut(*axes):
     return distribute_tensor(full.clone(), mesh, [Replicate() if axis is None else Shard(axis) for axis in axes])
 
 
+def grids():
+    # The leaf over two axes of a mesh, last as FSDP2 cuts what tensor parallelism has cut.
+    found = [distribute_tensor(full.clone(), grid, [Shard(0), Shard(1)]) for grid in meshes]
+    both = distribute_tensor(full.clone(), meshes[0], [Shard(0), Shard(0)])
+    strided = _StridedShard(0, split_factor=1), Shard(0)
+    local = both.to_local().clone()
+    return [*found, DTensor.from_local(local, meshes[0], strided, shape=full.shape, stride=full.stride())]
+
+
 def alike(result, wanted):
     assert isinstance(result, DTensor)
     whole = result.full_tensor()
@@ -75,6 +86,8 @@ for name, (edit, *expected) in EDITS.items():
         assert alike(result, wanted), (name, axis)
         assert result.placements == ((Replicate() if after is None else Shard(after)),), (name, axis, result)
         assert torch.equal(leaf.full_tensor(), full), name
+    for leaf in grids():
+        assert alike(edit(pm.at({"w": leaf}, "w"))["w"], wanted), (name, leaf.placements)
 
 
 def tree(make, scale=1.0):
@@ -114,6 +127,53 @@ for name, verb in TREES.items():
 assert str(pm.stats(tree(spread))) == str(pm.stats(tree(torch.clone)))
 assert str(pm.diff(tree(spread), tree(spread, 2.0))) == str(pm.diff(tree(torch.clone), tree(torch.clone, 2.0)))
 assert pm.verify(tree(spread), pm.at(tree(spread), "head").zero(), only="head") == ["head"]
+
+# Verbs for which leaves are gathered, and elementwise merges, for which they are not.
+pair = {"fc1.weight": full[:4].clone(), "fc1.bias": full[:4, 0].clone(), "fc2.weight": torch.cat([full, full], 1)}
+pair["fc2.weight"] = pair["fc2.weight"][:, 1:5].contiguous()
+terms = {"fc1.lora_A.weight": np.ones((1, 3), np.float32), "fc1.lora_B.weight": np.arange(4, dtype=np.float32)[:, None]}
+MODELS = {
+    "widen": (lambda t: pm.widen(t, features={"fc1": 6}), None),
+    "fold": (lambda t: pm.fold(t, terms), None),
+    "extract": (lambda t: pm.fold(pair, pm.extract(pm.at(t, "fc1.weight").multiply(2), t, rank=1)[0]), None),
+    "resize": (lambda t: pm.graft({"w": t["fc1.weight"]}, {"w": np.ones((6, 3), np.float32)}, mismatch="overlap"), None),
+    "linear": (lambda t: pm.merge([t, pm.at(t, "**").multiply(3)], weights=[1, 3]), 0),
+    "arithmetic": (lambda t: pm.merge([pm.at(t, "**").multiply(3)], "task_arithmetic", base=t, scale=0.5), 0),
+    "slerp": (lambda t: pm.merge([t, pm.at(t, "**").add(3)], "slerp", t=0.25), None),
+}
+for name, (verb, sent) in MODELS.items():
+    wanted = first(verb(pair))
+    for axis in (0, -1):
+        given = {k: distribute_tensor(v.clone(), mesh, [Shard(axis % v.ndim)]) for k, v in pair.items()}
+        with CommDebugMode() as counted:
+            result = first(verb(given))
+        assert sent is None or counted.get_total_counts() == sent, (name, counted.get_comm_counts())
+        for path, leaf in result.items():
+            if name != "extract":
+                assert alike(leaf, wanted[path]) and leaf.placements == (Shard(axis % leaf.ndim),), (name, path, leaf)
+assert {k: v for k, v in pm.at(given, "fc1.**").mask().items()} == {k: k.startswith("fc1") for k in pair}
+rows_of = pm.ablate(given, "fc1.*", lambda t: float(t["fc1.weight"].full_tensor().sum()))
+assert str(rows_of) == str(pm.ablate(pair, "fc1.*", lambda t: float(t["fc1.weight"].sum())))
+
+# Each process counts what does not fit into its part: rows of 5 are in parts of 3 and 2.
+half = torch.full((5, 3), 300.0, dtype=torch.float16)
+LOSSES = {
+    "all": (lambda s: s.multiply(300), [9, 6]),
+    "an array": (lambda s: s.multiply(np.array([1, 1, 300])), [3, 2]),
+    "a spread array": (lambda s: s.multiply(spread(half)), [9, 6]),
+    "rows": (lambda s: s[2:].multiply(np.array([[1, 300, 300]])), [2, 4]),
+    "a mask": (lambda s: s[np.arange(15).reshape(5, 3) > 6].add(np.full(8, 65500)), [2, 6]),
+    "none here": (lambda s: s[4].multiply(300), [0, 3]),
+    "cast": (lambda s: s.cast("int8"), [9, 6]),
+}
+for name, (edit, counts) in LOSSES.items():
+    for leaf, count in ((spread(half), counts[rank]), (distribute_tensor(half, mesh, [Replicate()]), sum(counts))):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            edit(pm.at({"w": leaf}, "w"))
+        said = [str(each.message) for each in caught if each.category.__name__ == "ValuesLost"]
+        assert len(said) == bool(count), (name, said)
+        assert not count or f" {count} values overflow (w), of those in this process" in said[0], (name, said)
 
 # Ties, and what happens in place: also one whose part here has no elements.
 tied = distribute_tensor(torch.ones(1, 3), mesh, [Shard(0)])
@@ -175,6 +235,14 @@ Stored.read_box = lambda self, box: boxes.append(tuple(map(len, box))) or read(s
 with pm.open(f"{folder}/w.safetensors") as source, CommDebugMode() as counted:
     result, _ = pm.graft({"w": spread(torch.zeros(5, 3))}, source)
 assert torch.equal(result["w"].full_tensor(), full) and boxes == [(3 - rank, 3)], boxes
+boxes.clear()
+with pm.open(f"{folder}/w.safetensors") as source:
+    half = {"w": spread(torch.zeros(5, 3, dtype=torch.float16))}
+    result, report = pm.graft(half, pm.at(source, "w").multiply(1e4))
+    same = pm.graft(half, source, dtype="source")[0]["w"]
+assert torch.equal(result["w"].full_tensor(), (full * 1e4).half()) and boxes == [(3 - rank, 3)] * 2, boxes
+assert [row.overflowed for row in report.copied] == [6 if rank else 3], report.copied
+assert torch.equal(same.full_tensor(), full) and same.dtype == torch.float32
 dist.barrier()
 dist.destroy_process_group()
 """

@@ -865,7 +865,7 @@ def test_what_a_format_cannot_hold_is_said_before_writing(model, tmp_path):
     with pytest.raises(Unsupported, match="w cannot be written: safetensors files cannot hold complex128"):
         checkpoints.open(tmp_path / "x.npz").save(tmp_path / "y.safetensors")
     with pytest.raises(
-        Unsupported, match=r"y\.gguf: \.gguf files cannot be written\n\nhint: a name that ends in \.safet"
+        Unsupported, match=r"y\.onnx: \.onnx files cannot be written\n\nhint: a name that ends in \.safet"
     ):
-        checkpoints.open(tmp_path / "x.npz").save(tmp_path / "y.gguf")
+        checkpoints.open(tmp_path / "x.npz").save(tmp_path / "y.onnx")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "x.npz"]

@@ -25,6 +25,7 @@ from paramend.formats.safetensors import SafetensorsFile
 from paramend.leaves.specs import Spec
 from paramend.reports.progress import Meter
 from support.numerics import assert_close
+from support.sessions import run_session
 from support.writing import write_header
 
 COMMAND = [sys.executable, "-m", "paramend"]
@@ -505,26 +506,8 @@ def test_names_beyond_the_encoding_of_stdout(tmp_path):
 def test_the_sessions_in_the_docs(tmp_path):
     """Runs every console block of docs/cli.md, in order, in one folder, and compares what is printed."""
     text = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = os.environ | {"PATH": path, "COLUMNS": "100", "NO_COLOR": "1"}
-    ran = 0
-    for block in re.findall(r"^```console\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
-        for session in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
-            lines = session.splitlines()
-            script = [lines.pop(0)]
-            while lines and lines[0].startswith("> "):
-                script.append(lines.pop(0)[2:])
-            done = subprocess.run(
-                ["bash", "-c", "\n".join(script)],
-                cwd=tmp_path,
-                env=env,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            )
-            assert done.stdout.rstrip().splitlines() == "\n".join(lines).rstrip().splitlines(), script
-            ran += 1
-    assert ran > 5
+    blocks = re.findall(r"^(````?)console\n(.*?)^\1$", text, re.DOTALL | re.MULTILINE)
+    assert sum(run_session(block, tmp_path) for _, block in blocks) > 5
 
 
 def test_in_place_history_and_undo(tmp_path):

@@ -185,7 +185,7 @@ def test_a_fresh_row_is_in_the_tables_of_the_docs(copy):
         command = "`affine PATH SELECTOR... FACTOR SHIFT -o OUT`"
         assert f"| {command} | `linear` | `--in-place` | {says} |" in tables.commands_table()
     """
-    runs(copy, code, str(TOP / "tests" / "house" / "test_reference.py"))
+    runs(copy, code, str(TOP / "docs" / "making" / "doctables.py"))
 
 
 def test_a_type_checker_sees_a_fresh_row(copy):

@@ -8,7 +8,7 @@ import pytest
 
 from support import fuzzing, guided
 
-COUNTS = {"safetensors": 500, "index": 400, "torch": 500, "npz": 400, "msgpack": 500, "orbax": 150}
+COUNTS = {"gguf": 500, "safetensors": 500, "index": 400, "torch": 500, "npz": 400, "msgpack": 500, "orbax": 150}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:orbax")
@@ -30,6 +30,8 @@ CASES = [
     *(("rewrite", "shards", 2), ("rewrite", "structure", 9)),
     *(
         ("patch", "delta", 9),
+        ("patch", "gguf", 9),
+        ("patch", "gguf-long", 9),
         ("patch", "shards", 9),
         ("patch", "torch", 2),
         ("patch", "inserted", 9),

@@ -6,7 +6,6 @@ import datetime
 import decimal
 import enum
 import importlib
-import io
 import pathlib
 import pickle
 import sys
@@ -167,21 +166,6 @@ def test_tar_archives_say_so(tmp_path):
         with pytest.raises(BadCheckpoint, match="it is a tar archive") as caught:
             pm.open(tmp_path / name)
         assert caught.value.hint.startswith(f"tar -xf {tmp_path / name}")
-
-
-def test_distributed_checkpoints_say_so(tmp_path):
-    folder = tmp_path / "dcp"
-    folder.mkdir()
-    (folder / ".metadata").write_bytes(b"\x80\x04.")
-    buffer = io.BytesIO()
-    torch.save(torch.ones(2), buffer)
-    (folder / "__0_0.distcp").write_bytes(buffer.getvalue() * 2)
-    for path in (folder, folder / "__0_0.distcp", folder / ".metadata"):
-        with pytest.raises(BadCheckpoint, match=r"a distributed checkpoint of torch \(DCP\)") as caught:
-            pm.open(path)
-        assert caught.value.hint == (
-            f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} dcp.pt"
-        )
 
 
 @pytest.mark.parametrize("module", ["torch.distributed.tensor", "torch.distributed._tensor.api"])

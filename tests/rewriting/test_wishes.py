@@ -51,7 +51,7 @@ def test_a_mistyped_suffix_is_refused_everywhere(name, source, tmp_path):
     pm.save(TREE, caught.value.hint)
 
 
-@pytest.mark.parametrize("name", ["y.zarr", "y.gguf", "y.pkl", "y.tar", "y.h5"])
+@pytest.mark.parametrize("name", ["y.zarr", "y.ggml", "y.pkl", "y.tar", "y.h5"])
 def test_other_formats_cannot_be_written(name, source, tmp_path):
     with pytest.raises(Unsupported, match="files cannot be written"):
         pm.save(TREE, tmp_path / name)

@@ -266,7 +266,25 @@ class Orbax:
         return self.path
 
 
+class Gguf:
+    """GGUF files, one model in one file and in two."""
+
+    def __init__(self, folder):
+        from support.gguf_files import model
+
+        self.raws = [model(folder / "model.gguf", kinds={}).read_bytes()]
+        self.raws.append(model(folder / "model.gguf", layers=1, experts=2).read_bytes())
+        self.path = folder / "model.gguf"
+
+    def make(self, rng):
+        raw = rng.choice(self.raws)
+        head = raw.index(b"output_norm") + 60
+        self.path.write_bytes(of_bytes(rng, raw[:head]) + raw[head:])
+        return self.path
+
+
 KINDS = {
+    "gguf": Gguf,
     "safetensors": Safetensors,
     "index": Index,
     "torch": Torch,

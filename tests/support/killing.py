@@ -1,7 +1,7 @@
 """Writers that are stopped at random moments: what is left is the old state or the new one, never a third.
 
     python tests/support/killing.py rewrite|patch KIND ROUNDS [SIGNAL] [SEED]      KIND: file, shards, torch, structure,
-    inserted, split, delta
+    inserted, split, delta, gguf, gguf-long
 
 A child writes and is killed. Then the output is looked at, and the next writer must leave nothing of the killed one.
 """
@@ -51,6 +51,19 @@ def make(folder, kind):
         (model / "model.safetensors.index.json").write_text(json.dumps(table))
         (model / "config.json").write_text("{}")
         return model
+    if kind.startswith("gguf"):  # of which keys change too: in place, or in files made anew
+        import gguf
+
+        (folder / "model").mkdir()
+        writer = gguf.GGUFWriter(folder / "model" / "m.gguf", "llama", split_max_tensors=3)
+        writer.add_name("name")
+        for name, leaf in tree().items():
+            writer.add_tensor(name, leaf)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return folder / "model"
     import torch
 
     torch.save({"model": {k: torch.from_numpy(v) for k, v in tree().items()}, "epoch": 3}, folder / "model.pt")
@@ -63,6 +76,9 @@ def edit(kind):
         return lambda t: pm.at(pm.at(t, "model.layers[0].w").rename("model.first"), "**.layers.1.w").cast("float16")
     if kind == "shards":
         return lambda t: pm.config(pm.at(t, "**").add(1)).set({"a key": "a value"})
+    if kind.startswith("gguf"):
+        name = "eman" if kind == "gguf" else "a longer name " * 9
+        return lambda t: pm.config(pm.at(t, "**").add(1)).set({"general.name": name})
     if kind in ("inserted", "split"):
         return lambda t: pm.insert(t, {"new": tree()}, "**")[0]
     if kind == "delta":

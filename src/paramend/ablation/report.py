@@ -98,13 +98,16 @@ class AblationReport(Paged):
         return {"how": self.how, "baseline": self.baseline, "rows": rows, "traces": self.traces}
 
     def page(self) -> Page:
-        """A map of the targets, coloured by how far they move the score; pairs are only in the table."""
+        """A bar for each target, as long as it moves the score, and a matrix of the pairs."""
         names, sizes = [row.name for row in self.rows], [row.parameters for row in self.rows]
-        shown = ("score", "delta", "leaves", "parameters", "interaction")
+        shown = ("delta", "interaction", "score", "leaves", "parameters")
         columns = [Column(name, [getattr(row, name) for row in self.rows]) for name in shown]
         said = {-1: "score falls", 0: "no difference", 1: "score rises"}
         groups = [said[(row.delta > 0) - (row.delta < 0)] for row in self.rows]
-        return Page(f"ablation: {self.how}", self.headline(), names, sizes, columns, groups, "effect", colour="delta")
+        ends = {row.name: place for place, row in enumerate(row for row in self.rows if len(row.targets) == 1)}
+        links = [[ends[name] for name in row.targets] for row in self.rows]
+        chart: Any = {"chart": "bars", "ends": list(ends), "links": links, "colour": "delta"}
+        return Page(f"ablation: {self.how}", self.headline(), names, sizes, columns, groups, "effect", **chart)
 
     def plot(self) -> "Figure":
         """A matplotlib figure with a bar for the delta of each row, in the order of the rows.

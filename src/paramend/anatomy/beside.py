@@ -3,6 +3,7 @@
 A damaged one says nothing here: whoever needs it reports it.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,9 @@ from paramend.leaves.paths import Names, number_of, text_of
 # How families name the two modules that may share one weight.
 HEADS = {"lm_head", "embed_out", "proj_out", "output_projection", "vocab_projector", "pred_layer", "generator_lm_head"}
 _LAST_HEADS = {"output", "decoder"}  # heads if nothing but the name of the weight follows
-EMBEDDINGS = ("embed_tokens", "wte", "shared", "word_embeddings", "tok_embeddings", "embed_in", "tokens_embed")
+EMBEDDINGS = (
+    *("embed_tokens", "wte", "shared", "word_embeddings", "tok_embeddings", "embed_in", "tokens_embed", "token_embd"),
+)
 WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining", "Seq2Seq")
 
 
@@ -26,7 +29,8 @@ def in_layer(path: tuple[str, ...]) -> bool:
 
 def mark_blocks(source: Source, path: Path) -> None:
     """Mark the blocks among the numbered layers of a checkpoint, so that positions such as `[-1]` do not count them."""
-    config = config_beside(path)
+    own = getattr(source, "configuration", None)
+    config = config_beside(path) if own is None else json.loads(own)
     for layers, blocks in dict.fromkeys(counted(config)):
         for place in list(_places(source.index.names, (), layers, blocks)):
             source.index.mark(place, layers)

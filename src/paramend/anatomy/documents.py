@@ -56,6 +56,7 @@ class Document:
         asked: whether a user asked for edits of it; others follow from those of leaves.
         said: what is to be said of it.
         shown: what is shown of its changes; None for all keys of a JSON file.
+        own: whether the file of the weights holds it, as GGUF does.
     """
 
     file: Path
@@ -64,6 +65,7 @@ class Document:
     asked: bool = False
     said: tuple[str, ...] = ()
     shown: tuple[Change, ...] | None = None
+    own: bool = False
 
     @property
     def name(self) -> str:
@@ -99,12 +101,12 @@ class Document:
         """
         new = self.values
         for key, value in values.items():
-            part, last = place_of(new, key)
+            part, last = place_of(new, key, self.name, makes=self.own)
             part[last] = json_value(key, value)
         for key in gone:
-            part, last = place_of(new, key)
+            part, last = place_of(new, key, self.name)
             if last not in part:
-                raise absent(new, key)
+                raise absent(new, key, self.name)
             del part[last]
         return replace(self.holding(new), asked=True)
 
@@ -127,6 +129,9 @@ def document_of(leaves: Any, name: str = CONFIG) -> Document | None:
     path = getattr(leaves, "path", None)  # checkpoints alone have one
     if not isinstance(path, Path):
         return None
+    if (own := getattr(leaves, "configuration", None)) is not None:
+        edited = next((each for each in getattr(leaves, "texts", ()) if each.own), None)
+        return None if name != CONFIG else edited or Document(path, own, own, own=True)
     found = next((each for each in getattr(leaves, "texts", ()) if each.name == name), None)
     file = beside(path, name)
     if found is not None or not file.is_file():
@@ -135,8 +140,16 @@ def document_of(leaves: Any, name: str = CONFIG) -> Document | None:
     return Document(file, text, text)
 
 
-def place_of(config: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
+def place_of(
+    config: dict[str, Any], key: str, file: str = CONFIG, *, makes: bool = False
+) -> tuple[dict[str, Any], str]:
     """The part of a configuration that a key leads to, and the name there. Names that hold dots themselves come first.
+
+    Args:
+        config: the configuration.
+        key: the key.
+        file: the name of its file, for messages.
+        makes: whether parts that are not there are made.
 
     Raises:
         NoMatch: there is no such part.
@@ -148,19 +161,23 @@ def place_of(config: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
     while len(names) > 1 and ".".join(names) not in part:
         cuts = range(len(names) - 1, 0, -1)
         cut = next((n for n in cuts if isinstance(part.get(".".join(names[:n])), dict)), 0)
+        if not cut and makes:
+            if names[0] in part:  # a value, in which nothing can be
+                break
+            part[names[0]], cut = {}, 1
         if not cut:
-            raise absent(config, key)
+            raise absent(config, key, file)
         part, names = part[".".join(names[:cut])], names[cut:]
     return part, ".".join(names)
 
 
-def absent(config: Mapping[str, Any], key: str) -> NoMatch:
+def absent(config: Mapping[str, Any], key: str, file: str = CONFIG) -> NoMatch:
     """The error for a key that is not there."""
     keys = list(_keys(config))
     last, tails = key.rpartition(".")[2], {one.rpartition(".")[2]: one for one in reversed(keys)}
     near = wording.closest(key, keys, limit=1) if "." in key else []
     near = near or [tails[tail] for tail in wording.closest(last, tails, limit=1)]
-    return NoMatch(f"{CONFIG} has no {key!r}", hint=f'did you mean "{near[0]}"?' if near else "", near=near)
+    return NoMatch(f"{file} has no {key!r}", hint=f'did you mean "{near[0]}"?' if near else "", near=near)
 
 
 def _keys(part: Mapping[str, Any], above: str = "") -> Iterator[str]:

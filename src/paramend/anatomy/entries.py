@@ -20,6 +20,7 @@ LISTS = words(
     sparse_layers moe_layer_freq hybrid_layer_pattern num_query_heads num_kv_heads ffn_multipliers attn_layers
     attention_layers attention_window compress_ratios layer_rope_theta activation_sparsity_pattern
     intermediate_size num_attention_heads num_key_value_heads sliding_windows sparse_attention_freq
+    head_count head_count_kv feed_forward_length
     """
 )
 # Lists whose length is another matter, although they may have that of the layers.

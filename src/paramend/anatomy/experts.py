@@ -19,7 +19,7 @@ from paramend.reports import wording
 # Keys that say how many experts a token goes to.
 TOP_K = (
     *("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_top_k", "moe_k"),
-    *("top_k_experts", "num_selected_experts"),
+    *("top_k_experts", "num_selected_experts", "expert_used_count"),
 )
 
 
@@ -47,17 +47,19 @@ _GROUPS = ("n_group", "num_expert_group")
 _EIGHT_GROUPS = ("deepseek_v3", "deepseek_v32", "axk1")
 # Leaves of experts, by the path of their mixture: those of a single one, and those of all.
 _OWN = re.compile(r"(?:(?P<path>.*)/)?(?P<before>experts/(?:expert_)?)(?P<expert>[0-9]+)/.+")
-_ALL = re.compile(r"(?:(?P<path>.*)/)?(?:experts/.+|(?:input|output)_linear/weight|moe/(?:gate|up|down)_proj/weight)")
+_ALL = re.compile(
+    r"(?:(?P<path>.*)/)?(?:experts/.+|(?:input|output)_linear/weight|moe/(?:gate|up|down)_proj/weight|ffn_\w+_exps/\w+)"
+)
 # Leaves of a router that have an entry for each expert, and leaves of experts in which each one has several rows.
 _ROUTER = re.compile(
     r"(?:gate|router|moe/gate)/(?:(?:wg|layer|classifier|proj|gate)/)?(?:weight|bias|kernel)"
     r"|(?:(?:gate|router|moe_statics|gate/moe_statics)/)?(?:e_score_correction_bias|expert_bias|per_expert_scale)"
-    r"|(?:moe/)?router_bias"
+    r"|(?:moe/)?router_bias|ffn_gate_inp/(?:weight|bias)|exp_probs_b/bias"
 )
 _ROWS = re.compile(r"experts/mlp/(?:w1|v1|w2)")
 _LAST_AXIS = re.compile(r"(?!experts/).*/kernel|(?:.*/)?moe_statics/\w+")
 _ROUTED = re.compile(r"(?:moe/)?(?:gate|router)/.+")
-_SHARED = re.compile(r"shared?_(?:experts?|mlp)(?:_gate)?")
+_SHARED = re.compile(r"shared?_(?:experts?|mlp)(?:_gate)?|ffn_\w+_shexp")
 # What numbered layers are called, where other numbers come before them.
 _LAYERS = ("layers", "blocks", "block", "h")
 # Leaves of a router that have no axis of experts, whatever their length is.

@@ -57,6 +57,7 @@ _NEOX = ("attention.query_key_value", "mlp.dense_h_to_4h")
 _VIT_QKV = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
 _OLD_VIT = tuple(f"attention.attention.{name}" for name in ("query", "key", "value"))
 _LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "gemma")
+_GGUF = ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up")
 _VIT_NORMS = ("layernorm_before", "layernorm_after")
 # Buffers that old checkpoints hold beside the weights; their names end in the name of the module.
 _MASKS = ("attn", "attention", "attn.masked_bias", "attention.masked_bias", "attention.rotary_emb.inv_freq")
@@ -85,6 +86,9 @@ FAMILIES: tuple[Family, ...] = (
     Family("gpt_neox", ("gpt_neox",), ("attention.dense", "mlp.dense_4h_to_h"), _NEOX, (*_BEFORE, *_MASKS)),
     Family("vit", ("vit",), ("attention.o_proj", "mlp.fc2"), (*_VIT_QKV, "mlp.fc1"), _VIT_NORMS),
     Family("vit", ("vit",), ("attention.output.dense", "output.dense"), (*_OLD_VIT, "intermediate.dense"), _VIT_NORMS),
+    Family(
+        "llama.cpp", (), ("attn_output", "ffn_down"), _GGUF, ("attn_norm", "ffn_norm", "attn_q_norm", "attn_k_norm")
+    ),
     Family("timm_vit", (), ("attn.proj", "mlp.fc2"), ("attn.qkv", "mlp.fc1"), ("norm1", "norm2")),
     # The last norm of the branch: exact if a ReLU precedes every block, as in torchvision.
     Family("resnet", (), ("bn2",), ("conv1", "conv2"), ("bn1",)),

@@ -295,6 +295,8 @@ LAST_FULL = ("gemma4_text", "gemma4_unified_text", "diffusion_gemma_text", "embe
 COMMON: Mapping[str, Schedule] = {
     "first_k_dense_replace": _TOLD_DENSE,
     "num_dense_layers": _told(_dense_before, num_dense_layers=0),
+    "leading_dense_block_count": _told(_dense_before, leading_dense_block_count=0),
+    "nextn_predict_layers": _told(lambda i, n, k: i >= n - k, nextn_predict_layers=0),
 }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from paramend.disk.urls import unanswered
 from paramend.errors import BadCheckpoint
 from paramend.formats.jsontext import CONFIG
 from paramend.leaves.nested import is_deep
@@ -14,7 +15,7 @@ from paramend.reports import wording
 # Keys that count layers. If a section has several, all are changed.
 COUNTS = (
     *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers", "depth", "num_blocks"),
-    "num_layers_per_stack",
+    *("num_layers_per_stack", "block_count"),
 )
 # The same for models with an encoder and a decoder.
 SIDES: Mapping[str, tuple[str, ...]] = {
@@ -55,7 +56,9 @@ def config_beside(path: Path, name: str = CONFIG) -> dict[str, Any]:
     file = beside(path, name)
     try:
         return parsed(file.read_bytes(), file) if file.stat().st_size <= _MOST else {}
-    except (OSError, BadCheckpoint):
+    except (OSError, BadCheckpoint) as error:
+        if unanswered(error):
+            raise
         return {}
 
 

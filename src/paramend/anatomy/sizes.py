@@ -10,18 +10,21 @@ from paramend.leaves.paths import number_of
 
 # Size → the keys that say it, the first of which counts; `{side}` is "encoder" or "decoder".
 KEYS: Mapping[str, tuple[str, ...]] = {
-    "hidden": ("hidden_size", "d_model", "n_embd", "embed_dim", "emb_dim", "dim", "model_dim"),
-    "mlp": ("{side}_ffn_dim", "intermediate_size", "d_ff", "ffn_dim", "n_inner", "ffn_hidden_size"),
+    "hidden": ("hidden_size", "d_model", "n_embd", "embed_dim", "emb_dim", "dim", "model_dim", "embedding_length"),
+    "mlp": (
+        *("{side}_ffn_dim", "intermediate_size", "d_ff", "ffn_dim", "n_inner", "ffn_hidden_size"),
+        "feed_forward_length",
+    ),
     "heads": (
         *("{side}_attention_heads", "num_{side}_attention_heads", "num_attention_heads"),
-        *("n_head", "n_heads", "num_heads", "attention_heads"),
+        *("n_head", "n_heads", "num_heads", "attention_heads", "head_count"),
     ),
-    "kv_heads": ("num_key_value_heads", "num_kv_heads", "kv_n_heads"),
-    "head_dim": ("head_dim", "d_kv", "kv_channels"),
+    "kv_heads": ("num_key_value_heads", "num_kv_heads", "kv_n_heads", "head_count_kv"),
+    "head_dim": ("head_dim", "d_kv", "kv_channels", "key_length"),
     "vocabulary": ("vocab_size",),
 }
-# Sections of a section that say some of its sizes, as in DBRX.
-_INNER = ("attn_config", "ffn_config")
+# Sections of a section that say some of its sizes, as in DBRX and in GGUF.
+_INNER = ("attn_config", "ffn_config", "attention")
 # Modules by what they have beside the residual width, in attention; in any module; outside of attention.
 _MODULES = {
     ("outputs", True): words("o out_proj dense c_proj wo proj"),

@@ -37,12 +37,21 @@ class Backend(Protocol):
     def beside(self, values: Any, x: Any) -> Any:
         """A numpy array as one of the library, on the devices of x, for which it may have another shape and dtype."""
 
+    def resized(self, values: Any, x: Any) -> Any:
+        """A numpy array as one that takes the place of x, cut along each axis as x is where the new length allows."""
+
     def gathered(self, x: Any) -> Any:
         """An array with all values on the host or a device of it; where they are spread over processes, each of them
         must call this."""
 
     def parted(self, x: Any) -> bool:
         """Whether each of several devices or processes holds a part."""
+
+    def spread(self, x: Any) -> bool:
+        """Whether some of its values may be in other processes."""
+
+    def parts(self, x: Any) -> Sequence[tuple[Any, Any]]:
+        """What this process holds of an array: (places along each axis, a part of it), each part once."""
 
     def filled(self, x: Any, read: Callable[[Any], Any]) -> Any:
         """An array like x whose parts are read: (places along each axis) → their values as a numpy array."""
@@ -91,7 +100,7 @@ class Backend(Protocol):
         with other processes."""
 
     def local(self, x: Any) -> bool:
-        """Whether the host can read the values without a transfer."""
+        """Whether the host can read the values that this process has without a transfer."""
 
     def mutable(self, x: Any) -> bool:
         """Whether the values can change in place."""

@@ -142,19 +142,32 @@ def _count(mesh: Any, name: Any) -> int:
     return math.prod(mesh.shape[each] for each in names if each in mesh.shape)
 
 
+def spread(x: Any) -> bool:
+    given = isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)
+    return not given and not (x.is_fully_addressable or x.is_fully_replicated)
+
+
 def gathered(x: Any) -> Any:
-    if isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) or x.is_fully_addressable or x.is_fully_replicated:
+    if not spread(x):
         return x
     from jax.experimental import multihost_utils  # needed between processes alone
 
     return multihost_utils.process_allgather(x, tiled=True)
 
 
-def filled(x: Any, read: Callable[[Any], Any]) -> Any:
-    def part(index: Any) -> Any:
-        return read(tuple(range(*each.indices(length)) for each, length in zip(index, x.shape, strict=True)))
+def parts(x: Any) -> list[tuple[Any, Any]]:
+    if not parted(x):
+        return [(tuple(map(range, x.shape)), x)]
+    return list({_box(each.index, x): each.data for each in x.addressable_shards}.items())
 
-    return jax.make_array_from_callback(x.shape, x.sharding, part)
+
+def _box(index: Any, x: Any) -> tuple[range, ...]:
+    """The places that a part of x has along each axis, from its slices."""
+    return tuple(range(*each.indices(length)) for each, length in zip(index, x.shape, strict=True))
+
+
+def filled(x: Any, read: Callable[[Any], Any]) -> Any:
+    return jax.make_array_from_callback(x.shape, x.sharding, lambda index: read(_box(index, x)))
 
 
 def from_numpy(array: Any) -> Any:
@@ -166,12 +179,19 @@ def from_numpy(array: Any) -> Any:
 
 def beside(values: Any, x: Any) -> Any:
     """The values with the sharding of x, along axes of its length; others are whole on each of its devices."""
+    alike = [length if length == old else 1 for length, old in zip(values.shape, x.shape, strict=False)]
+    return _spread(values, x, alike)
+
+
+def resized(values: Any, x: Any) -> Any:
+    return _spread(values, x, values.shape)
+
+
+def _spread(values: Any, x: Any, lengths: Sequence[int]) -> Any:
+    """The values with the sharding of x as far as it divides these lengths."""
     if isinstance(x, jax.core.Tracer) or not x.committed:
         return from_numpy(values)
-    sharding = x.sharding
-    if values.shape != x.shape and isinstance(sharding, jax.sharding.NamedSharding):
-        alike = [a == b for a, b in zip(values.shape, x.shape, strict=False)]
-        sharding = _named(sharding, [name if same else None for name, same in zip(sharding.spec, alike, strict=False)])
+    sharding = _within(x.sharding, lengths)
     if jax.dtypes.canonicalize_dtype(values.dtype) != values.dtype or not parted(x):
         return jax.device_put(from_numpy(values), sharding)  # which refuses a dtype that JAX lacks
     return _cut(values, sharding)
@@ -318,7 +338,7 @@ def reshape(x: Any, shape: Sequence[int]) -> Any:
 
 
 def numpy(x: Any) -> np.ndarray[Any, Any]:
-    if not isinstance(x, jax.core.Tracer) and not (x.is_fully_addressable or x.is_fully_replicated):
+    if spread(x):
         raise Unsupported(
             f"{x.dtype}[{', '.join(map(str, x.shape))}] is spread over processes, and its values are not here",
             hint="jax.experimental.multihost_utils.process_allgather(x, tiled=True); Orbax writes parts",
@@ -327,11 +347,7 @@ def numpy(x: Any) -> np.ndarray[Any, Any]:
 
 
 def local(x: Any) -> bool:
-    return (
-        not isinstance(x, jax.core.Tracer)
-        and x.is_fully_addressable
-        and (all(device.platform == "cpu" for device in x.devices()))
-    )
+    return not isinstance(x, jax.core.Tracer) and all(device.platform == "cpu" for device in x.devices())
 
 
 def mutable(x: Any) -> bool:

@@ -5,24 +5,30 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from paramend.arrays.registry import backend
+from paramend.arrays.registry import backend, to_numpy
 from paramend.leaves.specs import Array, kind_of, numpy_dtype
 
 
 def on_host(value: Any) -> Any:
-    """The values of an array as a numpy array; a traced array, or one of other processes, as it is."""
+    """The values of an array as a numpy array; a traced array as it is."""
     try:
-        return backend(value).numpy(value)
+        return to_numpy(value)
     except (TypeError, RuntimeError):
         return value
 
 
 def damage(value: Any, dtype: str) -> tuple[int, int]:
     """How many values overflow in another dtype (become inf, NaN or another number), and how many are lost in it. A
-    value is lost if it becomes zero or loses its fraction; rounding is not counted, nor are traced values."""
-    if holds(dtype, backend(value).spec(value).dtype):
+    value is lost if it becomes zero or loses its fraction; rounding is not counted, nor are traced values. Of an array
+    that is spread over processes each counts what it holds."""
+    library = backend(value)
+    if holds(dtype, library.spec(value).dtype):
         return 0, 0
-    before = on_host(value)
+    found = [_in_part(on_host(part), dtype) for _, part in library.parts(value)]
+    return sum(overflowed for overflowed, _ in found), sum(lost for _, lost in found)
+
+
+def _in_part(before: Any, dtype: str) -> tuple[int, int]:
     if not isinstance(before, np.ndarray | np.generic) or not before.size:
         return 0, 0
     kind, wide = kind_of(dtype), _wide(np.asarray(before))

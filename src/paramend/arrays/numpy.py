@@ -47,12 +47,24 @@ def beside(values: Any, x: Any) -> Any:
     return values
 
 
+def resized(values: Any, x: Any) -> Any:
+    return beside(values, x)
+
+
 def gathered(x: Any) -> Any:
     return x
 
 
 def parted(x: Any) -> bool:
     return False
+
+
+def spread(x: Any) -> bool:
+    return False
+
+
+def parts(x: Any) -> list[tuple[Any, Any]]:
+    return [(tuple(map(range, x.shape)), x)]
 
 
 def filled(x: Any, read: Callable[[Any], Any]) -> Any:

@@ -101,9 +101,13 @@ def from_numpy(array: Any) -> Any:
 
 
 def beside(values: Any, x: Any) -> Any:
-    if torch_sharded.owns(x):
-        return torch_sharded.beside(from_numpy(values).to(x.device), x)
-    return from_numpy(values).to(x.device)
+    new = from_numpy(values).to(x.device)
+    return torch_sharded.beside(new, x) if torch_sharded.owns(x) else new
+
+
+def resized(values: Any, x: Any) -> Any:
+    new = from_numpy(values).to(x.device)
+    return torch_sharded.beside(new, x, range(new.ndim)) if torch_sharded.owns(x) else new
 
 
 def gathered(x: Any) -> Any:
@@ -112,6 +116,14 @@ def gathered(x: Any) -> Any:
 
 def parted(x: Any) -> bool:
     return torch_sharded.owns(x)
+
+
+def spread(x: Any) -> bool:
+    return torch_sharded.owns(x)
+
+
+def parts(x: Any) -> list[tuple[Any, Any]]:
+    return torch_sharded.parts(x) if torch_sharded.owns(x) else [(tuple(map(range, x.shape)), x)]
 
 
 def filled(x: Any, read: Callable[[Any], Any]) -> Any:
@@ -235,7 +247,7 @@ def numpy(x: Any) -> np.ndarray[Any, Any]:
 
 
 def local(x: Any) -> bool:
-    return bool(x.device.type == "cpu") and not torch_sharded.owns(x)
+    return bool(x.device.type == "cpu")
 
 
 def mutable(x: Any) -> bool:

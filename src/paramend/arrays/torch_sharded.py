@@ -58,6 +58,12 @@ def part(x: Any) -> Any:
     return x.to_local() if x.grad_fn is not None else x.detach().to_local()
 
 
+def parts(x: Any) -> list[tuple[tuple[Array, ...], Any]]:
+    """The places of the part of a DTensor in this process, and the part."""
+    x = _summed(x)
+    return [(tuple(places(x.shape, x)), part(x))]
+
+
 def gathered(x: Any) -> Any:
     """All of a tensor, in each process: all of them must call this."""
     return x.detach().full_tensor() if owns(x) else x
@@ -197,9 +203,8 @@ def _moved(placement: Any, to: Callable[[int], int]) -> Any:
     axis = _axis(placement)
     if axis is None:
         return placement
-    if type(placement) is not _library().Shard:
-        raise Unsupported(f"the axis of a {type(placement).__name__} cannot move", hint="x.redistribute(placements=)")
-    return _library().Shard(to(axis))
+    strided = {"split_factor": placement.split_factor} if hasattr(placement, "split_factor") else {}
+    return type(placement)(to(axis), **strided)
 
 
 def reshape(verb: Verb, x: Any, shape: Sequence[int]) -> Any:
@@ -256,17 +261,13 @@ def get(x: Any, index: Any) -> Any:
     return x.detach()[index].clone()
 
 
-def beside(value: Any, x: Any) -> Any:
-    """A tensor that each process has as one on the mesh of x, cut along axes that are as long as those of x."""
-    placed = [
-        _library().Replicate() if each.is_partial() or not _fits(_axis(each), value, x) else each
-        for each in x.placements
-    ]
+def beside(value: Any, x: Any, axes: Sequence[int] | None = None) -> Any:
+    """A tensor that each process has as one on the mesh of x, cut as x is along some axes: by default those of one
+    length."""
+    if axes is None:
+        axes = [axis for axis, (new, old) in enumerate(zip(value.shape, x.shape, strict=False)) if new == old]
+    placed = [each if _axis(each) in axes else _library().Replicate() for each in x.placements]
     return _joined(_cut(value, places(value.shape, x, placed)).clone(), x, value.shape, placed)
-
-
-def _fits(axis: int | None, value: Any, x: Any) -> bool:
-    return axis is None or (axis < value.ndim and value.shape[axis] == x.shape[axis])
 
 
 def filled(x: Any, read: Callable[[tuple[Array, ...]], Any]) -> Any:

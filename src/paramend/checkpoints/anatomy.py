@@ -4,7 +4,6 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Protocol
 
 from paramend.anatomy.anatomies import Anatomy
@@ -14,6 +13,7 @@ from paramend.anatomy.experts import experts_of
 from paramend.anatomy.sections import parsed
 from paramend.anatomy.sizes import Leaf
 from paramend.anatomy.ties import ties_of
+from paramend.disk.urls import path_of
 from paramend.edits.memory import Memory, editable
 from paramend.edits.weights import weighed
 from paramend.errors import CannotRead, SpecMismatch
@@ -82,7 +82,7 @@ def configuration(leaves: Editable, given: ConfigLike | None = None) -> dict[str
         BadCheckpoint: it is damaged.
     """
     if isinstance(given, str | os.PathLike):
-        file = Path(given) / "config.json" if Path(given).is_dir() else Path(given)
+        file = path_of(given) / "config.json" if path_of(given).is_dir() else path_of(given)
         try:
             return parsed(file.read_bytes(), file)
         except OSError as error:

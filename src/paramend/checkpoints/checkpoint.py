@@ -14,6 +14,8 @@ from paramend.anatomy.documents import Document
 from paramend.anatomy.quantization import quantization_of
 from paramend.arrays.initializers import NOWHERE, Site
 from paramend.arrays.registry import backend
+from paramend.checkpoints.copies import copied
+from paramend.disk.urls import Url, path_of
 from paramend.edits.call import Call
 from paramend.edits.choosing import chosen
 from paramend.edits.damage import Damage
@@ -93,7 +95,7 @@ class Checkpoint(Editable):
     @property
     def path(self) -> Path:
         """The path, as given by the user."""
-        return Path(self.source.path)
+        return path_of(self.source.path)
 
     @property
     def untouched(self) -> bool:
@@ -108,7 +110,14 @@ class Checkpoint(Editable):
     @cached_property
     def quantization(self) -> Mapping[str, object] | None:
         """What the configuration beside the weights says of their quantisation; None if it says nothing."""
-        return quantization_of(self.path, self.texts)
+        return None if self.configuration is not None else quantization_of(self.path, self.texts)
+
+    @property
+    def configuration(self) -> bytes | None:
+        """The configuration that its own file holds, as JSON; None for formats whose files hold none."""
+        source: Any = self.source
+        found: bytes | None = getattr(getattr(source, "base", source), "configuration", None)
+        return found
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -313,7 +322,7 @@ class Checkpoint(Editable):
 
     def relocated(self, moves: Mapping[int, Sequence[tuple[str, int | None]]]) -> "Checkpoint":
         made = self.planned(self.plan.renamed(moves))
-        if not quantization_of(self.path, self.texts):
+        if not self.quantization:
             return made
         from paramend.edits.decoding import modules, renamed  # most checkpoints are not quantised
 
@@ -339,6 +348,9 @@ class Checkpoint(Editable):
         link: bool = False,
         max_shard_size: int | str | None = None,
         record: bool = False,
+        workers: int | None = None,
+        engine: str = "processes",
+        resume: bool = False,
         progress: Progress | None = None,
     ) -> "RewriteReport":
         """The report of what was written: the checkpoint with all edits, in one pass and bounded memory.
@@ -351,13 +363,21 @@ class Checkpoint(Editable):
             max_shard_size: the most bytes of tensors in one file, such as "5GB"; the output is then a directory.
             record: whether the output carries a record of what was done, with a digest of each edited leaf:
                 `pm.record` reads it, `pm.verify_record` checks it against the bytes.
+            workers: how many processes make it, which write the same bytes as one.
+            engine: "processes" on this machine, or "ray": workers of Ray, on a cluster at `RAY_ADDRESS` or one that is
+                started here; "ray://HOST:PORT" for one that is far away.
+            resume: whether to go on from what an earlier run left that was killed, and to leave what is made if this
+                one is cut short.
             progress: called with an `Event` as bytes are written.
 
         Raises:
             BadArgument: the suffix is mistyped.
-            CannotWrite: the output exists, is the source, or its folder does not exist. Nothing was written.
+            CannotWrite: the output exists, is the source, or its folder does not exist; or what is to be resumed has
+                other edits, options or sources. Nothing was written.
+            MissingExtra: Ray is not installed.
         """
-        from paramend.rewriting.rewrite import write  # not needed to look at a checkpoint
+        from paramend.rewriting.crews import Crew  # not needed to look at a checkpoint
+        from paramend.rewriting.rewrite import write
 
         return write(
             self.plan,
@@ -367,6 +387,7 @@ class Checkpoint(Editable):
             max_shard_size=max_shard_size,
             record=self.recipe if record else None,
             progress=progress,
+            crew=Crew(workers, engine, resume),
         )
 
 
@@ -400,7 +421,7 @@ def open(path: str | os.PathLike[str], *, raw: bool = False) -> Checkpoint:
 def checkpoint_at(path: str | os.PathLike[str], *, raw: bool = False) -> Checkpoint:
     """The same as `open`, without a look at records of patches."""
     source = open_source(path)
-    mark_blocks(source, Path(source.path))
+    mark_blocks(source, path_of(source.path))
     return Checkpoint(source, raw=raw)
 
 
@@ -410,6 +431,8 @@ def recover(path: str | os.PathLike[str]) -> None:
     Records are in folders whose names end in `.undo`: in a folder of shards, or beside a file.
     """
     try:
+        if isinstance(path_of(path), Url):  # nothing in a store is changed in place
+            return
         home = home_of(Path(path))
         folder = home if home.is_dir() else home.parent
         with os.scandir(folder) as inside:
@@ -420,33 +443,3 @@ def recover(path: str | os.PathLike[str]) -> None:
         from paramend.journal import undo  # most checkpoints have no undo records
 
         undo.recover(path)
-
-
-# A view of a few elements that repeats them to this many bytes is not written out in memory.
-_LARGE = 1 << 30
-
-
-def copied(source: Source, number: int) -> Array:
-    """A copy of a leaf of a source, read without mapping the file; `Unsupported` if numpy cannot make such an array."""
-    spec = source.spec(number)
-    try:
-        if spec.nbytes > _LARGE and source.format == "torch" and 0 in (view := source.read(number)).strides:
-            return _once(view)
-        flat: Array = source.read_range(number, 0, spec.size)
-    except MemoryError:
-        size = wording.size(spec.nbytes)
-        raise Unsupported(
-            f"{source.index.path(number)} takes {size}, and there is no memory for it",
-            hint="mmap=True maps what is needed; pm.at(pm.open(path), ...) edits it piece by piece",
-        ) from None
-    try:
-        found = flat.reshape(spec.shape)
-    except ValueError as error:  # more axes, or longer ones around an axis of length 0, than numpy has
-        raise Unsupported(f"numpy has no array of shape {spec.shape}: {error}") from error
-    return found if found.flags.writeable else found.copy()
-
-
-def _once(view: Array) -> Array:
-    """The elements of a view that repeats some of them, each copied once: read-only, of the same shape."""
-    first = tuple(slice(None) if step else slice(0, 1) for step in view.strides)
-    return np.broadcast_to(view[first].copy(), view.shape)

@@ -36,9 +36,9 @@ class Config(Mapping[str, Any]):
             NoMatch: there is no such key; the message has the nearest one.
         """
         values = self.document.values
-        part, last = place_of(values, key)
+        part, last = place_of(values, key, self.document.name)
         if last not in part:
-            raise absent(values, key)
+            raise absent(values, key, self.document.name)
         return part[last]
 
     def __iter__(self) -> Iterator[str]:
@@ -79,7 +79,7 @@ class Config(Mapping[str, Any]):
         """The checkpoint with values in its configuration, and then without keys; see `set` and `delete`."""
         source: Any = self.checkpoint.source
         base = source.base if isinstance(source, Gathered) else source
-        if not isinstance(base, Shards):
+        if not isinstance(base, Shards) and not self.document.own:
             file = self.document.file
             opened = f"pm.open({str(file.parent)!r}), or {file.parent} on the command line"
             raise Unsupported(

@@ -18,7 +18,6 @@ from paramend.disk.permissions import PRIVATE, access_of
 from paramend.edits.plan import Plan
 from paramend.formats.gathered import Gathered
 from paramend.formats.index import read_index
-from paramend.formats.shards import Shards
 from paramend.journal.exchange import STAGED, NewFiles
 from paramend.journal.ranges import OpenRanges, Ranges
 from paramend.journal.records import DONE, Moved
@@ -29,6 +28,7 @@ from paramend.piecewise.rows import survey
 from paramend.reports import wording
 from paramend.reports.progress import Progress
 from paramend.rewriting.additions import parted
+from paramend.rewriting.arrangement import base_of
 from paramend.rewriting.layouts import lay_in_place
 from paramend.rewriting.rewrite import stage
 
@@ -57,6 +57,8 @@ def staged(
         fill(folder)
         new = NewFiles(store.base, folder, moved, private=private)
         for document in documents:
+            if document.own:  # of a file that is checked as a source
+                continue
             now = document.file.read_bytes() if os.path.lexists(document.file) else b""
             if now != document.before:
                 raise changed(document.file)
@@ -104,13 +106,14 @@ def carried_out(
 
 
 class Addition:
-    """Leaves that come to a checkpoint in its own folder, in further files. `Unsupported` without a place for them."""
+    """Files of a checkpoint that are made anew in its own folder: further ones, for leaves that come to it, or those
+    whose headers get longer. `Unsupported` without a place for leaves."""
 
     def __init__(self, store: UndoStore, plan: Plan, progress: Progress | None) -> None:
         self.store, self.plan, self.progress = store, plan, progress
         self.files, self.moved = lay_in_place(plan)
         self._nbytes = sum(file.nbytes for file in self.files)
-        new = {row.source for row in parted(plan)[1]}
+        new = {row.source for row in parted(plan)[1]} if isinstance(plan.leaves, Gathered) else set()
         rows = (replace(row, added=_from(plan.leaves, row.source)) if row.source in new else row for row in plan.rows)
         self.shown = replace(plan, rows=tuple(rows))
 
@@ -135,7 +138,7 @@ class Addition:
     @contextlib.contextmanager
     def _replaced(self, *, lock: bool) -> Iterator[None]:
         """While it lasts, no other program writes to the files that are replaced or moved."""
-        folder = base = self.store.base
+        folder, base = self.store.home, self.store.base
         names = *(file.name for file in self.files), *(name for name, _ in self.moved)
         old = {name: (folder / name).stat().st_size for name in names if (folder / name).exists()}
         with opened([folder / name for name in old], lock=lock):
@@ -145,10 +148,10 @@ class Addition:
             yield
 
     def _fill(self, staged: Path) -> None:
-        stage(self.plan, self.files, self.store.base, staged, self.progress)
-        source: Shards = self.plan.leaves.base  # type: ignore[attr-defined]
+        stage(self.plan, self.files, self.store.home, staged, self.progress)
+        source = base_of(self.plan)
         check_still(source.stats)
-        index = source.shard_index
+        index = getattr(source, "shard_index", None)
         if index is not None and read_index(index.path).table != index.table:
             raise changed(index.path)
 

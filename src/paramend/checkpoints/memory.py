@@ -4,18 +4,17 @@ import os
 import reprlib
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from paramend.arrays.origins import made
 from paramend.arrays.registry import backend, backend_of
 from paramend.errors import BadArgument, Unsupported
 from paramend.formats.source import Gathering
 from paramend.leaves.leaves import Index, tied
 from paramend.leaves.origins.origin import Origin
-from paramend.leaves.origins.stored import Made
 from paramend.leaves.outlines import ATOMS, Keys, Outline, Place, once
 from paramend.leaves.paths import Joined, Names, Part, labels
 from paramend.trees.kind import ELIDED
@@ -45,7 +44,7 @@ class InMemory(Gathering):
         self.path = Path()
         self._keys, self._joined = keys, joined
         self._leaves: list[Any] = []
-        self._made: list[Made] = []
+        self._made: list[Origin] = []
         self._paths: list[tuple[str, ...]] = []
         self._entries: list[tuple[Keys, Any]] = []
         self._containers: dict[Keys, Any] = {}
@@ -108,7 +107,7 @@ class InMemory(Gathering):
             place = place._replace(key=key, device=device)
         self._entries.append((keys, place))
         self._leaves.append(value)
-        self._made.append(Made(backend(value).spec(value), partial(backend(value).numpy, value)))
+        self._made.append(made(value, backend(value).numpy))
         self._paths.append(path or ("",))
         self._owners.append(_owner(value, box) or number)
 

@@ -8,11 +8,13 @@ next opens the checkpoint. `paramend.journal.records` describes the records.
 import contextlib
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from paramend.anatomy.documents import Document
 from paramend.checkpoints.checkpoint import Checkpoint, checkpoint_at
 from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.checkpoints.exchanging import Addition, carried_out, staged
@@ -22,11 +24,11 @@ from paramend.disk.failures import ELSEWHERE, check_room, explained, linked
 from paramend.disk.identity import check_still, check_unchanged
 from paramend.disk.io import put, write_file
 from paramend.disk.locks import opened
+from paramend.disk.urls import path_of
 from paramend.edits.plan import Plan
 from paramend.errors import BadArgument, BadCheckpoint, Unsupported
 from paramend.formats.gathered import Gathered
-from paramend.formats.shards import Shards
-from paramend.formats.source import Chunked, Overlapping, Released, Sealed, Source
+from paramend.formats.source import Chunked, Gathering, Overlapping, Relabelled, Released, Sealed, Source, Tiled
 from paramend.journal.exchange import NewFiles, WholeFiles, check_replaceable
 from paramend.journal.ranges import OpenRanges, Ranges
 from paramend.journal.store import PUT, UndoStore
@@ -38,6 +40,7 @@ from paramend.piecewise.changes import Work, Works, change_all
 from paramend.piecewise.chunks import laid_flat, nbytes_of, restage
 from paramend.piecewise.rows import survey
 from paramend.piecewise.spool import Spool
+from paramend.piecewise.tiling import change_tiles, tiled
 from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
 from paramend.rewriting.files import operands
@@ -77,7 +80,7 @@ def patch(
     >>> np.fromfile(path, "float32")[-3:].tolist(), undo(path).left
     ([0.0, 0.0, 1.0], 0)
     """
-    path = Path(path)
+    path = path_of(path)
     store = UndoStore.of(path)
     if dry_run or not os.path.lexists(store.base):
         with open_checkpoint(path, raw=raw) as checkpoint:
@@ -101,7 +104,33 @@ def _edited(checkpoint: Checkpoint, edit: Callable[[Checkpoint], Checkpoint]) ->
 def _change(store: UndoStore, source: Source, plan: Plan, progress: Progress | None) -> "_Patch | Addition":
     if isinstance(plan.leaves, Gathered):
         return Addition(store, plan, progress)
-    return _Patch(store, source, plan, progress)
+    head = _head(plan, source) if any(document.own for document in plan.texts) else None
+    if head is not None and not head.data:
+        with contextlib.closing(Spool()) as spool:
+            check_patch(source, plan, spool)
+        return Addition(store, plan, progress)
+    return _Patch(store, source, plan, progress, head)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """A new header of a file, as long as the old one; empty if there is none of its length."""
+
+    path: Path
+    data: bytes
+
+    def patched_too(self, extents: Sequence[Extent]) -> list[Extent]:
+        return [Extent(self.path, 0, len(self.data))]
+
+    def after_patch(self, extents: Sequence[Extent]) -> list[tuple[Path, int, bytes]]:
+        return [(self.path, 0, self.data)]
+
+
+def _head(plan: Plan, source: Any) -> _Head | None:
+    """The header of the file with the configuration of a model, if that changes."""
+    from paramend.rewriting import gguf, keys  # most programs use no GGUF files
+
+    return _Head(*gguf.new_head(plan, source)) if keys.document_in(plan) is not None else None
 
 
 @uncollected()
@@ -111,14 +140,15 @@ def check_patch(source: Source, plan: Plan, spool: Spool) -> list[Work]:
     New values of quantised weights, of which several leaves are made, are computed into the spool.
     """
     name = source.path
-    for row in plan.deleted:
+    relabelled = isinstance(source, Relabelled)
+    for row in () if relabelled else plan.deleted:
         hint = f"paramend delete {name} '{row.path}' -o OUT"
         raise Unsupported(f"{name}: only values can change in place, and {row.path} would be deleted", hint=hint)
     work = []
     works, chunked = Works(), isinstance(source, Chunked)
     done: set[int] = set()
     for row in plan.changed:
-        if row.was:
+        if row.was and not relabelled:
             hint = f"paramend rename {name} '{row.was}' '{row.path}' -o OUT"
             raise Unsupported(f"{name}: only values can change in place, and {row.was} would be renamed", hint=hint)
         if row.spec != row.before:
@@ -126,10 +156,15 @@ def check_patch(source: Source, plan: Plan, spool: Spool) -> list[Work]:
             hint = f"paramend {verb} {name} '{row.path}' {row.spec.dtype} -o OUT"
             message = f"{row.path}: shape and dtype cannot change in place, and {row.edit} gives {row.spec}"
             raise Unsupported(message, hint=hint)
+        if not row.calls:
+            continue
         why = source.refusal(row.source)
         if why and not isinstance(row.calls[-1].args.get("value"), Partly):  # which changes bytes
             raise Unsupported(f"{row.path} cannot take {row.edit}: {why}", hint="leave it out of the selection")
         extent = laid_flat(source, row) if chunked else source.extent(row.source)
+        if extent is None and isinstance(source, Tiled):
+            work += tiled(source, row, works, spool) if row.spec.size else []
+            continue
         if extent is None:
             raise Unsupported(
                 f"{row.path}: its bytes are not contiguous in {name}, so they cannot be changed in place",
@@ -163,8 +198,10 @@ def _check_apart(source: Source, work: Sequence[Work]) -> None:
 
 
 class _Patch:
-    def __init__(self, store: UndoStore, source: Any, plan: Plan, progress: Progress | None) -> None:
-        self.store, self.source, self.plan, self.progress = store, source, plan, progress
+    def __init__(
+        self, store: UndoStore, source: Any, plan: Plan, progress: Progress | None, head: _Head | None
+    ) -> None:
+        self.store, self.source, self.plan, self.progress, self.head = store, source, plan, progress, head
         self.spool = Spool()
         try:
             self.work = check_patch(source, plan, self.spool)
@@ -172,15 +209,22 @@ class _Patch:
             self.spool.close()
             raise
         self.chunked = isinstance(source, Chunked)
-        self.files = [] if self.chunked else sorted({each.extent.path for each in self.work})
-        self.documents = [document for document in plan.texts if document.text != document.before]
+        files = {each.extent.path for each in self.work} | ({head.path} if head else set())
+        self.files = [] if self.chunked else sorted(files)
+        self.documents = [each for each in plan.texts if each.text != each.before and not each.own]
         for document in self.documents:
             if not (document.text and PUT.fullmatch(document.name)):  # an undo record of it would not be believed
                 self.spool.close()
                 raise Unsupported(f"{document.file} cannot change in place", hint=ELSEWHERE)
+        if plan.restructured:  # a source that takes that in place
+            self.documents.append(Document(*source.relabelled({row.source: plan.name(row) for row in plan.rows})))
         known: dict[Any, str] = {}  # many leaves take the same calls
-        said = ((each.row, tuple(map(id, each.row.calls))) for each in self.work)
+        self.rows = list({each.row.source: each.row for each in self.work}.values())
+        rows = {row.source: row for row in plan.changed} if isinstance(source, Tiled) else {}  # values may be spooled
+        said = ((row, tuple(map(id, row.calls))) for row in (rows.get(row.source, row) for row in self.rows))
         self.edits = [(row.path, known.get(key) or known.setdefault(key, row.edit)) for row, key in said]
+        self.edits += [(row.path, row.edit) for row in plan.changed if row.was and not row.calls]
+        self.edits += [(row.path, "deleted") for row in plan.deleted]
         self.edits += [(change.file, str(change)) for change in plan.configured]
 
     def rehearse(self) -> PatchReport:
@@ -199,11 +243,11 @@ class _Patch:
                     raise linked(base)
                 written = sum(int((each.ranges[:, 1] - each.ranges[:, 0]).sum()) for each in self.work)
         self.spool.close()
-        written += sum(len(document.text) for document in self.documents)
+        written += sum(len(document.text) for document in self.documents) + len(self.head.data if self.head else b"")
         return PatchReport(str(base), self.plan, written, dry_run=True)
 
     def carry_out(self) -> PatchReport:
-        if not self.work and not self.documents:  # only leaves or slices without elements
+        if not self.work and not self.documents and not self.head:  # only leaves or slices without elements
             self.spool.close()
             return PatchReport(str(self.source.path), self.plan, 0)
         try:
@@ -222,7 +266,7 @@ class _Patch:
         with opened(self.files) as descriptors:
             self.store.check_nothing_pending()
             self._check_same(descriptors)
-            followers = _followers(self.source, self.work)
+            followers = _followers(self.source, self.work) + ([(self.head, [])] if self.head else [])
             target = OpenRanges(self.files, descriptors, self._ranges(followers))
             self._check_room(target)
             target.allocate()
@@ -237,10 +281,11 @@ class _Patch:
     def _change(self, target: OpenRanges, followers: "list[_Follower]", meter: Meter) -> None:
         descriptors = dict(zip(target.files, target.descriptors, strict=True))
         if any(operands(row) for row in self.plan.changed):  # which may be made of what is in these files
-            for file in self.source.files if isinstance(self.source, Shards) else ():
+            for file in self.source.sources if isinstance(self.source, Gathering) else ():
                 if file.path in descriptors and isinstance(file, Released):
                     file.hold()
-        change_all(descriptors, self.source, self.work, meter)
+        change_all(descriptors, self.source, [each for each in self.work if each.tile is None], meter)
+        change_tiles(descriptors, self.source, [each for each in self.work if each.tile is not None], meter)
         for file, extents in followers:
             for name, start, data in file.after_patch(extents):
                 put(descriptors[name], data, start)
@@ -253,12 +298,14 @@ class _Patch:
             return Ranges(np.empty((0, 4), np.int64))
         places = {file: n for n, file in enumerate(self.files)}
         counts = [len(each.ranges) for each in self.work]
-        rows = np.repeat(np.arange(len(counts)), counts)
+        numbers = {row.source: number for number, row in enumerate(self.rows)}
+        rows = np.repeat([numbers[each.row.source] for each in self.work], counts)
         files = np.repeat([places[each.extent.path] for each in self.work], counts)
-        parts = [np.column_stack([rows, files, np.concatenate([each.ranges for each in self.work])])]
+        found = [np.empty((0, 2), np.int64), *(each.ranges for each in self.work)]
+        parts = [np.column_stack([rows, files, np.concatenate(found)]).astype(np.int64)]
         for file, extents in followers:
-            found = [(-1, places[e.path], e.start, e.start + e.nbytes) for e in file.patched_too(extents)]
-            parts.append(np.array(found, np.int64).reshape(-1, 4))
+            too = [(-1, places[e.path], e.start, e.start + e.nbytes) for e in file.patched_too(extents)]
+            parts.append(np.array(too, np.int64).reshape(-1, 4))
         return Ranges(np.concatenate(parts))
 
     def _check_same(self, descriptors: Sequence[int]) -> None:
@@ -304,8 +351,8 @@ _Follower = tuple[Any, list[Extent]]
 
 
 def _followers(source: Any, work: Sequence[Work]) -> list[_Follower]:
-    if isinstance(source, Shards):
-        return [found for file in source.files for found in _followers(file, work)]
+    if isinstance(source, Gathering):
+        return [found for file in source.sources for found in _followers(file, work)]
     if not isinstance(source, Sealed):
         return []
     extents = [each.extent for each in work if each.extent.path == source.path]

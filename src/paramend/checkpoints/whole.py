@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, overload
 import numpy as np
 
 from paramend._optional import need
-from paramend.checkpoints.checkpoint import Checkpoint, copied, recover
+from paramend.checkpoints.checkpoint import Checkpoint, recover
+from paramend.checkpoints.copies import copied
 from paramend.checkpoints.memory import SEPARATOR, InMemory
 from paramend.disk.identity import check_not_overwritten
+from paramend.disk.urls import text_of
 from paramend.edits.plan import Plan
+from paramend.edits.weights import weighed
 from paramend.errors import BadArgument, RenameClash, Unsupported
 from paramend.formats.registry import open_source
 from paramend.formats.source import Source
 from paramend.leaves.outlines import ATOMS, Outline, Place, closed, once, outline_of
 from paramend.leaves.paths import Joined
-from paramend.leaves.specs import AnyTree, Array
+from paramend.leaves.specs import BLOCKS, AnyTree, Array
 from paramend.reports import wording
 from paramend.reports.progress import Progress
 
@@ -62,7 +65,7 @@ def load(
     They are copies, which later changes of the file do not affect. Leaves that are tied in the file are one array under
     several paths; those of JAX are one each, so that a step may donate them. Steps, learning rates and all else that is
     not an array are there as the file has them; so are lists and tuples. Typed PRNG keys are their numbers; with "jax"
-    they are keys.
+    they are keys. Weights in blocks of GGUF are decoded to float32.
 
     Args:
         path: a file or a directory.
@@ -97,12 +100,13 @@ def load(
     source = open_source(path)
     try:
         names = None if nested else _names(source)
-        outline = outline_of(source)
+        outline, seen = outline_of(source), weighed(Checkpoint(source))
         ties = {} if kind == "jax" else source.ties
         made: dict[int, Any] = {}
         for number, (_, place) in outline.places.items():
             if (first := ties.get(number, number)) not in made:
-                array = source.read(first) if mmap else copied(source, first)
+                blocks = source.spec(first).dtype in BLOCKS
+                array = seen.read(first) if blocks else source.read(first) if mmap else copied(source, first)
                 scalar = place.scalar and not array.ndim
                 leaf = array.item() if scalar else array if library is None else library.from_numpy(array)
                 made[first] = library.typed_keys(leaf, place.key) if place.key and kind == "jax" else leaf
@@ -211,7 +215,7 @@ def save(
     from paramend.rewriting.rewrite import write  # not needed to look at a checkpoint
     from paramend.rewriting.wishes import named_format
 
-    form = named_format(os.fspath(path), sized=max_shard_size is not None)
+    form = named_format(text_of(path), sized=max_shard_size is not None)
     joined = form.framework != "flax"
     made = Plan.of(InMemory(tree, flat=form.writer().flat, keys=form.typed_keys, joined=joined))
     return write(made, path, force=force, max_shard_size=max_shard_size, progress=progress)

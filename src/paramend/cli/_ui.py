@@ -12,7 +12,7 @@ from typing import IO, Any, NoReturn
 
 import click
 
-from paramend.errors import ParamendError, printable
+from paramend.errors import ParamendError, masked, printable
 from paramend.reports.progress import Event, Progress
 
 # Shorter tasks show no bar: it would only flicker.
@@ -32,7 +32,7 @@ class Refusal(click.ClickException):
     def show(self, file: IO[Any] | None = None) -> None:
         label = f"error[{self.code}]:" if self.code else "error:"
         label = click.style(label, fg="red", bold=True) if _colour(sys.stderr) else label
-        lines = "\n".join(map(printable, self.message.split("\n")))
+        lines = "\n".join(map(printable, masked(self.message).split("\n")))
         click.echo(f"{label} {lines}", file=file, err=True)
 
 
@@ -52,7 +52,7 @@ def emit(data: Any) -> None:
 def tell(report: Any, *paths: Path, page: Path | None, as_json: bool) -> None:
     """Print a report on checkpoints as a table or as JSON, and write it as an HTML page if `page` is given."""
     if page is not None:
-        report.tells_of(*paths)
+        report.tells_of(*([path] for path in paths))
     if as_json:
         emit(report.to_dict())
     else:

@@ -14,7 +14,7 @@ from paramend.checkpoints.whole import Kind, load
 from paramend.cli import _ui
 from paramend.cli.choosing import EXCEPT
 from paramend.cli.opening import raw
-from paramend.cli.options import takes
+from paramend.cli.options import ADDRESS, takes
 from paramend.edits.memory import Memory
 from paramend.errors import BadArgument, ParamendError
 from paramend.reports import wording
@@ -22,14 +22,14 @@ from paramend.selectors.selector import resolve, sel
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=ADDRESS)
 @click.argument("targets", metavar="[TARGET]...", nargs=-1)
 @click.option(
     "--score",
     "file",
     required=True,
     metavar="FILE",
-    type=click.Path(path_type=Path),
+    type=ADDRESS,
     help="A Python file that defines score(tree), which returns one number.",
 )
 @click.option("--target", "named", multiple=True, metavar="NAME=SELECTOR", help="A target with a name.")

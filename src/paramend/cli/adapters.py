@@ -8,15 +8,15 @@ import click
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.cli import _ui, fates
 from paramend.cli.opening import open_checkpoint
-from paramend.cli.options import DRY_TOO, EDITS, takes
+from paramend.cli.options import ADDRESS, DRY_TOO, EDITS, takes
 from paramend.cli.writing import edit_checkpoint
 from paramend.merging.extracting import extract as extracted
 from paramend.merging.folding import fold as folded
 
 
 @click.command()
-@click.argument("base", type=click.Path(path_type=Path))
-@click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("base", type=ADDRESS)
+@click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True, type=ADDRESS)
 @click.option("--scale", type=float, default=1.0, show_default=True, help="A further factor of all terms.")
 @click.option("--untie", is_flag=True, help="Give a tied head a leaf of its own if only one of the two changes.")
 @click.option("--into", type=click.Choice(["embedding"]), help="Change a tied head and its embedding both.")
@@ -41,11 +41,11 @@ def fold(base: Path, adapters: tuple[Path, ...], scale: float, untie: bool, into
 
 
 @click.command()
-@click.argument("tuned", type=click.Path(path_type=Path))
-@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("tuned", type=ADDRESS)
+@click.argument("base", type=ADDRESS)
 @click.option("--rank", type=int, help="The rank of all terms.")
 @click.option("--energy", type=float, help="Instead of it, the share of the squares of each difference that they hold.")
-@click.option("-o", "--out", required=True, metavar="OUT", type=click.Path(path_type=Path), help="The folder to write.")
+@click.option("-o", "--out", required=True, metavar="OUT", type=ADDRESS, help="The folder to write.")
 @takes("force", "json")
 def extract(
     tuned: Path, base: Path, rank: int | None, energy: float | None, out: Path, *, force: bool, as_json: bool

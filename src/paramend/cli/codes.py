@@ -8,14 +8,14 @@ import click
 
 from paramend.cli.choosing import EXCEPT, chosen
 from paramend.cli.opening import open_checkpoint
-from paramend.cli.options import makes
+from paramend.cli.options import ADDRESS, makes
 from paramend.cli.writing import write_made
 from paramend.quantizing.dequantizing import dequantize as as_floats
 from paramend.quantizing.quantizing import quantize as in_scheme
 
 
 @click.command()
-@click.argument("path", metavar="MODEL", type=click.Path(path_type=Path))
+@click.argument("path", metavar="MODEL", type=ADDRESS)
 @click.argument("selectors", metavar="[SELECTOR]...", nargs=-1)
 @click.option("--except", "excepts", **EXCEPT)
 @click.option("--dtype", default="bfloat16", show_default=True, help="The dtype of the weights.")
@@ -34,7 +34,7 @@ def dequantize(path: Path, selectors: Sequence[str], excepts: Sequence[str], dty
 
 
 @click.command()
-@click.argument("path", metavar="MODEL", type=click.Path(path_type=Path))
+@click.argument("path", metavar="MODEL", type=ADDRESS)
 @click.argument("selectors", metavar="SELECTOR...", nargs=-1, required=True)
 @click.option("--except", "excepts", **EXCEPT)
 @click.option("--scheme", required=True, metavar="SCHEME", help="fp8-block, fp8-channel, int4, nf4 ...")

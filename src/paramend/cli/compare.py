@@ -7,14 +7,14 @@ import click
 
 from paramend.cli import _ui
 from paramend.cli.choosing import EXCEPT, chosen
-from paramend.cli.options import takes
+from paramend.cli.options import ADDRESS, takes
 from paramend.evidence.diff import Sort
 from paramend.evidence.diff import diff as diff_of
 
 
 @click.command()
-@click.argument("a", type=click.Path(path_type=Path))
-@click.argument("b", type=click.Path(path_type=Path))
+@click.argument("a", type=ADDRESS)
+@click.argument("b", type=ADDRESS)
 @click.argument("selectors", metavar="[SELECTOR]...", nargs=-1)
 @click.option(
     "--only",

@@ -8,17 +8,18 @@ from typing import Any, get_args
 import click
 
 from paramend.cli import _ui, fates
-from paramend.cli.options import takes
+from paramend.cli.options import ADDRESS, takes
 from paramend.cli.writing import edit_checkpoint
 from paramend.deltas.checksums import Checksum
 from paramend.deltas.comparing import Encoding
 from paramend.deltas.comparing import delta as delta_of
 from paramend.deltas.delta import Delta
+from paramend.disk.urls import path_of
 from paramend.errors import Unsupported
 
 
 @click.command()
-@click.argument("paths", metavar="A B", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("paths", metavar="A B", nargs=-1, required=True, type=ADDRESS)
 @click.option(
     "--encoding", type=click.Choice(get_args(Encoding)), help="Hold new values, or what old and new differ in."
 )
@@ -56,7 +57,7 @@ def delta(
     else:
         _ui.show_lines(str(found).split("\n"))
     if out is not None and not dry_run:
-        _ui.watch(fates.Outputs([Path(out)]))
+        _ui.watch(fates.Outputs([path_of(out)]))
         found.save(out, force=force, slime=slime)
         _ui.say(f"wrote {out}")
 

@@ -14,8 +14,9 @@ from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.cli.choosing import EXCEPT, Chosen, chosen
 from paramend.cli.examples import shown
 from paramend.cli.opening import raw
-from paramend.cli.options import edits
+from paramend.cli.options import ADDRESS, edits
 from paramend.cli.writing import edit_checkpoint
+from paramend.disk.urls import path_of
 from paramend.edits.arguments import ARRAY, NUMBER, TEXT, Value
 from paramend.edits.call import Op
 from paramend.edits.ops import OPS
@@ -49,8 +50,8 @@ def _typed(value: Value) -> Callable[[Any], Any]:
         try:
             return value.typed(text)
         except BadArgument as error:
-            if value.array and (not value.example or Path(_split(text)[0]).exists()):
-                if value is ARRAY and re.fullmatch(r"-?[\d.]+(e-?\d+)?", text) and not Path(text).exists():
+            if value.array and (not value.example or path_of(_split(text)[0]).exists()):
+                if value is ARRAY and re.fullmatch(r"-?[\d.]+(e-?\d+)?", text) and not path_of(text).exists():
                     raise click.BadParameter(f"{text} is no file; `paramend fill` takes a number") from None
                 return _File(text)
             message = f"{str(error).partition(chr(10))[0]}{', nor an existing file' if value.array else ''}"
@@ -126,9 +127,9 @@ def _spec(value: Any) -> Spec:
 def _split(value: str) -> tuple[str, str | None]:
     """A file, and the leaf after its colon; names of files may hold colons too."""
     cuts = [at for at, char in enumerate(value) if char == ":"]
-    if not cuts or Path(value).exists():
+    if not cuts or path_of(value).exists():
         return value, None
-    at = next((at for at in reversed(cuts) if Path(value[:at]).exists()), cuts[0])
+    at = next((at for at in reversed(cuts) if path_of(value[:at]).exists()), cuts[0])
     return value[:at], value[at + 1 :]
 
 
@@ -140,7 +141,7 @@ def _recipe(name: str, choice: Chosen, args: Args) -> str:
     for key, value in args.items():
         if isinstance(value, _File):
             file, leaf = _split(value)
-            body |= {"from": Path(file).name} | ({} if leaf is None else {"leaf": leaf})
+            body |= {"from": path_of(file).name} | ({} if leaf is None else {"leaf": leaf})
         elif value is not None and (key, value) != ("requantize", "amax"):
             body[key] = value
     with suppress(BadRecipe):
@@ -173,7 +174,7 @@ def _command(
         edit_checkpoint(path, edit, patches=in_place, **given)
 
     first = [
-        click.Argument(["path"], type=click.Path(path_type=Path)),
+        click.Argument(["path"], type=ADDRESS),
         click.Argument(["selectors"], metavar="SELECTOR...", nargs=-1, required=True),
     ]
     rest = [click.Option(["--except", "excepts"], **EXCEPT), *edits(in_place=in_place)]

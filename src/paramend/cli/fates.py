@@ -11,7 +11,8 @@ from paramend.reports import wording
 class Outputs:
     """Files and folders that a command writes, each in one step."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[Path], *, resumes: bool = False) -> None:
+        self._resumes = resumes
         self.before = {path: _state(path) for path in paths}
 
     @property
@@ -24,7 +25,8 @@ class Outputs:
         if not done:
             old = [str(path) for path, state in self.before.items() if state is not None]
             stay = "are as they were" if old[1:] else "is as it was"
-            return f"nothing was written{f'; {wording.listing(old)} {stay}' if old else ''}"
+            more = "; --resume goes on from what was made" if self._resumes else ""
+            return f"nothing was written{f'; {wording.listing(old)} {stay}' if old else ''}{more}"
         names = wording.listing(list(map(str, done)))
         if not left:
             return f"{names} had been written in full"

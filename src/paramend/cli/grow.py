@@ -8,9 +8,10 @@ from typing import Any
 import click
 
 from paramend.cli.opening import open_checkpoint
-from paramend.cli.options import makes, numbers
+from paramend.cli.options import ADDRESS, makes, numbers
 from paramend.cli.recipe import keyed
 from paramend.cli.writing import write_made
+from paramend.disk.urls import path_of
 from paramend.growth import depth, numbered
 from paramend.growth.deepening import deepen as deepen_model
 from paramend.growth.depth import Order, order_of
@@ -45,7 +46,7 @@ _ORDERS: dict[str, Callable[[int, Any], Order]] = {
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=ADDRESS)
 @click.option("--blocks", type=int, metavar="COUNT", help="Insert COUNT identity layers, spread evenly (LLaMA-Pro).")
 @click.option("--stack", type=int, metavar="TIMES", help="Put TIMES copies of the whole stack on each other (G_stack).")
 @click.option("--interleave", type=int, metavar="TIMES", help="Put TIMES copies of each layer in its place.")
@@ -108,7 +109,7 @@ _IDS = '0,3,8-15, or as JSON for each layer: \'{"0": [3, 5], "1": [0, 5]}\''
 
 
 @click.command()
-@click.argument("path", metavar="MODEL", type=click.Path(path_type=Path))
+@click.argument("path", metavar="MODEL", type=ADDRESS)
 @click.option("--keep", callback=_ids, metavar="IDS", help=f"The experts that stay, in this order: {_IDS}.")
 @click.option("--drop", callback=_ids, metavar="IDS", help="The experts that are left out, in the same form.")
 @click.option("--duplicate", type=int, metavar="TIMES", help="Put each expert there TIMES times.")
@@ -133,7 +134,7 @@ def experts(path: Path, **options: Any) -> None:
 
 
 @click.command()
-@click.argument("path", metavar="MODEL", type=click.Path(path_type=Path))
+@click.argument("path", metavar="MODEL", type=ADDRESS)
 @click.option("--experts", type=int, required=True, help="How many experts each layer gets.")
 @click.option("--top-k", type=int, required=True, help="How many of them a token goes to.")
 @click.option("--router", default="random", metavar="random|FILE", help="An .npy file: the weight of all routers.")
@@ -150,6 +151,6 @@ def upcycle(path: Path, experts: int, top_k: int, router: Any, drop: float, seed
     unreadable or damaged, or OUT cannot be written.
     """
     with open_checkpoint(path) as checkpoint:
-        router = read_npy(Path(router)) if str(router).endswith(".npy") else router
+        router = read_npy(path_of(router)) if str(router).endswith(".npy") else router
         made, report = upcycled(checkpoint, experts=experts, top_k=top_k, router=router, drop=drop, seed=seed)
         write_made(made, path, report, **options)

@@ -10,7 +10,7 @@ import click
 from paramend.cli import _ui
 from paramend.cli.choosing import EXCEPT, chosen
 from paramend.cli.opening import open_checkpoint
-from paramend.cli.options import takes
+from paramend.cli.options import ADDRESS, takes
 from paramend.edits.weights import Weights, is_coded, weighed
 from paramend.formats.safetensors_header import RECORD
 from paramend.formats.source import Source
@@ -29,7 +29,7 @@ _ENTRIES, _WIDTH = 20, 200
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=ADDRESS)
 @click.argument("selectors", metavar="[SELECTOR]...", nargs=-1)
 @click.option("--except", "excepts", **EXCEPT)
 @click.option(
@@ -88,7 +88,7 @@ def _show_anatomy(checkpoint: "Checkpoint", html: Path | None, *, as_json: bool)
 
     _ui.check_page(html)
     found = anatomy(checkpoint)
-    found.tells_of(checkpoint.path)
+    found.tells_of([checkpoint.path])
     if as_json:
         _ui.emit(found.to_dict())
     else:
@@ -153,7 +153,7 @@ def _table(
     lines = [*aligned(rows, right="lll" + "r" * len(rows[0])), "", total]
     if source.metadata:
         told = {**source.metadata, **({RECORD: "(see paramend history)"} if RECORD in source.metadata else {})}
-        said = [f"{key}={_short(value)}" for key, value in islice(told.items(), _ENTRIES)]
+        said = [f"{key}={_short(_number(value))}" for key, value in islice(told.items(), _ENTRIES)]
         more = len(source.metadata) - len(said)
         lines += aligned([("metadata", *said, *([f"and {more:,} more"] if more else []))])
     return lines
@@ -171,7 +171,20 @@ def _plain(value: Any) -> Any:
         return [_plain(inner) for inner in value]
     if isinstance(value, dict):
         return {str(key): _plain(inner) for key, inner in value.items()}
-    return _short(value)
+    return _short(value) if (number := _number(value)) is value else number
+
+
+def _number(value: Any) -> Any:
+    """A number of numpy as one of Python, with no more digits than it needs; an array as a list."""
+    if not hasattr(value, "tolist"):
+        return value
+    return (
+        [_number(each) for each in value]
+        if value.ndim
+        else float(str(value))
+        if value.dtype.kind == "f"
+        else value.item()
+    )
 
 
 def _short(value: Any) -> str:

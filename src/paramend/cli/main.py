@@ -21,7 +21,8 @@ from paramend.cli.examples import shown, to_try
 from paramend.cli.mistakes import Typed, exists, incomplete, no_such_option, told
 from paramend.cli.opening import takes_raw
 from paramend.cli.topics import MEANT, TOPICS
-from paramend.errors import MissingExtra, ParamendError
+from paramend.disk.urls import path_of
+from paramend.errors import MissingExtra, ParamendError, masked
 from paramend.reports import wording
 
 
@@ -160,6 +161,10 @@ class _Group(click.Group):
             raise SystemExit(128 + signal.SIGPIPE) from None
         except click.NoSuchOption as error:
             raise click.UsageError(no_such_option(error, self._all(ctx)), ctx=error.ctx) from error
+        except click.UsageError as error:
+            if masked(error.message) != error.message:
+                raise click.UsageError(masked(error.message), ctx=error.ctx) from None
+            raise
         except (ParamendError, OSError) as error:
             message = _ui.message_of(error)
             typed = ctx.obj if isinstance(ctx.obj, Typed) else None
@@ -208,16 +213,16 @@ def help(ctx: click.Context, commands: tuple[str, ...]) -> None:
 
 def _unknown(name: str) -> str:
     rows = (*ROWS, *edits())
-    said = f"There is no command {name!r}"
+    said = f"There is no command {masked(name)!r}"
     near = [row.name for row in rows if name.lower() in (*row.also, *MEANT.get(row.name, "").split())]
     near = near or wording.closest(name, [known for row in rows for known in (row.name, *row.aliases)], limit=1)
     there = exists(name)
-    if near and not (there and Path(name).is_file()):
+    if near and not (there and path_of(name).is_file()):
         return f"{said}. Did you mean {near[0]!r}?"
     if name in TOPICS:
         return f"{said}; about {name}: paramend help {name}"
     if there:
-        what = "directory" if Path(name).is_dir() else "file"
+        what = "directory" if path_of(name).is_dir() else "file"
         return f"{said}, but a {what}; to look at it: paramend show {shlex.quote(name)}"
     if name in sys.modules["paramend"].__all__:
         return f"{said}: pm.{name} is for Python. To list the commands: paramend help"

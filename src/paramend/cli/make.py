@@ -8,9 +8,10 @@ from typing import Any, get_args
 import click
 
 from paramend.checkpoints.checkpoint import Checkpoint
+from paramend.cli import _ui
 from paramend.cli.choosing import EXCEPT, chosen
 from paramend.cli.opening import open_checkpoint
-from paramend.cli.options import DRY_TOO, Decorator, makes, renames, takes
+from paramend.cli.options import ADDRESS, DRY_TOO, WRITES, Decorator, makes, renames, takes
 from paramend.cli.stack import rewrite
 from paramend.cli.writing import carry_out, edit_checkpoint, write_made
 from paramend.errors import GraftRefused
@@ -20,11 +21,11 @@ from paramend.grafting.options import Dtype, Mismatch, Missing, Place, Unused
 
 
 @click.command()
-@click.argument("path", metavar="IN", type=click.Path(path_type=Path))
+@click.argument("path", metavar="IN", type=ADDRESS)
 @click.argument("out", metavar="OUT")
 @click.option("--to", type=click.Choice([row.name for row in writable()]), help="The format, if OUT does not say it.")
 @takes(
-    *("max_shard_size", "force", "record", "dry_run", "html", "json"),
+    *("max_shard_size", *WRITES),
     dry_run="Check that it can be done, and write no checkpoint.",
     html=DRY_TOO,
 )
@@ -33,13 +34,21 @@ def convert(path: Path, out: str, to: str | None, record: bool, **given: Any) ->
 
     IN is a file or a directory. The suffix of OUT selects the format (model.safetensors, model.pt ...); a trailing
     slash, or --max-shard-size, selects a directory of safetensors files; --to says it for other names. Every value is
-    kept bit for bit; what the format cannot hold is named.
+    kept bit for bit; what the format cannot hold is named. To and from GGUF, models of llama, mistral, qwen2 and qwen3
+    are translated: names, the order of rows, configuration, and tokens to GGUF.
 
     Exit status: 0 done; 2 an unreadable or damaged file, a leaf that the format cannot hold, or an OUT that cannot
     be written.
     """
+    from paramend.mapping.llama_cpp import translated  # the other commands here translate nothing
+    from paramend.rewriting.wishes import wish_of  # as above
+
     with open_checkpoint(path) as checkpoint:
-        carry_out(checkpoint.plan, path, out, record="" if record else None, to=to or "", quiet=True, **given)
+        wish = wish_of(checkpoint.plan, out, sized=given["max_shard_size"] is not None, to=to or "")
+        made, said = translated(checkpoint, wish.format.name)
+        carry_out(made.plan, path, out, record="" if record else None, to=to or "", quiet=True, **given)
+        for line in said:
+            _ui.say(line)
 
 
 def _choice(name: str, kinds: Any, says: str) -> Decorator:
@@ -65,10 +74,8 @@ _OPTIONS = ("rename", "mismatch", "place", "unused", "missing", "dtype")
 
 
 @click.command()
-@click.argument("source", type=click.Path(path_type=Path))
-@click.option(
-    "--into", "target", required=True, metavar="TARGET", type=click.Path(path_type=Path), help="What gets the values."
-)
+@click.argument("source", type=ADDRESS)
+@click.option("--into", "target", required=True, metavar="TARGET", type=ADDRESS, help="What gets the values.")
 @renames("Where leaves of SOURCE go in TARGET, as in 'h/<n>/**=layers/<n>/**'", " 'OLD=' leaves them behind.")
 @click.option(
     "--only", multiple=True, metavar="SELECTOR", help="The leaves of TARGET that may change; may be repeated."
@@ -118,8 +125,8 @@ def _typed(options: Mapping[str, Any]) -> str:
 
 
 @click.command()
-@click.argument("target", type=click.Path(path_type=Path))
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("target", type=ADDRESS)
+@click.argument("source", type=ADDRESS)
 @click.argument("selector")
 @renames("A path of SOURCE and its path in OUT: 'mtp.**=model.mtp.**'")
 @takes("in_place", "link", in_place="Change TARGET itself; `paramend undo TARGET` takes it back.")
@@ -157,7 +164,7 @@ def insert(
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=ADDRESS)
 @click.argument("selector")
 @renames("A path of MODEL and its path in OUT: 'language_model.**=**'")
 @takes("link", link="Hard-link shards that stay whole.")

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import click
 
 from paramend.cli.opening import open_checkpoint
-from paramend.cli.options import Decorator, makes, takes
+from paramend.cli.options import ADDRESS, Decorator, makes, takes
 from paramend.cli.writing import carry_out
 from paramend.merging.matching import Missing, Stats
 from paramend.merging.merge import merge as merge_models
@@ -22,10 +22,10 @@ def _shares(name: str, says: str, option: str = "") -> Decorator:
 
 
 @click.command()
-@click.argument("models", metavar="MODEL...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True, type=ADDRESS)
 @click.option("--how", default="linear", show_default=True, type=click.Choice(list(METHODS)), help="The method.")
 @_shares("weights", "How much a model counts", "weight")
-@click.option("--base", type=click.Path(path_type=Path), help="The model that the others come from.")
+@click.option("--base", type=ADDRESS, help="The model that the others come from.")
 @click.option("--t", type=float, metavar="X", help="How far from the first to the second, for slerp and nearswap.")
 @_shares("density", "The share of changes that stay")
 @_shares("gamma", "The share of changes that go because they are the largest, for breadcrumbs")

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from paramend.disk.urls import Url, path_of
 from paramend.errors import BadCheckpoint, BadRecipe, CannotRead, NoMatch, SelectorError
 from paramend.reports import wording
 
@@ -105,7 +106,7 @@ def hint_for(error: Exception, typed: Typed, given: Mapping[str, Any]) -> str:
     if not (isinstance(path, Path) and files):
         return ""
     if isinstance(error, CannotRead) and not exists(path):
-        first = next((word for word in typed.args if Path(word) == path), "")
+        first = next((word for word in typed.args if path_of(word) == path), "")
         return f"PATH comes first: {typed.swapped(first, files[0])}" if first and files[0] in typed.args else ""
     named = [file for file in files if file in said]
     if isinstance(error, NoMatch | SelectorError) and named:
@@ -121,7 +122,7 @@ def _recipe_second(error: Exception, typed: Typed, given: Mapping[str, Any]) -> 
     if not isinstance(second, Path) or not isinstance(error, BadCheckpoint | BadRecipe | CannotRead):
         return ""
     recipes = [path.suffix in _RECIPES and path.is_file() for path in (first, second)]
-    words = {Path(word): word for word in typed.args}
+    words = {path_of(word): word for word in typed.args}
     if recipes != [False, True] or not {first, second} <= words.keys():
         return ""
     return f"RECIPE comes first: {typed.swapped(words[first], words[second])}"
@@ -175,6 +176,7 @@ def _texts(value: Any) -> list[str]:
 def exists(path: str | Path) -> bool:
     """Whether there is a file or a folder of this name."""
     try:
-        return path != "" and Path(path).exists()
+        found = path_of(path)
+        return path != "" and (isinstance(found, Url) or found.exists())  # a store that fails is not asked again
     except (OSError, ValueError):  # too long for a name, or with a zero byte in it
         return False

@@ -1,5 +1,6 @@
 """The options that commands have in common, each told to click once."""
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +8,19 @@ from typing import Any
 
 import click
 
+from paramend.disk.urls import path_of
+
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class _Address(click.Path):
+    """A path of this machine, or an address in a remote store."""
+
+    def coerce_path_result(self, value: "str | os.PathLike[str]") -> Any:
+        return path_of(value)
+
+
+ADDRESS = _Address()
 
 # What click is told of each, besides its name.
 _ROWS: dict[str, dict[str, Any]] = {
@@ -17,11 +30,15 @@ _ROWS: dict[str, dict[str, Any]] = {
     "max_shard_size": {"metavar": "SIZE", "help": 'The most bytes of tensors in one file, such as "5GB".'},
     "force": {"is_flag": True, "help": "Replace OUT if it exists."},
     "record": {"is_flag": True, "help": "Add a record of what was done to OUT; `paramend verify OUT` checks it."},
+    "workers": {"type": click.IntRange(1), "metavar": "N", "help": "Let N processes write OUT."},
+    "engine": {"default": "processes", "metavar": "ray", "help": "Let workers of Ray write OUT; or ray://HOST:PORT."},
+    "resume": {"is_flag": True, "help": "Go on from what an earlier run left of OUT that was stopped."},
     "dry_run": {"is_flag": True, "help": "Show what would change, and write no checkpoint."},
     "html": {"type": click.Path(path_type=Path), "metavar": "FILE", "help": "Write the report as an HTML page."},
     "json": {"param_decls": ("--json", "as_json"), "is_flag": True, "help": "Print data as JSON."},
 }
-EDITS = "out", "in_place", "link", "force", "record", "dry_run", "html", "json"
+WRITES = "force", "record", "workers", "engine", "resume", "dry_run", "html", "json"
+EDITS = "out", "in_place", "link", *WRITES
 DRY_TOO = "Write the report as an HTML page, in a dry run too."
 
 
@@ -74,8 +91,7 @@ def renames(says: str, more: str = "") -> Decorator:
 
 def makes(shows: str) -> Decorator:
     """The options of a command that makes a checkpoint from others, for `write_made`, and what its dry run shows."""
-    names = "out", "max_shard_size", "force", "record", "dry_run", "html", "json"
-    return takes(*names, dry_run=f"Show {shows}, and write no checkpoint.", html=DRY_TOO)
+    return takes("out", "max_shard_size", *WRITES, dry_run=f"Show {shows}, and write no checkpoint.", html=DRY_TOO)
 
 
 def edits(*, in_place: bool = True) -> list[click.Parameter]:

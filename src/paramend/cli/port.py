@@ -14,6 +14,7 @@ from paramend.cli import _ui
 from paramend.cli.opening import open_checkpoint
 from paramend.cli.options import makes, renames
 from paramend.cli.writing import write_made
+from paramend.disk.urls import path_of
 from paramend.porting.port import port as ported
 from paramend.porting.port import port_on_disk
 
@@ -64,9 +65,9 @@ def _on_disk(model: Any) -> bool:
 
 def _opened(text: str, stack: ExitStack) -> tuple[Any, Any]:
     """A checkpoint, or a model and the inputs that its function returns; None for no inputs."""
-    named = None if Path(text).exists() else _FUNCTION(text)
+    named = None if path_of(text).exists() else _FUNCTION(text)
     if named is None:
-        return stack.enter_context(open_checkpoint(Path(text))), None
+        return stack.enter_context(open_checkpoint(path_of(text))), None
     sys.path.insert(0, here := str(Path.cwd()))  # as for `python -m`
     try:
         made = getattr(importlib.import_module(named[1]), named[2])()

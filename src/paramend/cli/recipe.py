@@ -13,7 +13,7 @@ from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.config import config as config_of
 from paramend.cli import _ui
 from paramend.cli.opening import open_checkpoint
-from paramend.cli.options import DRY_TOO, EDITS, takes
+from paramend.cli.options import ADDRESS, DRY_TOO, EDITS, takes
 from paramend.cli.writing import carry_out, edit_checkpoint
 from paramend.errors import BadRecipe
 from paramend.recipes.recipe import Recipe, document_at
@@ -26,8 +26,8 @@ class _Unmet(_ui.Refusal):
 
 
 @click.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
-@click.argument("path", type=click.Path(path_type=Path), required=False)
+@click.argument("recipe", type=ADDRESS)
+@click.argument("path", type=ADDRESS, required=False)
 @takes(*EDITS, html=DRY_TOO)
 def apply(recipe: Path, path: Path | None, **given: Any) -> None:
     """Apply a recipe, or a delta, to a checkpoint.
@@ -96,7 +96,7 @@ def keyed(ctx: click.Context, option: click.Parameter, given: tuple[str, ...]) -
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=ADDRESS)
 @click.argument("key", required=False)
 @click.option(
     "--set",

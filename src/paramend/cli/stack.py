@@ -13,7 +13,7 @@ from paramend.checkpoints import tying
 from paramend.checkpoints.assemble import origin_of
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.cli.opening import open_checkpoint
-from paramend.cli.options import makes
+from paramend.cli.options import ADDRESS, makes
 from paramend.cli.writing import write_made
 from paramend.edits.arguments import SIZES
 from paramend.leaves.origins.texts import shortened
@@ -72,13 +72,13 @@ class _Told(Paged):
 
 def _axis(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options for the axis of the layers, and those of all commands that make a checkpoint."""
-    like = click.option("--like", type=click.Path(path_type=Path), help="A checkpoint whose shapes determine the axis.")
+    like = click.option("--like", type=ADDRESS, help="A checkpoint whose shapes determine the axis.")
     axis = click.option("--axis", type=int, default=0, show_default=True, help="The axis of the layers.")
     return axis(like(makes("what would be made")(command)))
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=ADDRESS)
 @click.argument("layers")
 @click.option("--into", metavar="PATH", help="The path of the stack, by default that of the layers without the number.")
 @_axis
@@ -94,7 +94,7 @@ def stack(path: Path, layers: str, **options: Any) -> None:
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=ADDRESS)
 @click.argument("layers", metavar="STACK")
 @click.option(
     "--into", required=True, metavar="PATTERN", help="The path of the layers with a number: 'params/layers_<n>'."
@@ -142,7 +142,7 @@ def _joins(verb: Callable[..., Checkpoint], how: str) -> click.Command:
         cannot be written.
         """,
     )
-    @click.argument("path", type=click.Path(path_type=Path))
+    @click.argument("path", type=ADDRESS)
     @click.argument("leaves", metavar="LEAF...", nargs=-1, required=True)
     @click.option("--into", required=True, metavar="NEW", help="The path of the new leaf, with the same wildcards.")
     @_ALONG
@@ -158,7 +158,7 @@ interleave = _joins(joining.interleave, "their places along an axis in turns")
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=ADDRESS)
 @click.argument("leaf")
 @click.option("--into", required=True, multiple=True, metavar="NEW", help="The path of a part; repeat it for each.")
 @click.option("--sizes", metavar="N,N,...", help="The length of each part along the axis; by default all are equal.")
@@ -185,7 +185,7 @@ def rewrite(path: Path, verb: Callable[[Checkpoint], Checkpoint], options: Mappi
 
 @click.command()
 @click.argument("layout", metavar="NAME|FILE")
-@click.argument("path", type=click.Path(path_type=Path), metavar="MODEL")
+@click.argument("path", type=ADDRESS, metavar="MODEL")
 @click.option("--back", is_flag=True, help="From right to left: the other way of storing the model to the first.")
 @click.option(
     "--set", "numbers", multiple=True, metavar="NAME=NUMBER", help="A number that config.json lacks; may be repeated."
@@ -216,7 +216,7 @@ def _number(text: str) -> tuple[str, int]:
 
 
 @click.command()
-@click.argument("path", metavar="MODEL", type=click.Path(path_type=Path))
+@click.argument("path", metavar="MODEL", type=ADDRESS)
 @click.option("--head", metavar="LEAF", help="The path of the head's weight, where it has none of the usual names.")
 @click.option("--keep", type=click.Choice(["embedding", "head"]), help="Whose values stay if they differ.")
 @makes("what would be made")
@@ -230,7 +230,7 @@ def tie(path: Path, head: str | None, keep: Any, **options: Any) -> None:
 
 
 @click.command()
-@click.argument("path", metavar="MODEL", type=click.Path(path_type=Path))
+@click.argument("path", metavar="MODEL", type=ADDRESS)
 @click.option("--head", metavar="LEAF", help="The path that the head's weight gets, where the family is not known.")
 @makes("what would be made")
 def untie(path: Path, head: str | None, **options: Any) -> None:

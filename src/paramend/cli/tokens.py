@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from paramend.cli.opening import open_checkpoint
-from paramend.cli.options import makes, numbers
+from paramend.cli.options import ADDRESS, makes, numbers
 from paramend.cli.writing import write_made
 from paramend.tokens.vocabulary import vocabulary as vocabulary_of
 
@@ -24,15 +24,13 @@ def _ids(ctx: click.Context, option: click.Parameter, text: str | None) -> Any:
 
 
 @click.command()
-@click.argument("path", metavar="MODEL", type=click.Path(path_type=Path))
+@click.argument("path", metavar="MODEL", type=ADDRESS)
 @click.option(
     "--keep", callback=_ids, metavar="IDS", help="Keep tokens: 0-99,105, or a JSON file of numbers, or counts."
 )
 @click.option("--extend", multiple=True, metavar="TOKEN", help="Add a token; may be repeated.")
 @click.option("--pad", type=int, metavar="N", help="Add rows up to a multiple of N.")
-@click.option(
-    "--transplant", type=click.Path(path_type=Path), metavar="DONOR", help="Take the tokens of another model."
-)
+@click.option("--transplant", type=ADDRESS, metavar="DONOR", help="Take the tokens of another model.")
 @click.option("--init", default="mean", show_default=True, metavar="HOW", help="New rows: mean, subwords or zero.")
 @makes("which tables would change")
 def vocabulary(path: Path, init: str, **options: Any) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 import click
 
 from paramend.cli import _ui, fates
-from paramend.cli.options import takes
+from paramend.cli.options import ADDRESS, takes
+from paramend.disk.urls import path_of
 from paramend.errors import BadCheckpoint, UnexpectedChange, printable
 from paramend.journal.history import table
 from paramend.journal.undo import drop
@@ -18,7 +19,7 @@ from paramend.rewriting.verification import Verified, lacks, verified
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=ADDRESS)
 @click.option("--force", is_flag=True, help="Restore the old bytes even if they were changed since.")
 @click.option("--drop", "drops", is_flag=True, help="Delete undo records instead, to free their space.")
 @click.option("--keep", type=click.IntRange(min=0), metavar="N", help="With --drop: keep the N latest records.")
@@ -50,7 +51,7 @@ def undo(path: Path, force: bool, drops: bool, keep: int | None, as_json: bool) 
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=ADDRESS)
 @takes("json")
 def history(path: Path, as_json: bool) -> None:
     """List what was done to a checkpoint: the record that it carries, and the edits made in place, the latest last.
@@ -77,7 +78,7 @@ def history(path: Path, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=ADDRESS)
 @click.option(
     "--source",
     "given",
@@ -95,8 +96,8 @@ def verify(path: Path, given: tuple[str, ...], as_json: bool) -> None:
     Exit status: 0 all are as written; 1 a leaf differs or is missing, or its sources give something else now; 2 there
     is no record, something is damaged or cannot be read, or --source is given and one of them is missing.
     """
-    parts = ((each.rpartition("=")) if not Path(each).exists() else ("", "", each) for each in given)
-    sources = {name or Path(path).name: path for name, _, path in parts}
+    parts = ((each.rpartition("=")) if not path_of(each).exists() else ("", "", each) for each in given)
+    sources = {name or path_of(path).name: path for name, _, path in parts}
     found, changes, hint = Verified([], [], {}), {}, ""
     try:
         with _ui.bar(f"reading {path.name}") as progress:

@@ -7,8 +7,9 @@ from typing import Any
 import click
 
 from paramend.cli.opening import open_checkpoint
-from paramend.cli.options import makes
+from paramend.cli.options import ADDRESS, makes
 from paramend.cli.writing import write_made
+from paramend.disk.urls import path_of
 from paramend.edits.arguments import SIZES
 from paramend.errors import BadArgument
 from paramend.growth.narrowing import narrow as narrowed
@@ -48,7 +49,7 @@ def _axes(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command()
-@click.argument("path", metavar="MODEL", type=click.Path(path_type=Path))
+@click.argument("path", metavar="MODEL", type=ADDRESS)
 @_axes
 @click.option("--method", default="tile", show_default=True, metavar="|".join(METHODS), help="How it stays the same.")
 @makes("which leaves would become larger")
@@ -68,7 +69,7 @@ def widen(path: Path, features: dict[str, Any], method: Any, **options: Any) -> 
 
 
 @click.command()
-@click.argument("path", metavar="MODEL", type=click.Path(path_type=Path))
+@click.argument("path", metavar="MODEL", type=ADDRESS)
 @_axes
 @click.option("--layers", callback=_places, metavar="SIZE", help="The layers.")
 @click.option("--vocabulary", callback=_places, metavar="SIZE", help="The tokens; the files of a tokenizer stay.")
@@ -84,6 +85,6 @@ def narrow(path: Path, features: dict[str, Any], by: str | None, **options: Any)
     """
     keep = {name: what for name in (*WIDTHS, "layers", "vocabulary") if (what := options.pop(name)) is not None}
     with open_checkpoint(path) as checkpoint:
-        scores: Any = "norm" if by is None else dict(open_checkpoint(Path(by)).items())
+        scores: Any = "norm" if by is None else dict(open_checkpoint(path_of(by)).items())
         made, report = narrowed(checkpoint, {**keep, **features}, by=scores)
         write_made(made, path, report, **options)

@@ -10,11 +10,13 @@ import click
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.cli import _ui, fates
 from paramend.cli.opening import open_checkpoint, raw
+from paramend.disk.urls import path_of
 from paramend.edits.plan import Plan
 from paramend.errors import ParamendError
 from paramend.pages.paged import Paged
 from paramend.piecewise.rows import survey
 from paramend.reports import wording
+from paramend.rewriting.crews import Crew
 from paramend.rewriting.files import sources
 from paramend.rewriting.layouts import lay_out
 from paramend.rewriting.output import check_output
@@ -34,21 +36,26 @@ def carry_out(
     quiet: bool = False,
     told: Paged | None = None,
     html: Path | None = None,
+    workers: int | None = None,
+    engine: str = "processes",
+    resume: bool = False,
     **how: Unpack[How],
 ) -> None:
     """Write the result of a plan, or only show it in a dry run, which needs no `out`. `record` is the recipe of the
     plan, or "", if the output carries a record of it. `told` is printed instead of the plan's table, of which `quiet`
     prints nothing."""
     _ui.check_page(html)
-    if html is not None and out is not None and html.absolute() == Path(out).absolute():
+    crew = Crew(workers, engine, resume)
+    if html is not None and out is not None and html.absolute() == path_of(out).absolute():
         raise click.UsageError("OUT and the page of --html need names of their own.")
-    data: dict[str, Any] = {"source": str(path), "path": None if out is None else str(Path(out)), "dry_run": dry_run}
+    data: dict[str, Any] = {"source": str(path), "path": None if out is None else str(path_of(out)), "dry_run": dry_run}
     said: tuple[str, ...] = ()
     if out is None:
         with suppress(ParamendError):  # a name may solve it
             said = lay_out(made, path).said
     else:
-        layout = check_output(made, out, force=force, **how)
+        crew.check()
+        layout = check_output(made, out, force=force, resume=resume, **how)
         data["format"], said = layout.format.name, layout.said
         if layout.left_out and dry_run:
             data["left_out"] = list(layout.left_out)
@@ -61,13 +68,13 @@ def carry_out(
         data |= {"said": list(said)} if as_json and said else {}
         done = "\n".join((f"dry run: {'nothing' if html is None else 'no checkpoint'} was written", *said))
     else:
-        _ui.watch(fates.Outputs([Path(out), *([] if html is None else [html])]))
-        with _ui.bar(f"writing {Path(out).name}") as progress:
-            report = write(made, out, force=force, record=record, progress=progress, **how)
+        _ui.watch(fates.Outputs([path_of(out), *([] if html is None else [html])], resumes=resume))
+        with _ui.bar(f"writing {path_of(out).name}") as progress:
+            report = write(made, out, force=force, record=record, progress=progress, crew=crew, **how)
         data |= report.to_dict() if as_json else {}
         shown, done = report if told is None else told, report.summary
     if html is not None:
-        shown.tells_of(path, *(Path(file) for source in sources(made) for file in source.stats))
+        shown.tells_of([path], *([Path(source.path), *source.stats] for source in sources(made) if source.stats))
     if as_json:
         _ui.emit(data | (told.to_dict() if told is not None else {}))
     elif told is not None:
@@ -100,8 +107,11 @@ def edit_checkpoint(
 ) -> None:
     """Write an edited checkpoint, or change its own files, or only show the edit in a dry run. `patches` says whether
     the edit can be made in place; the others are as in `EDITS`."""
-    if in_place and (out is not None or record or given["link"] or given["force"]):
-        raise click.UsageError("--in-place changes PATH itself: it excludes -o, --link, --force and --record.")
+    others = record, given["link"], given["force"], given["workers"], given["resume"], given["engine"] != "processes"
+    if in_place and (out is not None or any(others)):
+        raise click.UsageError(
+            "--in-place changes PATH itself: it excludes -o, --link, --force, --record, --workers, --engine, --resume."
+        )
     if out is None and not (dry_run or in_place):
         raise click.UsageError(f"-o OUT {'or --in-place ' * patches}is needed.")
     _ui.check_page(html)

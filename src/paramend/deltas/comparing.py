@@ -13,6 +13,7 @@ import numpy as np
 
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.checkpoint import open as open_checkpoint
+from paramend.checkpoints.files import read_by
 from paramend.deltas.checksums import Checksum, both, bytes_of, hasher
 from paramend.deltas.delta import Delta
 from paramend.deltas.payload import Table, itemsize_of
@@ -23,7 +24,7 @@ from paramend.errors import BadArgument, Unsupported
 from paramend.evidence.comparisons import Comparer, same_bytes
 from paramend.evidence.moves import moves
 from paramend.evidence.pairing import named
-from paramend.evidence.streams import Stream, read_by, stream_of
+from paramend.evidence.streams import Stream, stream_of
 from paramend.formats.shards import Shards
 from paramend.leaves.leaves import Editable, keys_of
 from paramend.leaves.outlines import Outlined

@@ -10,7 +10,8 @@ from paramend.deltas.payload import FILE, Payload, copy_all
 from paramend.deltas.rows import FileChange, LeafRow, name_of
 from paramend.disk.io import reading, release
 from paramend.disk.permissions import NEW_FILE, Access, create_file, of_folder, settle
-from paramend.disk.publishing import exists, published
+from paramend.disk.publishing import exists, published, there
+from paramend.disk.urls import Url, path_of
 from paramend.errors import BadCheckpoint, CannotRead, CannotWrite, Unsupported
 from paramend.formats.files import near
 from paramend.journal.store import PUT
@@ -56,7 +57,7 @@ class Delta(Report):
             BadCheckpoint: it is damaged, or no delta.
             CannotRead: there is no such directory.
         """
-        folder = Path(path)
+        folder = path_of(path)
         if not folder.is_dir():
             raise CannotRead(f"{folder}: there is no such directory", hint=near(folder))
         if not (folder / manifest.NAME).is_file():
@@ -83,14 +84,14 @@ class Delta(Report):
             CannotWrite: something is there, or there is no folder to write it into.
             Unsupported: slime cannot express it.
         """
-        out = Path(out)
+        out = path_of(out)
         if self.slime:
             raise Unsupported("a delta of slime is a directory already", hint=f"cp -r, to {out}")
-        if os.path.lexists(out) and not force:
+        if there(out) and not force:
             raise exists(out)
-        if os.path.lexists(out) and not (_is_delta(out) or (out.is_dir() and not any(out.iterdir()))):
+        if there(out) and not (_is_delta(out) or (out.is_dir() and not any(out.iterdir()))):
             raise CannotWrite(f"{out} is not a delta, and its content would be lost", hint="write to another name")
-        if not out.parent.is_dir():
+        if not isinstance(out, Url) and not out.parent.is_dir():
             raise CannotWrite(f"{out}: {out.parent} does not exist", hint=f"mkdir -p {out.parent}")
         with published(out, force=force, access=of_folder(self.access), folder=True) as temporary:
             if slime:

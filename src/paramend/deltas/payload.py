@@ -19,7 +19,7 @@ import numpy as np
 
 from paramend.deltas.windows import Changes, Window
 from paramend.disk.copying import Copier
-from paramend.disk.io import put
+from paramend.disk.io import put, write_file, writing
 from paramend.errors import BadCheckpoint
 from paramend.formats.jsontext import bad
 from paramend.formats.safetensors import SafetensorsFile
@@ -137,9 +137,10 @@ class Table:
     def write(self, path: Path, metadata: Mapping[str, str] | None = None) -> None:
         """Write the file."""
         data = self._data
-        with path.open("wb", buffering=0) as file:
-            put(file.fileno(), layout(self._entries, metadata).to_bytes())
-            copy_all(data.fileno(), file.fileno(), path)
+        write_file(path, layout(self._entries, metadata).to_bytes())
+        with writing(path) as file:
+            os.lseek(file, 0, os.SEEK_END)
+            copy_all(data.fileno(), file, path)
 
     def finish(self, *, xor: bool) -> Payload:
         """The payload that it became, in a temporary folder, which goes with it."""

@@ -3,13 +3,14 @@
 import ctypes
 import errno
 import os
+import stat
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from paramend.disk.failures import UNSUPPORTED
-from paramend.disk.io import put, shrunk
+from paramend.disk.io import Readable, get, put, shrunk
 from paramend.disk.sharing import share, shareable
 
 # Bytes that the kernel copies at once: between windows, progress is reported and Ctrl-C takes effect.
@@ -25,10 +26,14 @@ class Copier:
         self._apart: set[Path] = set()  # sources whose bytes cannot be shared
         self._ways = [way for call, way in _WAYS.items() if hasattr(os, call)]
 
-    def copy(self, source: int, target: int, start: int, stop: int, *, path: Path) -> Iterator[int]:
+    def copy(self, source: Readable, target: int, start: int, stop: int, *, path: Path) -> Iterator[int]:
         """Append bytes, shared where they can be, and yield the number of each step; `BadCheckpoint` for too few."""
+        if not isinstance(source, int):
+            for at in range(start, stop, _BUFFER):
+                yield put(target, get(source, at, min(_BUFFER, stop - at), path))
+            return
         low = high = stop
-        if path not in self._apart:
+        if path not in self._apart and is_regular(target):
             low, high = shareable(start, stop, os.lseek(target, 0, os.SEEK_CUR))
         yield from self._copied(source, target, start, low, path)
         while low < high:
@@ -73,6 +78,12 @@ _WAYS: dict[str, Callable[[int, int, int, int], int]] = {
     "pread": lambda source, target, start, count: put(target, os.pread(source, min(count, _BUFFER), start)),
 }
 
+
+def is_regular(target: int) -> bool:
+    """Whether a descriptor is that of a file, not of a pipe to a remote store."""
+    return stat.S_ISREG(os.fstat(target).st_mode)
+
+
 _WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4
 
 
@@ -80,16 +91,16 @@ class WriteBack:
     """Write-back of a growing file to the disk, window by window, so that the final sync has little left to do. Without
     it, a large copy fills the memory with dirty pages. Where the system lacks the call, it does nothing."""
 
-    def __init__(self, target: int) -> None:
-        self._target = target
-        self._done = self._begun = self._at = 0
+    def __init__(self, target: int, start: int = 0) -> None:
+        self._target, self._regular = target, is_regular(target)
+        self._done = self._begun = self._at = start
 
     def advance(self, count: int) -> None:
         self._at += count
         if self._at - self._begun < WINDOW:
             return
         sync = _sync_file_range()
-        if sync is None:
+        if sync is None or not self._regular:
             return
         # Start writing the last window, then wait for the one before it, whose pages are no longer needed.
         sync(self._target, self._begun, self._at - self._begun, _WRITE)

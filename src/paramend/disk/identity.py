@@ -5,7 +5,10 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from paramend.errors import BadCheckpoint
+from paramend.errors import BadCheckpoint, CannotRead
+
+# The device of what is in remote stores, whose objects have no permissions.
+STORE = -1
 
 
 def unchanged(then: os.stat_result, now: os.stat_result) -> bool:
@@ -34,11 +37,17 @@ def check_unchanged(path: Path, then: os.stat_result, now: os.stat_result) -> No
 def check_still(stats: Mapping[Path, os.stat_result]) -> None:
     """Raise `BadCheckpoint` if another program has changed, replaced or removed a file since it was opened."""
     for path, then in stats.items():
-        try:
-            now = path.stat()
-        except OSError:
-            raise changed(path) from None
-        check_unchanged(path, then, now)
+        check_unchanged(path, then, status_now(path))
+
+
+def status_now(path: Path) -> os.stat_result:
+    """What the system, or a store, says of a file now; `BadCheckpoint` if it is gone."""
+    try:
+        return path.stat()
+    except CannotRead:  # the store does not answer
+        raise
+    except OSError:
+        raise changed(path) from None
 
 
 def check_not_overwritten(stats: Mapping[Path, os.stat_result]) -> None:

@@ -8,10 +8,28 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 from paramend.errors import BadCheckpoint
 
 Bytes = bytes | bytearray | memoryview
+
+
+class Remote(Protocol):
+    """An object in a remote store, open for reading, where a descriptor is expected."""
+
+    @property
+    def stat(self) -> os.stat_result:
+        """What `os.fstat` says of a file."""
+
+    def read_into(self, view: memoryview, start: int) -> None:
+        """Fill a view with bytes from an offset."""
+
+    def close(self) -> None:
+        """Drop what was fetched."""
+
+
+Readable = int | Remote
 
 _STEP = 1 << 26  # some systems refuse or truncate more than 2 GB
 
@@ -28,15 +46,18 @@ def put(descriptor: int, data: Bytes, at: int | None = None) -> int:
     return done
 
 
-def get(descriptor: int, start: int, count: int, name: Path) -> bytearray:
+def get(descriptor: Readable, start: int, count: int, name: Path) -> bytearray:
     """`count` bytes of a file; `BadCheckpoint` if it is shorter."""
     data = bytearray(count)
     get_into(memoryview(data), descriptor, start, name)
     return data
 
 
-def get_into(view: memoryview, descriptor: int, start: int, name: Path) -> None:
+def get_into(view: memoryview, descriptor: Readable, start: int, name: Path) -> None:
     """Fill a buffer with bytes of a file; `BadCheckpoint` if it is shorter."""
+    if not isinstance(descriptor, int):
+        descriptor.read_into(view, start)
+        return
     done = 0
     while done < len(view):
         count = os.preadv(descriptor, [view[done : done + _STEP]], start + done)
@@ -50,16 +71,31 @@ def shrunk(path: Path) -> BadCheckpoint:
     return BadCheckpoint(f"{path}: the file became shorter while it was being read")
 
 
-def release(descriptor: int) -> None:
+def release(descriptor: Readable) -> None:
     """Close a file that was only read, or whose content is durable: what the system says then changes nothing."""
     with contextlib.suppress(OSError):
-        os.close(descriptor)
+        os.close(descriptor) if isinstance(descriptor, int) else descriptor.close()
+
+
+def status_of(descriptor: Readable) -> os.stat_result:
+    """What the system, or a store, says of an open file."""
+    return os.fstat(descriptor) if isinstance(descriptor, int) else descriptor.stat
 
 
 @contextlib.contextmanager
 def reading(path: Path, flags: int = 0) -> Iterator[int]:
     """The descriptor of a file or a folder, open for reading."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
+    try:
+        yield descriptor
+    finally:
+        release(descriptor)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[int]:
+    """The descriptor of a file that is there, open for writing."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         yield descriptor
     finally:

@@ -7,6 +7,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from paramend.disk.identity import STORE
+from paramend.disk.urls import Url
+
 _ALL, _GROUP = 0o777, 0o070
 
 
@@ -40,7 +43,7 @@ def access_of(
     made_from: Iterable[os.stat_result], replaced: os.stat_result | None = None, *, new: Access = NEW_FILE
 ) -> Access:
     """The access of what is made from files: what all of them allow; of what it replaces, it keeps owner and group."""
-    found = list(made_from)
+    found = [status for status in made_from if status.st_dev != STORE]
     gids = {status.st_gid for status in found}
     mode, asked = (_ALL, False) if found else (new.mode, new.asked)
     uid, gid = -1, gids.pop() if len(gids) == 1 else -1
@@ -63,7 +66,9 @@ def reach(folder: os.stat_result) -> int:
 
 
 def files_in(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """The regular files of a checkpoint that is a folder, without its undo records."""
+    """The regular files of a checkpoint that is a folder, without its undo records; none of a remote store."""
+    if isinstance(folder, Url):
+        return
     for place, inside, names in os.walk(folder):
         inside[:] = [name for name in inside if name != ".undo"]
         for name in names:

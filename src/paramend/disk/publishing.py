@@ -10,30 +10,44 @@ import errno
 import os
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from paramend.disk.failures import UNSUPPORTED, reason
 from paramend.disk.io import reading, release
 from paramend.disk.locks import hold
 from paramend.disk.permissions import PRIVATE, Access, create_file, settle
-from paramend.errors import Busy, CannotWrite
+from paramend.disk.urls import Url
+from paramend.errors import Busy, CannotRead, CannotWrite
 
-_ASIDE = ".old"
+_ASIDE, _MANIFEST = ".old", ".jsonl"
 # How many temporaries may be swept by others before they are locked.
 _TRIES = 100
 _NO_LINKS = UNSUPPORTED | {errno.EPERM, errno.EMLINK}
 
 
 @contextlib.contextmanager
-def published(out: Path, *, force: bool, access: Access, folder: bool = False) -> Iterator[Path]:
+def published(
+    out: Path, *, force: bool, access: Access, folder: bool = False, resumes: Callable[[Path], bool] | None = None
+) -> Iterator[Path]:
     """A temporary beside `out`, which becomes `out` if the block ends without an exception; otherwise it is removed. If
     `force`, something of that name is replaced, in one step. Until it is complete, a directory is private, whatever its
-    `access`. `CannotWrite` says so if nothing was written; `Busy`: another program is writing it."""
+    `access`. `CannotWrite` says so if nothing was written; `Busy`: another program is writing it.
+
+    What a killed writer left is taken up again if `resumes` says so of its manifest, and stays if this one fails, too.
+    """
+    if isinstance(out, Url):
+        from paramend.disk.uploads import uploaded  # as in `disk/urls.py`
+
+        with uploaded(out, force=force, folder=folder) as staging:
+            yield staging
+        return
     temporary, made, tries = spare(out), None, 1
     try:
-        _sweep(out)
-        while (made := _create(temporary, access, folder=folder)) is None:
+        if resumes is not None and (found := _taken_up(out, access, resumes, folder=folder)) is not None:
+            temporary, made = found
+        _sweep(out, but=temporary)
+        while made is None and (made := _create(temporary, access, folder=folder)) is None:
             if tries == _TRIES:
                 raise _busy(out, "keeps removing what this one begins")  # noqa: TRY301
             temporary, tries = spare(out), tries + 1
@@ -41,13 +55,19 @@ def published(out: Path, *, force: bool, access: Access, folder: bool = False) -
         settle(*made)
         if folder:
             _sync_tree(temporary)
+        _clear(manifest_of(temporary))
+        if folder:
             _publish_folder(temporary, out, force=force)
         else:
             _publish_file(temporary, out, force=force)
     except BaseException as error:
-        _clear(temporary)
+        stays = resumes is not None and manifest_of(temporary).exists()
+        if not stays:
+            _clear(temporary)
+            _clear(manifest_of(temporary))
         if isinstance(error, OSError) and not isinstance(error, CannotWrite):
-            raise CannotWrite(f"{out}: {reason(error)}; nothing was written") from error
+            hint = "--resume goes on from what was made" if stays else ""
+            raise CannotWrite(f"{out}: {reason(error)}; nothing was written", hint=hint) from error
         raise
     finally:
         if made is not None:
@@ -66,8 +86,15 @@ def look(path: Path) -> os.stat_result | None:
     """What has a name; None if nothing has."""
     try:
         return path.lstat()
+    except CannotRead:  # a store that does not answer
+        raise
     except OSError:
         return None
+
+
+def there(path: Path) -> bool:
+    """Whether something has a name, be it a link that leads nowhere."""
+    return look(path) is not None
 
 
 def is_other(path: Path, then: os.stat_result | None) -> bool:
@@ -79,6 +106,21 @@ def is_other(path: Path, then: os.stat_result | None) -> bool:
 def spare(out: Path) -> Path:
     """A new name for what is kept beside an output while it is written: the next writer of it removes what is left."""
     return out.parent / f"{_prefix(out)}{os.urandom(6).hex()}.tmp"
+
+
+def manifest_of(temporary: Path) -> Path:
+    """The file beside a temporary that says what of it is done."""
+    return temporary.with_suffix(_MANIFEST)
+
+
+def unpublished(out: Path) -> list[Path]:
+    """What killed writers of an output left, of which manifests of this user's say what is done."""
+
+    def own(status: os.stat_result | None) -> bool:
+        return status is not None and status.st_uid == os.geteuid() and not stat.S_ISLNK(status.st_mode)
+
+    found = out.parent.glob(f"{_prefix(out)}*.tmp")
+    return [path for path in found if own(look(path)) and own(look(manifest_of(path)))]
 
 
 def drop_spare_names(file: Path) -> None:
@@ -142,12 +184,41 @@ def _create(temporary: Path, access: Access, *, folder: bool) -> tuple[int, Acce
             release(descriptor)
 
 
-def _sweep(out: Path) -> None:
+def _taken_up(
+    out: Path, access: Access, resumes: Callable[[Path], bool], *, folder: bool
+) -> tuple[Path, tuple[int, Access]] | None:
+    """What a killed writer left, with the lock on it and its final access; None if there is nothing to go on with."""
+    for path in unpublished(out):
+        if path.is_dir() != folder:
+            continue
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        kept = False
+        try:
+            kept = hold(descriptor) and os.path.samestat(os.fstat(descriptor), path.lstat()) and resumes(path)
+            if not kept:
+                continue
+            if access.asked and folder:  # which bits the umask takes is seen of a new one
+                trial = spare(out)
+                trial.mkdir(access.mode)
+                access = access.here(trial.lstat())
+                trial.rmdir()
+        except BlockingIOError:
+            raise _busy(out, f"holds the lock of {path.name}") from None
+        finally:
+            if not kept:
+                release(descriptor)
+        return path, (descriptor, access if folder else access.here(os.fstat(descriptor)))
+    return None
+
+
+def _sweep(out: Path, *, but: Path) -> None:
     """Remove what killed writers of this output left behind; `Busy` if another program is writing it."""
     names = [entry.name for entry in os.scandir(out.parent) if entry.name.startswith(_prefix(out))]
-    # The writer that moved an old state aside holds the lock of the new one, so that comes first.
-    for name in sorted(names, key=lambda name: name.endswith(_ASIDE)):
+    # The writer that moved an old state aside, or has a manifest, holds the lock of the new one, so that comes first.
+    for name in sorted(names, key=lambda name: name.endswith((_ASIDE, _MANIFEST))):
         path = out.parent / name
+        if name in (but.name, manifest_of(but).name):
+            continue
         if path.suffix == _ASIDE and not os.path.lexists(out):  # killed while nothing had the name
             path.rename(out)
             continue

@@ -20,7 +20,7 @@ from paramend.leaves.codecs.encoding import Misfit
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.origins.texts import shortened
-from paramend.leaves.specs import Spec
+from paramend.leaves.specs import BLOCKS, Spec
 
 T = TypeVar("T")
 Run = Callable[[Backend, Any, Args, Site], Any]
@@ -190,6 +190,10 @@ class Call:
 
     def spec(self, spec: Spec) -> Spec:
         """The spec after the call; `SpecMismatch` or `OutOfRange` if arguments or slice do not fit the leaf."""
+        if spec.dtype in BLOCKS and self.op.moves is None and self.op.name not in ("zero", "fill", "set"):
+            raise SpecMismatch(
+                f"{self} is for values, and {spec.dtype} are blocks of codes and scales", hint="raw=False"
+            )
         if self.index is None:
             return self.op.after(spec, self.args)
         inner = Spec(sliced_shape(spec.shape, self.index), spec.dtype)

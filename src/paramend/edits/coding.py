@@ -65,7 +65,15 @@ def coded(
                 payload=weight.path,
                 hint='requantize="amax" encodes blocks that change, to the nearest; pm.dequantize makes floats of it',
             )
-        misfit = None if call.op.name == "zero" else Misfit(blocks=codec.fields["scale"].spec.size)
+        if not codec.writes:
+            raise Quantized(
+                f"{weight.path}: {call} would encode the weight anew, and {codec.scheme} is only decoded: exact in "
+                "it are 0 and factors of a whole weight, and whole rows that move",
+                scheme=codec.scheme,
+                payload=weight.path,
+                hint='pm.at(tree, selector).cast("float16") makes floats of it, pm.quantize(..., scheme="q8_0") blocks',
+            )
+        misfit = None if call.op.name == "zero" else Misfit(blocks=codec.count)
         # All values are new, and so may a scale of scales be that no other weight has; not if they are computed.
         value = call.args.get("value")
         fresh = whole and not call.op.reads and not (keep or shares) and bool(codec.top)

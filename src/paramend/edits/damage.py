@@ -1,6 +1,6 @@
 """Damage: how many values of a leaf an edit could not hold, counted while it runs."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from paramend.arrays import losses
 from paramend.arrays.lowrank import LowRank
 from paramend.arrays.registry import backend, backend_of, to_numpy
 from paramend.edits.arguments import Args
+from paramend.edits.runs import native
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.specs import Array, dtype_name
 from paramend.reports import wording
@@ -87,22 +88,52 @@ def of_call(call: Any, before: Any, after: Any) -> tuple[int, int]:
         backend_of(type(v)) is not None and not _is_known(v) for v in call.args.values()
     ):
         return 0, 0
-    if call.index is not None:
-        if not _is_known(before):  # nothing is added to what is traced
-            return 0, 0
-        before, after = library.get(before, call.index), library.get(after, call.index)
-    values = losses.on_host(before), losses.on_host(after)
-    if not all(isinstance(each, np.ndarray | np.generic) for each in values):
+    if call.index is not None and not _is_known(before):  # nothing is added to what is traced
         return 0, 0
-    found: tuple[int, int] = op.losses(np.asarray(values[0]), np.asarray(values[1]), call.args)
-    return found
+    found = Damage()
+    for old, new, args in (_by_part if library.parted(before) else _whole)(call, before, after):
+        values = losses.on_host(old), losses.on_host(new)
+        if all(isinstance(each, np.ndarray | np.generic) for each in values):
+            found.add(op.losses(*map(np.asarray, values), args))
+    return found.overflowed, found.lost
+
+
+# The values that a call changes, before and after it, with its arguments.
+_Pieces = Iterator[tuple[Any, Any, Args]]
+
+
+def _whole(call: Any, before: Any, after: Any) -> _Pieces:
+    if call.index is not None:
+        before, after = (backend(each).get(each, call.index) for each in (before, after))
+    yield before, after, call.args
+
+
+def _by_part(call: Any, before: Any, after: Any) -> _Pieces:
+    """Those of each part that this process holds; the operand and the slice are cut as the leaf is."""
+    library, value = backend(before), call.args.get("value")
+    zero = library.zeros(before)
+    arrays = [before, after]
+    if backend_of(type(value)) is not None or isinstance(value, Origin):
+        value = native(library, value)
+        spread = library.add(zero, value) if call.index is None else library.put(zero, call.index, "set", value)
+        arrays.append(spread)
+    if call.index is not None:
+        arrays.append(library.put(zero, call.index, "set", 1))
+    for parts in zip(*map(library.parts, arrays), strict=True):
+        old, new, *rest = (losses.on_host(each) for _, each in parts)
+        if call.index is not None:
+            inside = rest.pop() != 0
+            old, new, *rest = (each[inside] for each in (old, new, *rest))
+        yield old, new, call.args | {"value": rest[0]} if rest else call.args
 
 
 _NARROW = ("float16", *(f"float{rest}" for rest in ("8_e4m3fn", "8_e5m2", "8_e4m3fnuz", "8_e5m2fnuz")))
 
 
 def _is_known(value: Any) -> bool:
-    return backend_of(type(value)) is None or isinstance(losses.on_host(value), np.ndarray | np.generic)
+    library = backend_of(type(value))
+    parts = [] if library is None else library.parts(value)
+    return all(isinstance(losses.on_host(part), np.ndarray | np.generic) for _, part in parts)
 
 
 def said(rows: Iterable[tuple[str, Damage]]) -> str:

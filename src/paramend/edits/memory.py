@@ -9,14 +9,15 @@ import numpy as np
 
 from paramend.arrays.initializers import NOWHERE, Site
 from paramend.arrays.lowrank import LowRank
-from paramend.arrays.registry import backend, backend_of, to_numpy
+from paramend.arrays.origins import made
+from paramend.arrays.registry import backend, backend_of
 from paramend.edits.call import Call, explained
 from paramend.edits.damage import Damage, of_call, said
 from paramend.edits.quantized import check_calls, check_renamed, check_whole
 from paramend.errors import BadArgument, Unsupported, ValuesLost
 from paramend.leaves.leaves import Editable, Group, keys_of
 from paramend.leaves.origins.origin import Origin
-from paramend.leaves.origins.stored import Held, Made
+from paramend.leaves.origins.stored import Held
 from paramend.leaves.overlaps import overlapping
 from paramend.reports import wording
 from paramend.selectors.slices import write_index
@@ -107,8 +108,7 @@ class Memory(Tree, Editable):
         return structure.relocate(self, moves, ())
 
     def expression(self, number: int) -> Origin:
-        leaf = self.values[number]
-        return Made(backend(leaf).spec(leaf), lambda: to_numpy(leaf))
+        return made(self.values[number])
 
     def computing(self, origin: Origin, call: Call, *, path: str, pieces: tuple[str, ...]) -> Origin:
         place = Site(pieces, out_first=self.index.separator == ".") if call.op.placed else NOWHERE
@@ -148,7 +148,9 @@ class Memory(Tree, Editable):
             yield number, self._value(number, call, found)
         if any(damage.overflowed for _, damage in found):
             call = next(iter(calls.values()))
-            warnings.warn(f"{call}: {said(found)}", ValuesLost, stacklevel=_CALLER)
+            here = any(backend(self.values[number]).spread(self.values[number]) for number in calls)
+            says = f"{call}: {said(found)}{', of those in this process' if here else ''}"
+            warnings.warn(says, ValuesLost, stacklevel=_CALLER)
 
     def _value(self, number: int, call: Call, found: list[tuple[str, Damage]]) -> Any:
         """The new value of a leaf; what it could not hold is added to what was found."""

@@ -20,7 +20,7 @@ from paramend.leaves.leaves import Editable
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.stored import Made
 from paramend.leaves.rules import Codec
-from paramend.leaves.specs import Spec
+from paramend.leaves.specs import Array, Spec
 from paramend.leaves.weights import Weight
 
 
@@ -65,8 +65,10 @@ class Own:
     def origin(self, dtype: str = "") -> Origin:
         """Its values as an origin."""
         spec = Spec(self.spec.shape, dtype or self.spec.dtype)
-        numbers = self.group.numbers
-        return Made(spec, lambda: to_numpy(self.decoded([self.leaves.read(number) for number in numbers], dtype)))
+        return Made(spec, partial(self._values, dtype))
+
+    def _values(self, dtype: str) -> Array:
+        return to_numpy(self.decoded([self.leaves.read(number) for number in self.group.numbers], dtype))
 
     def coded(self, call: Call, place: Site, set_: Op) -> dict[int, Call]:
         """What a call is in the leaves: number → call that sets the leaf.
@@ -86,22 +88,10 @@ class Own:
         if isinstance(self.leaves, Memory):
             found = self._encoded(call, place)
         else:
-            later = self._later(partial(self._encoded, call, place, misfit))
+            later = _Later(self.leaves, partial(self._encoded, call, place, misfit))
             found = {n: Made(self.leaves.spec(n), partial(later, n)) for n in self.group.numbers}
         said = Coding(self.path, self.spec, self.spec, self.scheme, (call,), ("encoded by its codec",), misfit)
         return {number: Call(set_, {"value": value}, coding=said) for number, value in found.items()}
-
-    def _later(self, encoded: Callable[[], dict[int, Any]]) -> Callable[[int], Any]:
-        """Makes a leaf when it is asked for. Smaller ones, which are made with it, are kept until they are."""
-        kept: dict[int, Any] = {}
-
-        def leaf(number: int) -> Any:
-            if number not in kept:
-                size = self.leaves.nbytes(number)
-                kept.update((n, each) for n, each in encoded().items() if self.leaves.nbytes(n) <= size)
-            return to_numpy(kept.pop(number))
-
-        return leaf
 
     def _encoded(self, call: Call, place: Site, misfit: Misfit | None = None) -> dict[int, Any]:
         """The leaves after a call."""
@@ -127,6 +117,23 @@ class Own:
         return every
 
 
+class _Later:
+    """Makes a leaf when it is asked for. Smaller ones, which are made with it, are kept until they are."""
+
+    def __init__(self, leaves: Editable, encoded: Callable[[], dict[int, Any]]) -> None:
+        self._leaves, self._encoded = leaves, encoded
+        self._kept: dict[int, Any] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Later, (self._leaves, self._encoded)
+
+    def __call__(self, number: int) -> Array:
+        if number not in self._kept:
+            size = self._leaves.nbytes(number)
+            self._kept |= {n: each for n, each in self._encoded().items() if self._leaves.nbytes(n) <= size}
+        return to_numpy(self._kept.pop(number))
+
+
 def floats(weight: Weight | Own, given: Sequence[Any], dtype: str = "") -> Any:
     """A weight as one leaf like those that it is stored in: an origin, or an array of their library.
 
@@ -139,7 +146,7 @@ def floats(weight: Weight | Own, given: Sequence[Any], dtype: str = "") -> Any:
         return weight.origin(dtype)
     if isinstance(weight, Own):
         return weight.decoded(given, dtype)
-    return backend(given[0]).beside(weight.origin(dtype).read(), given[0])
+    return backend(given[0]).resized(weight.origin(dtype).read(), given[0])
 
 
 def decoded_by(rule: Codec, given: Sequence[Any], path: str) -> Any:

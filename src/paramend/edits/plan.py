@@ -320,9 +320,9 @@ class Plan(Paged):
             "inserted" if row.added else "changed" if row.calls else "renamed" if row.was else "kept" for row in rows
         ]
         columns = [
-            Column("spec", [str(row.spec) for row in rows], "text"),
-            Column("before", [str(row.before) if row.before != row.spec else "" for row in rows], "text"),
             Column("edit", [end or row.edit for end, row in zip(ends, rows, strict=True)], "text"),
+            Column("before", [str(row.before) if row.before != row.spec else "" for row in rows], "text"),
+            Column("spec", [str(row.spec) for row in rows], "text"),
         ]
         groups = [end or kind for end, kind in zip(ends, kinds, strict=True)]
         sizes = [row.spec.size for row in rows]

@@ -1,5 +1,7 @@
 """The functions of edits that need more than one verb of an array's library."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from paramend.arrays import initializers
@@ -7,12 +9,16 @@ from paramend.arrays import numpy as numpy_backend
 from paramend.arrays.backend import Backend
 from paramend.arrays.initializers import Site
 from paramend.arrays.lowrank import LowRank, added_to, product_of, widened
+from paramend.arrays.origins import Spread
 from paramend.arrays.registry import backend, backend_of
 from paramend.edits.arguments import Args
 from paramend.edits.checks import bounds, concrete, is_key
 from paramend.edits.directions import along, projection
 from paramend.errors import SpecMismatch, Unsupported
+from paramend.leaves.origins.boxes import ends
 from paramend.leaves.origins.origin import Origin
+from paramend.leaves.origins.reduced import Reduced
+from paramend.leaves.origins.stored import Held
 from paramend.leaves.specs import dtype_name, numpy_dtype
 from paramend.reports.wording import described
 
@@ -27,7 +33,23 @@ def native(library: Backend, value: Any) -> Any:
 
 def set(library: Backend, x: Any, args: Args, place: Site) -> Any:
     """The array in place of the leaf."""
-    return library.like(native(library, args["value"]), x)
+    value = args["value"]
+    if isinstance(value, Reduced) and value.how.elementwise and library.spread(x):
+        arrays = [part.array for part in value.parts if isinstance(part, Spread) and backend(part.array) is library]
+        if len(arrays) == len(value.parts):
+            return _reduced(library, x, value, arrays)
+    return library.like(native(library, value), x)
+
+
+def _reduced(library: Backend, x: Any, value: Reduced, arrays: Sequence[Any]) -> Any:
+    """What arrays over several processes are reduced to: each process computes what it holds."""
+    dtype = numpy_dtype(library.spec(x).dtype)
+    arrays = [library.like(each, library.cast(x, library.spec(each).dtype)) for each in arrays]
+    made = {}
+    for (box, _), *parts in zip(*map(library.parts, (x, *arrays)), strict=True):
+        held = tuple(Held(library.numpy(part)) for _, part in parts)
+        made[tuple(map(ends, box))] = replace(value, parts=held).read().astype(dtype)
+    return library.filled(x, lambda box: made[tuple(map(ends, box))])
 
 
 def add(library: Backend, x: Any, args: Args, place: Site) -> Any:

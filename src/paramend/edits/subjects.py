@@ -2,9 +2,9 @@
 
 import os
 import re
-from pathlib import Path
 from typing import Any
 
+from paramend.disk.urls import path_of
 from paramend.errors import BadArgument
 from paramend.reports import wording
 from paramend.selectors.messages import quoted
@@ -42,7 +42,7 @@ def _is_file(text: str) -> bool:
     if re.search(r"\.(safetensors|pt|pth|bin|ckpt|npz|msgpack|orbax|json|gguf)$|/$", text):
         return True
     try:
-        return Path(text).exists()
+        return path_of(text).exists()
     except (OSError, ValueError):
         return False
 

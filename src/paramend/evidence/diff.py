@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from paramend.checkpoints.checkpoint import open as open_checkpoint
+from paramend.checkpoints.files import read_by
 from paramend.checkpoints.keys import matched
 from paramend.edits.memory import Memory
 from paramend.edits.weights import weighed
@@ -18,7 +19,6 @@ from paramend.evidence.histograms import histograms as histograms_of
 from paramend.evidence.moves import moves
 from paramend.evidence.pairing import Match, matches
 from paramend.evidence.permutations import transposed
-from paramend.evidence.streams import read_by
 from paramend.leaves.leaves import Editable
 from paramend.leaves.rules import Codec
 from paramend.leaves.specs import BITS, AnyTree
@@ -105,7 +105,7 @@ def diff(
             report.histograms = histograms_of({path: pair.streams() for path, pair in pairs.items()})
         for name in PARTS:
             setattr(report, name, arranged(getattr(report, name), sort if name == "changed" else "path"))
-        report.tells_of(*read_by(old), *read_by(new))
+        report.tells_of(read_by(old), read_by(new))
         return report
 
 

@@ -15,6 +15,7 @@ from paramend.reports.report import Line, Section
 
 DIFFERENT = ("changed", "respecified", "renamed", "removed", "added")
 PARTS = (*DIFFERENT, "identical")
+_MOST_ULPS = 1_000_000  # beyond, values are not near each other, and the other figures say how far apart they are
 _HEADER = ("differ", "max abs", "rel l2", "cosine", "ulp")
 
 
@@ -121,6 +122,8 @@ class DiffReport(Paged):
     only: str | None = None
     histograms: Mapping[str, Histogram] = field(default_factory=dict)
 
+    _between = " → "
+
     def __bool__(self) -> bool:
         return any(getattr(self, name) for name in DIFFERENT)
 
@@ -178,15 +181,18 @@ class DiffReport(Paged):
         """The tree b as a map, coloured by what became of each leaf, beside the leaves that b lacks."""
         rows = [(name, row) for name in PARTS for row in getattr(self, name)]
         was = [row.was or (str(row.spec_before) if row.shape_before else "") for _, row in rows]
+        figures = {name: [getattr(row, name) for _, row in rows] for name in ("relative_l2", "max_abs", *FIGURES)}
+        figures["max_ulp"] = [None if ulp is None or ulp > _MOST_ULPS else ulp for ulp in figures["max_ulp"]]
         columns = [
-            Column("spec", [str(row.spec) for _, row in rows], "text"),
+            *(Column(name.replace("_", " "), values) for name, values in figures.items()),
             Column("was", was, "text"),
-            *(Column(name.replace("_", " "), [getattr(row, name) for _, row in rows]) for name in FIGURES),
+            Column("spec", [str(row.spec) for _, row in rows], "text"),
         ]
         paths, sizes = [row.path for _, row in rows], [row.spec.size for _, row in rows]
         groups = [name if row.allowed else f"{name}, unexpected" for name, row in rows]
         drawn = {place: self.histograms[path] for place, path in enumerate(paths) if path in self.histograms}
-        return Page("diff", self.headline(), paths, sizes, columns, groups, histograms=drawn)
+        sides = "before → after"
+        return Page("diff", self.headline(), paths, sizes, columns, groups, histograms=drawn, of=sides)
 
     @property
     def changes(self) -> dict[str, str]:

@@ -1,16 +1,17 @@
 """Permutations of axes: whether a leaf is another one transposed, checked element by element in bounded memory."""
 
+import contextlib
 import mmap
-import os
 from collections.abc import Iterator, Sequence
 from itertools import permutations, product
 
 import numpy as np
 
+from paramend.disk.urls import Url
 from paramend.evidence.comparisons import Pair
 from paramend.evidence.distances import bits
 from paramend.evidence.streams import Stream
-from paramend.formats.files import open_regular
+from paramend.formats.files import OpenFile
 from paramend.leaves.specs import Array
 
 _AXES = 4  # with more axes, orders are not tried
@@ -55,12 +56,12 @@ class _View:
         self._map: mmap.mmap | None = None
         flat = stream.array
         if stream.extent is not None:
-            descriptor = open_regular(stream.extent.path)
-            try:
-                self._map = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
-            finally:
-                os.close(descriptor)
-            flat = np.frombuffer(self._map, np.uint8, stream.extent.nbytes, stream.extent.start).view(stream.dtype)
+            if isinstance(stream.extent.path, Url) and stream.extent.nbytes > _LIMIT:
+                return
+            with contextlib.closing(OpenFile(stream.extent.path)) as file:
+                memory, start = file.memory(stream.extent.start, stream.extent.nbytes)
+            self._map = memory if isinstance(memory, mmap.mmap) else None
+            flat = np.frombuffer(memory, np.uint8, stream.extent.nbytes, start).view(stream.dtype)
         elif flat is None and stream.size * stream.width <= _LIMIT:
             flat = stream.source.read_range(stream.number, 0, stream.size)
         if flat is not None:

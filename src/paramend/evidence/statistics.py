@@ -117,11 +117,12 @@ class StatsReport(Paged):
 
     def page(self) -> Page:
         """The tree as a map, coloured by norm."""
-        names = [*MEASURES, *(_SPECTRAL if any(row.units is not None for row in self.leaves) else ())]
-        columns = [
-            Column("spec", [str(row.spec) for row in self.leaves], "text"),
-            *(Column(name.replace("_", " "), [getattr(row, name) for row in self.leaves]) for name in names),
+        names = [
+            *sorted(MEASURES, key="norm".__ne__),
+            *(_SPECTRAL if any(row.units is not None for row in self.leaves) else ()),
         ]
+        columns = [Column(name.replace("_", " "), [getattr(row, name) for row in self.leaves]) for name in names]
+        columns.append(Column("spec", [str(row.spec) for row in self.leaves], "text"))
         paths, sizes = [row.path for row in self.leaves], [row.spec.size for row in self.leaves]
         drawn = {place: self.histograms[path] for place, path in enumerate(paths) if path in self.histograms}
         return Page("stats", self.headline(), paths, sizes, columns, histograms=drawn, colour="norm")

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from paramend.checkpoints.checkpoint import open as open_checkpoint
+from paramend.checkpoints.files import read_by
 from paramend.edits.memory import Memory
 from paramend.edits.weights import weighed
 from paramend.evidence.histograms import histograms as histograms_of
@@ -13,7 +14,7 @@ from paramend.evidence.measures import Measures, Tally
 from paramend.evidence.reading import Span, looked
 from paramend.evidence.spectra import spectrum
 from paramend.evidence.statistics import StatsReport, StatsRow
-from paramend.evidence.streams import Desk, hindrance, read_by, stream_of
+from paramend.evidence.streams import Desk, hindrance, stream_of
 from paramend.leaves.leaves import Editable, Leaves
 from paramend.leaves.rules import Codec
 from paramend.leaves.specs import AnyTree
@@ -77,7 +78,7 @@ def stats(
     if histograms:
         read = [number for number in numbers if not isinstance(found[number], str)]
         report.histograms = histograms_of({leaves.index.path(n): (stream_of(leaves, n),) for n in read})
-    report.tells_of(*read_by(leaves))
+    report.tells_of(read_by(leaves))
     return report
 
 

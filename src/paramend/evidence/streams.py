@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from paramend.arrays.registry import backend, to_numpy
-from paramend.checkpoints.checkpoint import Checkpoint
-from paramend.disk.identity import check_unchanged, unchanged
-from paramend.disk.io import get_into
+from paramend.disk.identity import check_unchanged, status_now, unchanged
+from paramend.disk.io import Readable, get_into, release, status_of
 from paramend.errors import Unsupported
 from paramend.formats.files import open_regular
 from paramend.leaves.leaves import Leaves
@@ -119,7 +118,7 @@ class Desk:
 
     def __init__(self) -> None:
         self._buffers: list[Array] = self._here.__dict__.setdefault("buffers", [])
-        self._files: dict[Path, tuple[int, os.stat_result]] = {}
+        self._files: dict[Path, tuple[Readable, os.stat_result]] = {}
 
     def __enter__(self) -> "Desk":
         return self
@@ -128,13 +127,14 @@ class Desk:
         try:
             if kind is None:
                 for path, (descriptor, before) in self._files.items():
-                    check_unchanged(path, before, os.fstat(descriptor))
+                    now = os.fstat(descriptor) if isinstance(descriptor, int) else status_now(path)
+                    check_unchanged(path, before, now)
         finally:
             self._close()
 
     def _close(self) -> None:
         while self._files:
-            os.close(self._files.popitem()[1][0])
+            release(self._files.popitem()[1][0])
 
     def read(self, slot: int, extent: Extent, seen: Mapping[Path, os.stat_result], start: int, stop: int) -> Array:
         """Some bytes of an extent."""
@@ -146,19 +146,12 @@ class Desk:
         get_into(buffer.data, self._descriptor(extent.path, seen), extent.start + start, extent.path)
         return buffer
 
-    def _descriptor(self, path: Path, seen: Mapping[Path, os.stat_result]) -> int:
+    def _descriptor(self, path: Path, seen: Mapping[Path, os.stat_result]) -> Readable:
         if path not in self._files:
             if len(self._files) >= _OPEN:
                 self._close()
             descriptor = open_regular(path)
-            now = os.fstat(descriptor)
+            now = status_of(descriptor)
             self._files[path] = descriptor, now
             check_unchanged(path, seen.get(path, now), now)
         return self._files[path][0]
-
-
-def read_by(leaves: Leaves) -> list[Path]:
-    """The files that leaves are read from, and the folder if their checkpoint is one."""
-    if not isinstance(leaves, Checkpoint):
-        return []
-    return [Path(leaves.source.path), *leaves.source.stats]

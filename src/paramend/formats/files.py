@@ -5,12 +5,13 @@ import os
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 
 from paramend.disk.identity import check_unchanged
-from paramend.disk.io import get, get_into
+from paramend.disk.io import Readable, get, get_into, release, status_of
+from paramend.disk.urls import Url, path_of
 from paramend.errors import BadArgument, BadCheckpoint, CannotRead
 from paramend.formats.source import Opened, check_readable, in_numpy
 from paramend.leaves.leaves import Index
@@ -19,12 +20,12 @@ from paramend.leaves.specs import Array, Spec, numpy_dtype
 from paramend.reports import wording
 
 _SMALL = 1 << 20
+_UNRESERVED = getattr(mmap, "MAP_NORESERVE", 0x4000)  # that of Linux, which Python names since 3.13
 
 # How files begin that no format here is, what they are, and a hint.
 FOREIGN: tuple[tuple[bytes, str, str], ...] = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "git lfs pull"),
     (b"\x89HDF", "an HDF5 file", ""),
-    (b"GGUF", "a GGUF file", ""),
     (b"\x1f\x8b", "compressed with gzip", "gunzip it first"),
     (b"<", "a web page (HTML or XML)", "download the file itself"),
 )
@@ -35,13 +36,13 @@ class OpenFile:
     copy, pickled or not, opens the file again by its path when it is first read, and refuses any other file."""
 
     def __init__(self, path: str | os.PathLike[str], *, holds: str = "") -> None:
-        self.path = Path(path)
+        self.path = path_of(path)
         self._closed = False
         self._map: mmap.mmap | None = None
         self._handle: _Handle | None = _Handle(open_regular(self.path, holds=holds))
         self._kept: _Handle | None = None
-        self._place = Path(os.path.abspath(self.path))  # noqa: PTH100 - the program may go to another folder
-        self.stat = os.fstat(self._handle.number)
+        self._place = self.path.absolute()  # the program may go to another folder
+        self.stat = status_of(self._handle.number)
 
     def __getstate__(self) -> dict[str, Any]:
         # A descriptor means nothing in another process, and is soon reused for another file in this one.
@@ -66,14 +67,17 @@ class OpenFile:
         self._kept = self._held()
 
     def fileno(self) -> int:
-        return self._held().number
+        number = self._held().number
+        assert isinstance(number, int), "only files of this machine are changed in place"
+        return number
 
     def read(self, start: int, nbytes: int) -> bytes:
         """Bytes of the file, exactly as many as requested; `BadCheckpoint` if it has become shorter."""
         handle = self._held()
-        piece = os.pread(handle.number, min(nbytes, _SMALL), start)
-        if len(piece) == nbytes:  # nearly always
-            return piece
+        if isinstance(handle.number, int):
+            piece = os.pread(handle.number, min(nbytes, _SMALL), start)
+            if len(piece) == nbytes:  # nearly always
+                return piece
         return bytes(get(handle.number, start, nbytes, self.path))
 
     def read_into(self, view: memoryview, start: int) -> None:
@@ -83,11 +87,21 @@ class OpenFile:
 
     @property
     def map(self) -> mmap.mmap:
-        """The whole file as memory: pages are read when touched."""
+        """The whole file as memory: pages are read when touched. That of a remote one only has addresses."""
         handle, found = self._held(), self._map
-        if found is None:
+        if found is None and isinstance(handle.number, int):
             found = self._map = mmap.mmap(handle.number, 0, access=mmap.ACCESS_READ)
+        elif found is None:
+            found = self._map = mmap.mmap(-1, self.size, mmap.MAP_PRIVATE | _UNRESERVED, mmap.PROT_READ)
         return found
+
+    def memory(self, start: int, nbytes: int) -> tuple[Any, int]:
+        """Memory that has some bytes of the file, and where in it they begin: the map, or what was fetched."""
+        if isinstance(self._held().number, int):
+            return self.map, start
+        buffer = np.empty(nbytes, np.uint8)
+        self.read_into(buffer.data, start)
+        return buffer.data.toreadonly(), 0
 
     def _held(self) -> "_Handle":
         """The open descriptor. A reader keeps it alive, so a thread that closes the file need not wait."""
@@ -96,7 +110,7 @@ class OpenFile:
         handle = self._handle
         if handle is None:
             handle = _Handle(open_regular(self._place))
-            check_unchanged(self.path, self.stat, os.fstat(handle.number))
+            check_unchanged(self.path, self.stat, status_of(handle.number))
             self._handle = handle
         return handle
 
@@ -106,10 +120,10 @@ class _Handle:
 
     __slots__ = ("number",)
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: Readable) -> None:
         self.number = number
 
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+    def __del__(self, close: Callable[[Readable], None] = release) -> None:
         close(self.number)
 
 
@@ -204,14 +218,17 @@ class FileSource(Opened):
     def _mapped(self, start: int, spec: Spec) -> Array:
         dtype = numpy_dtype(spec.dtype)
         if not start % dtype.alignment:
-            return np.frombuffer(self._file.map, np.uint8, spec.nbytes, start).view(dtype)
+            memory, at = self._file.memory(start, spec.nbytes)
+            return np.frombuffer(memory, np.uint8, spec.nbytes, at).view(dtype)
         buffer = np.empty(spec.nbytes, np.uint8)  # a copy out of the map would leave its pages in memory
         self._file.read_into(buffer.data, start)
         return buffer.view(dtype)
 
 
-def open_regular(path: Path, *, holds: str = "") -> int:
-    """The descriptor of a regular file, opened for reading; the hint for a directory names files that it `holds`."""
+def open_regular(path: Path, *, holds: str = "") -> Readable:
+    """A regular file, opened for reading; the hint for a directory names files that it `holds`."""
+    if isinstance(path, Url):
+        return path.opened()
     # O_NONBLOCK: without it, opening a named pipe waits forever.
     flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
@@ -233,6 +250,12 @@ def open_regular(path: Path, *, holds: str = "") -> int:
         f"{path}: it is a directory, not a file",
         hint=f"{inside[0]}" + (f" or one of {len(inside) - 1} more" if inside[1:] else "") if inside else "",
     )
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """A small file, to be read from its beginning; the one of a store is fetched whole."""
+    found: IO[bytes] = path.open("rb") if isinstance(path, Url) else os.fdopen(open_regular(path), "rb")  # type: ignore[arg-type]
+    return found
 
 
 def near(path: Path) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import os
+import re
 import stat
 import tarfile
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from paramend.disk.urls import Url, path_of, unanswered
 from paramend.errors import BadCheckpoint, CannotRead, Unsupported
 from paramend.formats.files import FOREIGN, OpenFile, near
 from paramend.formats.index import is_index, read_index
@@ -43,6 +45,8 @@ class Format:
     framework: str = ""  # the name of the library of these files in the metadata of a safetensors file
     padded: bool = True  # whether each leaf is aligned, whatever comes before it
     structural: bool = False  # whether an edited file keeps its other content when leaves get other names or specs
+    data: str = ""  # of a folder, the pattern of its files whose bytes change in place
+    table: str = ""  # of a folder, the file that says which leaves it has, for which an edit in place puts another
     single: bool = True  # whether a checkpoint may be a single array without a name
     typed_keys: bool = False  # whether it tells typed PRNG keys from their numbers
 
@@ -116,10 +120,16 @@ def _is_orbax(path: Path, head: bytes) -> bool:
     )
 
 
+def _is_dcp(path: Path, head: bytes) -> bool:
+    from paramend.formats.dcp.source import is_checkpoint  # the readers of formats are opened when needed
+
+    return not head and path.is_dir() and is_checkpoint(path)
+
+
 def _steps(path: Path) -> Iterator[Path]:
-    for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
+    for entry in sorted(path.iterdir()):
         if entry.name.rpartition("_")[2].isdigit() and entry.is_dir():
-            yield path / entry.name
+            yield entry
 
 
 FORMATS: tuple[Format, ...] = (
@@ -166,6 +176,18 @@ FORMATS: tuple[Format, ...] = (
         framework="flax",
     ),
     Format(
+        "gguf",
+        "GGUF files of llama.cpp",
+        (".gguf",),
+        lambda path, head: head.startswith(b"GGUF"),
+        "paramend.formats.gguf.source",
+        "open_gguf",
+        keeps="keys and their types, blocks as they are, unknown types, the parts of a model in several files",
+        framework="pt",
+        structural=True,
+        single=False,
+    ),
+    Format(
         "orbax",
         "Orbax directories",
         (".orbax",),
@@ -179,6 +201,20 @@ FORMATS: tuple[Format, ...] = (
         single=False,
         typed_keys=True,
     ),
+    Format(
+        "dcp",
+        "distributed checkpoints of torch",
+        (".dcp",),
+        _is_dcp,
+        "paramend.formats.dcp.source",
+        "DcpCheckpoint",
+        keeps="objects that are not tensors, places in the nested state dict, other files of the directory",
+        folder=True,
+        data="*.distcp",
+        table=".metadata",
+        framework="pt",
+        single=False,
+    ),
 )
 
 # The format of new files whose name implies none.
@@ -187,7 +223,7 @@ DEFAULT = FORMATS[0]
 SUFFIXES = tuple(suffix for row in FORMATS for suffix in row.suffixes)
 
 # Suffixes of formats that cannot be written here: those of weights, and others.
-FOREIGN_WEIGHTS = (".gguf", ".ggml", ".h5", ".hdf5", ".keras", ".onnx", ".ot", ".tflite", ".pkl", ".pickle", ".npy")
+FOREIGN_WEIGHTS = (".ggml", ".h5", ".hdf5", ".keras", ".onnx", ".ot", ".tflite", ".pkl", ".pickle", ".npy")
 FOREIGN_SUFFIXES = (
     *FOREIGN_WEIGHTS,
     *(".zarr", ".tar", ".gz", ".tgz", ".zip", ".7z", ".json", ".yaml", ".parquet", ".distcp", ".mlmodel"),
@@ -223,21 +259,35 @@ def is_tree(path: Path) -> bool:
     return row is not None and row.folder
 
 
+def table_of(path: Path) -> str:
+    """The name of the file that says which leaves a directory has, if edits in place replace it; "" for none."""
+    row = find_format(path, b"") if path.is_dir() else None
+    return "" if row is None else row.table
+
+
 def home_of(path: Path) -> Path:
     """The file or folder that identifies a checkpoint, however the user named it: for Orbax, the folder of the tree."""
     try:
         row = find_format(path, b"") if path.is_dir() else None
-    except OSError:
+    except OSError as error:
+        if unanswered(error):
+            raise
         row = None
     if row is None or not row.folder:
-        return path
+        return path.with_name(_first_part(path.name)) if path.name.endswith(".gguf") else path
     found: Path = row._load().home(path)
     return found
 
 
 def weight_files(folder: Path) -> set[str]:
-    """The names of the files that are read as weights when a directory, or an index in it, is opened."""
-    names = sorted(entry.name for entry in os.scandir(folder))
+    """The names of the files that are read as weights when a directory, or an index in it, is opened; of a format whose
+    checkpoints are directories, of those whose bytes change in place."""
+    row = find_format(folder, b"")
+    if row is not None and row.folder:
+        return {path.name for path in folder.glob(row.data)} if row.data else set()
+    names = sorted(entry.name for entry in folder.iterdir())
+    if not any(map(_holds_weights, names)) and (first := _only_gguf(folder)) is not None:
+        return files_of(first)
     indexes = list(filter(is_index, names))
     if indexes:
         return {file for name in indexes for file in read_index(folder / name).files}
@@ -245,13 +295,25 @@ def weight_files(folder: Path) -> set[str]:
     return found or set(filter(_is_weights(folder), names))
 
 
+def files_of(path: Path) -> set[str]:
+    """The names of the files of a checkpoint that is a file, or a model in several GGUF files."""
+    if not path.name.endswith(".gguf"):
+        return {path.name}
+    first = _first_part(path.name)
+    return {path.name, *(entry.name for entry in path.parent.iterdir() if _first_part(entry.name) == first)}
+
+
 def open_source(path: str | os.PathLike[str]) -> Source:
     """A file, a directory or an index file, opened for reading. Its content tells the format; only headers are read."""
-    path = Path(path)
+    path = path_of(path)
+    if isinstance(path, Url):
+        path = Url(*path.parts)  # what another one knows of its store may be old
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         raise CannotRead(f"{path}: there is no such file or directory", hint=near(path)) from None
+    except CannotRead:
+        raise
     except (OSError, ValueError) as error:
         raise CannotRead(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     with unexhausted(str(path), BadCheckpoint):
@@ -269,17 +331,24 @@ def _open_folder(path: Path) -> Source:
         row = find_format(path, b"")
         if row is not None:
             return row.open(path)
-        found = open_directory(path, _open_file, _holds_weights) or open_directory(path, _open_file, _is_weights(path))
+        names = [entry.name for entry in path.iterdir() if entry.name.startswith("shard-")]
+        if names and not any(path.glob("*.index.json")):
+            from paramend.formats.dcp.sharded import is_sharded, open_sharded  # few models are in this form
+
+            if is_sharded(names):
+                return open_sharded(path, _open_file)
+        found = open_directory(path, _open_file, _holds_weights)
+        if found is None and (first := _only_gguf(path)) is not None:
+            return _open_file(first)
+        found = found or open_directory(path, _open_file, _is_weights(path))
     except OSError as error:
         if isinstance(error, CannotRead):
             raise
         raise CannotRead(f"{path}: {error.strerror or error}") from None
     if found is not None:
         return found
-    if (path / ".metadata").is_file() and any(path.glob("*.distcp")):
-        raise _distributed(path)
-    inside = sorted(entry.name for entry in os.scandir(path) if not entry.name.startswith("."))
-    below = [name for name in inside if any((path / name).glob("*.safetensors"))]
+    inside = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+    below = [name for name in inside if any((path / name).glob("*.safetensors")) or _is_dcp(path / name, b"")]
     held = f"it holds {wording.listing(inside, 4)}" if inside else "it is empty"
     raise BadCheckpoint(
         f"{path}: it is a directory without a checkpoint: {held}",
@@ -291,10 +360,22 @@ def _holds_weights(name: str) -> bool:
     return name.endswith(".safetensors") and not name.startswith(".")
 
 
+def _only_gguf(folder: Path) -> Path | None:
+    """The GGUF file of a folder without other weights, the first of those of a model in several."""
+    names = sorted(entry.name for entry in folder.iterdir() if format_for(Path(entry.name)) is not None)
+    firsts = {_first_part(name) for name in names}
+    return folder / names[0] if len(firsts) == 1 and names[0].endswith(".gguf") else None
+
+
+def _first_part(name: str) -> str:
+    """The name of the first of the files of a model, by that of one of them."""
+    return re.sub(r"-\d{5}-of-(\d{5}\.gguf)$", r"-00001-of-\1", name)
+
+
 def _is_weights(folder: Path) -> Callable[[str], bool]:
     """Whether a file in a folder without safetensors files holds weights: by suffix, or by content if the
     folder has one file."""
-    names = [entry.name for entry in os.scandir(folder)]
+    names = [entry.name for entry in folder.iterdir()]
     visible = [name for name in names if not name.startswith(".") and not name.endswith(".json")]
     known = [name for name in visible if format_for(Path(name)) is not None]
     # Trainers save their own state beside the model.
@@ -314,7 +395,10 @@ def _is_weights(folder: Path) -> Callable[[str], bool]:
 
 def _open_file(path: Path) -> Source:
     if path.name.endswith(".distcp") or (path.name == ".metadata" and any(path.parent.glob("*.distcp"))):
-        raise _distributed(path.parent)
+        raise BadCheckpoint(
+            f"{path}: it is a part of a distributed checkpoint of torch (DCP), which is a directory",
+            hint=f"{path.parent}",
+        )
     head = _head(path)
     row = find_format(path, head)
     if row is None and head:
@@ -332,17 +416,10 @@ def _head(path: Path) -> bytes:
             raise CannotRead(f"{path}: it cannot be read: {error.strerror or error}") from None
 
 
-def _distributed(folder: Path) -> BadCheckpoint:
-    return BadCheckpoint(
-        f"{folder}: it is a distributed checkpoint of torch (DCP), whose tensors are spread over its files",
-        hint=f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} {folder.name or 'model'}.pt",
-    )
-
-
 def _unknown(path: Path, head: bytes) -> BadCheckpoint:
     if not head:
         return BadCheckpoint(f"{path}: byte 0: the file is empty", hint="copy or download it again")
-    if tarfile.is_tarfile(path):
+    if not isinstance(path, Url) and tarfile.is_tarfile(path):
         return BadCheckpoint(
             f"{path}: it is a tar archive, which may hold a checkpoint",
             hint=f"tar -xf {path}, then open what was in it",

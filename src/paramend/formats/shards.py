@@ -1,24 +1,23 @@
 """`Shards`: a directory with a model in one file or several, as one source."""
 
-import os
-from collections import OrderedDict
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from paramend.disk.urls import Url, opened_together
 from paramend.errors import BadCheckpoint
 from paramend.formats.index import ShardIndex, find_index, read_index
 from paramend.formats.jsontext import bad
 from paramend.formats.limits import shown
-from paramend.formats.source import Flat, Gathering, Overlapping, Released, Source
+from paramend.formats.source import Few, Flat, Gathering, Overlapping, Source, release
 from paramend.leaves.leaves import Index, separator_of, uncollected
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.outlines import Keys, Outline, Place, outline_of
 from paramend.leaves.specs import Array
 from paramend.reports import wording
 
-# Systems limit a process to a few hundred open files; the largest models have more.
-_OPEN = 64
+_SHARD = re.compile(r"-\d+-of-(\d+)\.")
 
 
 class Shards(Gathering):
@@ -32,7 +31,7 @@ class Shards(Gathering):
         self.format: str = self.files[0].format
         ties: dict[int, int] = {}
         self._homes: list[tuple[int, int]] = []
-        self._open: OrderedDict[int, None] = OrderedDict()
+        self._few = Few()
         names: list[str] = []
         where: dict[str, int] = {}
         for place, file in enumerate(self.files):
@@ -55,9 +54,12 @@ class Shards(Gathering):
             self._check_index(shard_index, where)
         self.ties: Mapping[int, int] = ties
         self.index = Index.of_names(names, separator_of(names))
-        first, *rest = (file.metadata for file in self.files)
-        # The metadata of the files, where all agree.
-        self.metadata = {key: value for key, value in first.items() if all(each.get(key) == value for each in rest)}
+        self.metadata = self._together([file.metadata for file in self.files])
+
+    def _together(self, metadata: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """The metadata of the files, where all agree."""
+        first, *rest = metadata
+        return {key: value for key, value in first.items() if all(each.get(key) == value for each in rest)}
 
     def outline(self) -> Outline:
         numbers = {home: number for number, home in enumerate(self._homes)}
@@ -95,11 +97,7 @@ class Shards(Gathering):
 
     def _opened(self, number: int) -> Stored:
         """A leaf, ready to be read; the files read last stay open."""
-        place, _ = self._homes[number]
-        self._open[place] = None
-        self._open.move_to_end(place)
-        if len(self._open) > _OPEN:
-            _release(self.files[self._open.popitem(last=False)[0]])
+        self._few.touch(self.files[self._homes[number][0]])
         return self.origin(number)
 
     @property
@@ -123,12 +121,14 @@ def open_directory(path: Path, opener: Callable[[Path], Source], weights: Callab
     """The model in a directory, or in that of an index file; None if the directory holds no weights: without an index,
     files of such names as `weights` takes."""
     folder, found = (path, None) if path.is_dir() else (path.parent, path)
-    names = sorted(entry.name for entry in os.scandir(folder))
+    names = sorted(entry.name for entry in folder.iterdir())
     found = found or find_index(folder, names)
     shard_index = None if found is None else read_index(found)
     chosen = [name for name in names if weights(name)] if shard_index is None else shard_index.files
     if not chosen:
         return None
+    if isinstance(folder, Url) and shard_index is None:
+        _check_all(folder, chosen)
     missing = sorted(set(chosen) - set(names))
     if missing:
         assert shard_index is not None
@@ -140,9 +140,9 @@ def open_directory(path: Path, opener: Callable[[Path], Source], weights: Callab
     files: list[Source] = []
     try:
         with uncollected():
-            for name in chosen:
-                files.append(opener(folder / name))
-                _release(files[-1])
+            for place in opened_together([folder / name for name in chosen]):
+                files.append(opener(place))
+                release(files[-1])
             return Shards(path, folder, files, shard_index)
     except BaseException:
         for file in files:
@@ -150,13 +150,19 @@ def open_directory(path: Path, opener: Callable[[Path], Source], weights: Callab
         raise
 
 
+def _check_all(folder: Path, names: Sequence[str]) -> None:
+    """Raise for some of the shards of a model without its index, which is written last."""
+    counts = [int(found[1]) for name in names if (found := _SHARD.search(name))]
+    if counts and len(counts) < max(counts):
+        raise BadCheckpoint(
+            f"{folder}: it holds {len(counts)} of {max(counts)} shards, and no index: it is being written, or was not "
+            "written to the end",
+            hint=f"open one of them: {folder / names[0]}",
+        )
+
+
 def _names(file: Source) -> Iterable[tuple[int, str]]:
     """The leaf numbers of a file, each with its name. A flat file has its names without an index."""
     if isinstance(file, Flat):
         return enumerate(file.names)
     return ((number, file.index.name(number)) for number in file.index.numbers)
-
-
-def _release(file: Any) -> None:
-    if isinstance(file, Released):
-        file.release()

@@ -1,6 +1,7 @@
 """`Source`: the leaves of a file on disk, which engines copy, compute and patch by the place of their bytes."""
 
 import os
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -152,6 +153,26 @@ class Chunked(Protocol):
 
 
 @runtime_checkable
+class Tiled(Protocol):
+    """A checkpoint whose leaves are stored in chunks over several files, each in place there."""
+
+    def origin(self, number: int) -> Origin:
+        """A leaf as an expression over its chunks."""
+
+    def tiles(self, number: int) -> Sequence[Any]:
+        """The chunks of a leaf."""
+
+
+@runtime_checkable
+class Relabelled(Protocol):
+    """A checkpoint whose leaves get other names, or go, by a new file of metadata alone."""
+
+    def relabelled(self, names: Mapping[int, str]) -> tuple[Path, bytes, bytes]:
+        """The file of metadata, what it holds, and what it will hold: the leaves of these numbers, under these names.
+        `RenameClash` if something else has one of the names."""
+
+
+@runtime_checkable
 class Flat(Protocol):
     """A file that is a table of names, which it has without making an index."""
 
@@ -169,6 +190,28 @@ class Released(Protocol):
 
     def hold(self) -> None:
         """Keep the descriptor from now on: whoever changes the file goes on reading it."""
+
+
+class Few:
+    """Of many files, those that were read last: the others are released. Systems limit a process to a few hundred open
+    files; the largest models have more."""
+
+    def __init__(self, most: int = 64) -> None:
+        self._most = most
+        self._open: OrderedDict[int, Released] = OrderedDict()
+
+    def touch(self, file: Any) -> None:
+        """Note that a file is read."""
+        self._open[id(file)] = file
+        self._open.move_to_end(id(file))
+        if len(self._open) > self._most:
+            release(self._open.popitem(last=False)[1])
+
+
+def release(file: Any) -> None:
+    """Close the descriptor of a file that can be opened again."""
+    if isinstance(file, Released):
+        file.release()
 
 
 def check_readable(leaves: Leaves, number: int) -> None:

@@ -6,6 +6,7 @@ leaves and have a structure: there a graft is an edit that sets leaves to those 
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from paramend.arrays import losses
@@ -20,7 +21,7 @@ from paramend.grafting.plan import GraftPlan, Move
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.stored import Made, Stored
 from paramend.leaves.paths import labels
-from paramend.leaves.specs import Spec, kind_of
+from paramend.leaves.specs import Array, Spec, kind_of
 from paramend.piecewise.steps import CHUNK
 
 
@@ -78,7 +79,13 @@ def _taken(plan: GraftPlan, move: Move) -> Origin | tuple[Any, int]:
             return plan.source.as_stored().edited({move.origin: cast}), move.origin
     value_of(plan, move)  # enters in the report what overflows or is lost
     spec = Spec(ours.shape, theirs.dtype if plan.options.dtype == "source" else ours.dtype)
-    return Made(spec, lambda: to_numpy(value_of(plan, move)))
+    if isinstance(plan.source, Checkpoint):  # by name, so that it is read anew where it is pickled to
+        return Made(spec, partial(_value, plan, move))
+    return Made(spec, lambda: _value(plan, move))
+
+
+def _value(plan: GraftPlan, move: Move) -> Array:
+    return to_numpy(value_of(plan, move))
 
 
 def _damage(plan: GraftPlan, origin: int, dtype: str) -> tuple[int, int]:

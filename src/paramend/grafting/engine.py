@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from paramend.arrays import losses
-from paramend.arrays.registry import backend
+from paramend.arrays.registry import backend, to_numpy
 from paramend.edits.subjects import barren
 from paramend.errors import BadArgument, GraftRefused, Unsupported
 from paramend.grafting import ways
@@ -18,6 +18,7 @@ from paramend.grafting.plan import GraftPlan, Move
 from paramend.grafting.quantized import check_groups
 from paramend.grafting.report import GraftReport
 from paramend.leaves.leaves import Editable, Leaves
+from paramend.leaves.origins.boxes import Box, ends
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.specs import kind_of, numpy_dtype
 from paramend.reports import wording
@@ -59,20 +60,15 @@ def value_of(plan: GraftPlan, move: Move) -> Any:
     leaf = plan.target.read(move.number)
     origin = _parts(plan, move, leaf)
     if origin is not None:
-        move.row = replace(move.row, taken=origin.spec.size)
-        return backend(leaf).filled(leaf, origin.read_box)
+        return _filled(plan, move, leaf, origin)
     value = getattr(plan.source, "fetch", plan.source.read)(move.origin)
     if move.number in counts(plan.target) and not isinstance(losses.on_host(value), np.ndarray | np.generic):
         move.row = replace(move.row, taken=1)
         return value  # traced
     ours, theirs = backend(leaf), backend(value)
-    dtype = ours.spec(leaf).dtype
     given = theirs.spec(value).dtype
-    if plan.options.dtype == "source" and dtype != given:
-        leaf = ours.cast(leaf, given)
-        dtype = ours.spec(leaf).dtype
-        if dtype != given:
-            raise Unsupported(f"{move.row.path} cannot become {given} here", hint=plan.options.call(dtype="target"))
+    leaf = _wanted(plan, move, leaf, given)
+    dtype = ours.spec(leaf).dtype
     meeting, before = move.meeting, value
     if meeting is not None:
         value = meeting.make(value)
@@ -89,15 +85,42 @@ def value_of(plan: GraftPlan, move: Move) -> Any:
     elif meeting is not None and meeting.into is not None:
         return ours.put(leaf, meeting.into, "set", losses.on_host(value))
     if backend(value) is not ours:
-        value = backend(value).numpy(value)
+        value = to_numpy(value)
         if ours.abstract(leaf) and not hasattr(plan.source, "fetch"):  # the user's array may change later
             value = value.copy()
     return ours.like(value, leaf)
 
 
+def _wanted(plan: GraftPlan, move: Move, leaf: Any, given: str) -> Any:
+    """The leaf in the dtype that the new value has, if the source has it in this one."""
+    library = backend(leaf)
+    if plan.options.dtype == "source" and library.spec(leaf).dtype != given:
+        leaf = library.cast(leaf, given)
+        if library.spec(leaf).dtype != given:
+            raise Unsupported(f"{move.row.path} cannot become {given} here", hint=plan.options.call(dtype="target"))
+    return leaf
+
+
+def _filled(plan: GraftPlan, move: Move, leaf: Any, origin: Origin) -> Any:
+    """A leaf whose parts are read and cast, each on its own."""
+    leaf = _wanted(plan, move, leaf, origin.spec.dtype)
+    dtype = backend(leaf).spec(leaf).dtype
+    found: dict[tuple[tuple[int, int], ...], tuple[int, int]] = {}  # devices may hold the same part
+
+    def read(box: Box) -> Any:
+        part = origin.read_box(box)
+        found[tuple(map(ends, box))] = losses.damage(part, dtype)
+        return _converted(part, dtype)
+
+    value = backend(leaf).filled(leaf, read)
+    overflowed, lost = (sum(counts) for counts in zip((0, 0), *found.values(), strict=True))
+    move.row = replace(move.row, taken=origin.spec.size, overflowed=overflowed, lost=lost)
+    return value
+
+
 def _parts(plan: GraftPlan, move: Move, leaf: Any) -> Origin | None:
     """Where the parts of a leaf that is spread over devices are read, each on its own; None: it is read whole."""
-    fits = move.meeting is None and plan.target.spec(move.number) == plan.source.spec(move.origin)
+    fits = move.meeting is None and plan.target.spec(move.number).shape == plan.source.spec(move.origin).shape
     if not fits or isinstance(plan.source, Tree) or not isinstance(plan.source, Editable):
         return None
     origin: Origin = plan.source.expression(move.origin)

@@ -7,6 +7,7 @@ change. So a refused graft changes nothing.
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from paramend.checkpoints.files import read_by
 from paramend.checkpoints.keys import matched, numbered
 from paramend.errors import Unsupported
 from paramend.grafting import engine
@@ -104,6 +105,7 @@ def graft(
         report.encoded = fits
         new = tree.with_leaves(values)
         report.ends = Ends(new, source)
+        report.tells_of(read_by(target), read_by(source))
         return new, report
     from paramend.grafting.checkpoints import grafted  # imports the rewriting engine
 
@@ -114,6 +116,7 @@ def graft(
         GraftRow.of(path, Spec((), type(value).__name__), "a number in the file, which a graft leaves as it is")
         for path, value in left_in_file(tree, leaves).items()
     ]
+    report.tells_of(read_by(target), read_by(source))
     return cast(T, made), report
 
 

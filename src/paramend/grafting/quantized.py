@@ -64,7 +64,7 @@ def adapted(target: Any, source: Any, options: Options) -> tuple[Any, dict[str, 
             assert given is not None
             groups.append(Regroup(numbers, (keys(path),), partial(_floats, given)))
             continue
-        misfit = Misfit(blocks=weight.codec.fields["scale"].spec.size)
+        misfit = Misfit(blocks=weight.codec.count)
         parts = _parts(weight, given.origin("float32") if given else theirs.expression(origin), misfit)
         paths = [keys(_beside(ours, weight, role, path)) for role in parts]
         groups.append(Regroup(numbers, tuple(paths), partial(_codes, parts)))
@@ -95,7 +95,7 @@ def _codes(parts: Mapping[str, Origin], given: Any) -> list[Any]:
     """The leaves that a float leaf becomes."""
     if isinstance(given[0], Origin):
         return list(parts.values())
-    return [backend(given[0]).beside(part.read(), given[0]) for part in parts.values()]
+    return [backend(given[0]).resized(part.read(), given[0]) for part in parts.values()]
 
 
 def _parts(weight: Weight, values: Origin, misfit: Misfit) -> dict[str, Origin]:

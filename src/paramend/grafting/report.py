@@ -127,9 +127,9 @@ class GraftReport(Paged):
         """The target as a map, coloured by what became of each leaf, beside the unused leaves of the source."""
         rows = [(name, row) for name in PARTS for row in getattr(self, name)]
         columns = [
-            Column("spec", [str(Spec(row.shape, row.dtype)) for _, row in rows], "text"),
             Column("source", [row.source or "" for _, row in rows], "text"),
             Column("did", [_line(row).cells[1] for _, row in rows], "text"),
+            Column("spec", [str(Spec(row.shape, row.dtype)) for _, row in rows], "text"),
             *(Column(name, [getattr(row, name) for _, row in rows]) for name in ("taken", "overflowed", "lost")),
         ]
         paths, sizes = [row.path for _, row in rows], [row.size for _, row in rows]

@@ -1,13 +1,13 @@
 """Growth in depth on disk: the new checkpoint consists of references to the old one until it is saved."""
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from paramend.anatomy.documents import Document, document_of
 from paramend.anatomy.layers import renamed
 from paramend.checkpoints.assemble import Pick, assemble
 from paramend.checkpoints.checkpoint import Checkpoint
+from paramend.disk.urls import path_of
 from paramend.errors import Unsupported
 from paramend.growth import numbered
 from paramend.growth.numbered import Layers
@@ -43,7 +43,7 @@ def deepened(
     picks, ties = _picks(checkpoint, work)
     texts: list[Document] = []
     if work.config is not None and document is not None:
-        if Path(checkpoint.path).is_dir():
+        if document.own or path_of(checkpoint.path).is_dir():
             texts.append(document.holding(work.config))
         else:
             file = document.file
@@ -59,7 +59,7 @@ def deepened(
 
 def _beside(checkpoint: Checkpoint, work: DepthPlan) -> Iterator[Document]:
     """Other files in which single layers are named or numbered, changed."""
-    for name in _BESIDE if Path(checkpoint.path).is_dir() else ():
+    for name in _BESIDE if path_of(checkpoint.path).is_dir() else ():
         document = document_of(checkpoint, name)
         if document is None:
             continue

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from paramend.anatomy.documents import document_of
@@ -10,6 +9,7 @@ from paramend.anatomy.quantization import FILES
 from paramend.anatomy.sections import enter
 from paramend.arrays.registry import backend, backend_of
 from paramend.checkpoints.checkpoint import Checkpoint
+from paramend.disk.urls import path_of
 from paramend.edits.call import Call
 from paramend.edits.memory import editable
 from paramend.errors import Unsupported
@@ -72,7 +72,7 @@ class Configured:
             new = document.holding(change(name, document.values)) if document is not None and document.text else None
             if new is None or document is None or new.text == document.text:
                 continue
-            if Path(self.model.path).is_dir():
+            if document.own or path_of(self.model.path).is_dir():
                 tree = tree.planned(tree.plan.beside(new))
                 said += map(str, new.changes)
             else:

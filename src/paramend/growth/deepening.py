@@ -7,6 +7,7 @@ from typing import Any, TypeVar, cast
 from paramend.anatomy.layers import followed
 from paramend.anatomy.moves import Move
 from paramend.anatomy.sections import enter
+from paramend.checkpoints.files import read_by
 from paramend.edits.memory import Memory
 from paramend.errors import BadArgument, Unsupported
 from paramend.growth.depth import Order
@@ -79,6 +80,7 @@ def deepen(
         from paramend.growth.checkpoints import deepened  # imports the rewriting engine
 
         new, report = deepened(cast(Any, tree), layers, order, identity, config)
+        report.tells_of(read_by(tree))
         return cast(T, new), report
     if isinstance(layers, Sliced):
         if config is not None:

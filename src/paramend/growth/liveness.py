@@ -79,8 +79,8 @@ class LiveReport(Paged):
         """A map of the leaves, coloured by the step of their first gradient."""
         groups = [row.since for row in self.rows]
         columns = [
-            Column("spec", [str(row.spec) for row in self.rows], "text"),
             Column("step", [row.step for row in self.rows]),
+            Column("spec", [str(row.spec) for row in self.rows], "text"),
         ]
         paths, sizes = [row.path for row in self.rows], [row.spec.size for row in self.rows]
         return Page("first gradients", self.headline(), paths, sizes, columns, groups, "gradient")

@@ -75,6 +75,17 @@ class DeepenReport(Paged):
             )
         return sel("**") if self.new is None else ~self.new
 
+    @property
+    def old(self) -> list[str]:
+        """The paths of the old layers, stack by stack; those of dropped layers are counted on from the others."""
+        found: list[str] = []
+        for start in range(0, len(self.layers), len(self.order)):
+            known = dict(zip(self.order.sources, (row.source for row in self.layers[start:]), strict=False))
+            first, path = next(iter(known.items()))
+            before, number, after = _parts(path)
+            found += [known.get(one, f"{before}{number - first + one}{after}") for one in range(self.order.of)]
+        return found
+
     def headline(self) -> str:
         """The numbers of layers before and after, and what became of them."""
         said = {did: sum(row.did == did for row in self.layers) for did in ("kept", "copied", "identity")}
@@ -91,12 +102,16 @@ class DeepenReport(Paged):
         return "\n\n".join([*blocks, *([f"config: {', '.join(self.config)}"] if self.config else [])])
 
     def page(self) -> Page:
-        """A map of the new layers, coloured by what became of them."""
+        """Arrows from the old layers to the new ones, coloured by what became of them."""
         set_ = [", ".join(f"{path} = {value:g}" for path, value in row.set.items()) for row in self.layers]
         sources, sizes = [row.source for row in self.layers], [row.parameters for row in self.layers]
         columns = [Column("source", sources, "text"), Column("set", set_, "text"), Column("parameters", sizes)]
         paths, did = [row.path for row in self.layers], [row.did for row in self.layers]
-        return Page("deepen", self.headline(), paths, sizes, columns, did, "layer")
+        ends = list(self.old)
+        links = [[ends.index(source)] for source in sources]
+        return Page(
+            "deepen", self.headline(), paths, sizes, columns, did, "layer", chart="arrows", ends=ends, links=links
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {

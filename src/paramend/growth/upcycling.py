@@ -258,11 +258,11 @@ class _Drawn(Given):
 
     moves = False
     says = "random values"
+    _last: tuple[int, Array] | None = None
 
     def __init__(self, spec: Spec, scale: float | Origin, seed: int, site: tuple[str, ...]) -> None:
         self._spec, self._scale, self._seed, self._site = spec, scale, seed, site
         self._rows = max((1 << 16) // max(spec.shape[1], 1), 1)
-        self._last: tuple[int, Array] | None = None
 
     @cached_property
     def _moments(self) -> tuple[float, float]:

@@ -1,13 +1,13 @@
 """Growth in width: a model with longer axes that computes what it did."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
 
 from paramend.anatomy.documents import document_of
 from paramend.checkpoints.checkpoint import Checkpoint
+from paramend.disk.urls import path_of
 from paramend.edits.memory import Memory, editable
 from paramend.errors import BadArgument, Quantized, Unsupported
 from paramend.growth import consumers, following
@@ -193,7 +193,7 @@ class Work:
         document = document_of(checkpoint)
         if document is None or self.new is None:
             return []
-        if Path(checkpoint.path).is_dir():
+        if path_of(checkpoint.path).is_dir():
             return [document.holding(self.new)]
         self.report.config = [
             f"{document.file} is not changed; open {document.file.parent}/, the directory, to include it"

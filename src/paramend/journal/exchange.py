@@ -39,9 +39,10 @@ class NewFiles:
 
     def __init__(self, base: Path, staged: Path, moved: Moved = (), *, private: bool = False) -> None:
         """Look at what they replace. With `private`, those that replace nothing stay as private as they are."""
-        self.base, self.staged, self._private = base, staged, private
+        self.staged, self._private = staged, private
         names = [path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file()]
-        self.names = sorted(names, key=lambda name: (os.path.lexists(base / name), name))
+        self.base = home = base if base.is_dir() else base.parent
+        self.names = sorted(names, key=lambda name: (os.path.lexists(home / name), name))
         self.old = WholeFiles(base, self.names, moved)
         self.old.check()
         self.then = [file.lstat() if os.path.lexists(file) else None for file in self.old.files]
@@ -125,8 +126,10 @@ class WholeFiles:
     in records. Files that are `moved` get another name once the others are in place; their content stays."""
 
     def __init__(self, base: Path, names: Sequence[str], moved: Moved = (), first: int = 0) -> None:
-        self.base, self.names, self.moved, self.first = base, names, moved, first
-        self.files = [base / name for name in names]
+        self.alone = not base.is_dir()  # a checkpoint that is a file, and not all that is beside it
+        self.base = base.parent if self.alone else base
+        self.names, self.moved, self.first = names, moved, first
+        self.files = [self.base / name for name in names]
 
     def check(self) -> None:
         """Raise if one of them must not be replaced or moved: see `check_replaceable`."""
@@ -196,8 +199,8 @@ class WholeFiles:
 
     def witness_of_rest(self) -> str:
         """The digest of what a patch leaves alone: names and sizes of the other chunks, and samples of their bytes. ""
-        for a database: its manifest, which is among the replaced files, identifies it."""
-        if MANIFEST in self.names:
+        for a file, and for a database: its manifest, which is among the replaced files, identifies it."""
+        if MANIFEST in self.names or self.alone:
             return ""
         mine, rest = set(self.names), []
         for folder, _, inside in os.walk(self.base):

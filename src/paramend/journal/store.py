@@ -13,9 +13,10 @@ from paramend.disk.io import release
 from paramend.disk.locks import is_held, locked
 from paramend.disk.permissions import access_of, of_folder, settle
 from paramend.disk.publishing import drop_spare_names, is_other, look, sync_folder
+from paramend.disk.urls import Url, path_of
 from paramend.errors import BadCheckpoint, Busy, CannotWrite, ParamendError, Unsupported
 from paramend.formats.orbax.store import may_change
-from paramend.formats.registry import home_of, is_tree, weight_files
+from paramend.formats.registry import files_of, home_of, is_tree, table_of, weight_files
 from paramend.journal import claims
 from paramend.journal.exchange import BACK, STAGED
 from paramend.journal.history import HistoryRow
@@ -41,7 +42,12 @@ class UndoStore:
     @classmethod
     def of(cls, path: str | os.PathLike[str]) -> "UndoStore":
         """The store of the checkpoint at a path: of the folder of an index; for Orbax, of the folder of the tree."""
-        path = Path(path)
+        path = path_of(path)
+        if isinstance(path, Url):
+            raise Unsupported(
+                f"{path}: it is in a remote store, where no checkpoint is changed in place",
+                hint=f"the same edit with `-o OUT`, or pm.open({str(path)!r}) ... .save(out)",
+            )
         if path.name.endswith(".index.json") and not path.is_dir():
             return cls(path.parent)
         return cls(home_of(path))
@@ -95,11 +101,15 @@ class UndoStore:
         """The names of the files of a record that no patch of the checkpoint writes, or replaces."""
         head, tree = record.head, is_tree(self.base)
         written = set(head.files[: head.written])
-        if written and not tree:
-            written -= weight_files(self.base) if self.is_folder else {self.base.name}
         replaced = set(head.files[head.written :]).union(*head.moved)
+        if written or (replaced and not tree):
+            own = weight_files(self.base) if self.is_folder else files_of(self.base)
+            written -= own
+            replaced -= {name for name in own if name.endswith(".gguf")}  # of which headers may get longer
         if self.is_folder:
-            replaced = {n for n in replaced if not (may_change(self.base, n) if tree else PUT.fullmatch(n))}
+            table = table_of(self.base)
+            mine = (lambda n: n == table or may_change(self.base, n)) if tree else PUT.fullmatch
+            replaced = {name for name in replaced if not mine(name)}
         return sorted(written | replaced)
 
     @contextlib.contextmanager
@@ -249,7 +259,7 @@ class UndoStore:
 def records_of(files: Iterable[Path], *, refuses: bool = False) -> list[Path]:
     """The records of all patches of some files; if it `refuses`, one that is being made, or was cut short, raises."""
     names: dict[Path, set[str]] = {}
-    for path in {real for file in files for real in (file, file.resolve())}:
+    for path in {real for file in files if not isinstance(file, Url) for real in (file, file.resolve())}:
         names.setdefault(path.parent, set()).add(path.name)
     found: list[Path] = []
     for folder, read in names.items():
@@ -275,6 +285,9 @@ def retiring(out: Path) -> Iterator[None]:
     """While it lasts, a checkpoint gets its name; if another one has it in the end, the records of the old are removed.
     `Busy` if the old one is being patched; `BadCheckpoint` if it is a shard of a model whose patch was cut short, and
     that cannot be taken back unasked."""
+    if isinstance(out, Url):
+        yield
+        return
     own = UndoStore.of(out)
     with contextlib.ExitStack() as stack:
         held = []

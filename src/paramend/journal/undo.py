@@ -4,6 +4,7 @@ import contextlib
 import os
 from pathlib import Path
 
+from paramend.disk.urls import Url, path_of
 from paramend.errors import BadCheckpoint, CannotRead, CannotWrite
 from paramend.formats.files import near
 from paramend.journal.history import HistoryRow, UndoReport
@@ -92,6 +93,8 @@ def recover(path: str | os.PathLike[str]) -> list[HistoryRow]:
     that another program is still making is left alone. `BadCheckpoint` if a record is damaged or not this user's own,
     or the file has been replaced since.
     """
+    if isinstance(path_of(path), Url):  # nothing in a store is changed in place
+        return []
     try:
         store = UndoStore.of(path)
         stores = [store, *store.related]

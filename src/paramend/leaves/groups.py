@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from paramend.leaves.leaves import Index
 from paramend.leaves.paths import Names, text_of
 from paramend.leaves.rules import Codec as Rule
-from paramend.leaves.schemes import SCHEMES, WEIGHTS, Companion, Scheme
+from paramend.leaves.schemes import IN_BLOCKS, SCHEMES, WEIGHTS, WITH_BLOCKS, Companion, Scheme
 from paramend.leaves.specs import Spec
 
 
@@ -91,7 +91,7 @@ def alone(number: int, rule: Rule) -> Group:
 def may_hold_groups(leaves: Named) -> bool:
     """Whether names, types or a configuration suggest groups. For most trees they do not, and that is known at once."""
     named = bool(_named(leaves.index)) or getattr(leaves, "quantization", None) is not None
-    return named or bool(getattr(leaves, "codecs", None))
+    return named or bool(getattr(leaves, "codecs", None)) or getattr(leaves, "format", "") in WITH_BLOCKS
 
 
 def group_of(leaves: Named, number: int) -> Group | None:
@@ -100,6 +100,8 @@ def group_of(leaves: Named, number: int) -> Group | None:
     Names decide which leaves may be one weight, dtypes and shapes whether they are. Where a companion is elsewhere, as
     in one of several files, `quantization_config` decides.
     """
+    if (row := IN_BLOCKS.get(leaves.spec(number).dtype)) is not None:
+        return Group(row, number)
     for near in _named(leaves.index).get(number, ()):
         if (found := _fitting(leaves, near)) is not None and number in found.numbers:
             return found

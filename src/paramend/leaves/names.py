@@ -2,7 +2,7 @@
 
 import pickle
 import sys
-from functools import partial
+from functools import cached_property, partial
 from types import FrameType
 from typing import Any, Self
 
@@ -44,6 +44,17 @@ class Alone:
 
     def __deepcopy__(self, memo: object) -> Self:
         return self
+
+
+class Unread:
+    """What is found out of data when it is wanted: a copy, pickled or not, finds it out again, and takes no data along.
+
+    That are properties that are kept, and what `_last` holds, of which the class has the first value.
+    """
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {n for kind in type(self).__mro__ for n, each in vars(kind).items() if isinstance(each, cached_property)}
+        return {name: each for name, each in vars(self).items() if name not in kept and name != "_last"}
 
 
 def _sends_code(frame: FrameType | None) -> bool:

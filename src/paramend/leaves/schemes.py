@@ -7,10 +7,11 @@ from paramend.leaves.codecs.bnb import bnb4, bnb8
 from paramend.leaves.codecs.codec import Codec, Parts
 from paramend.leaves.codecs.fp4 import mxfp4, nvfp4, nvfp4_ct
 from paramend.leaves.codecs.fp8 import fp8, torchao
+from paramend.leaves.codecs.ggml import ggml
 from paramend.leaves.codecs.integers import awq, gptq, packed
 from paramend.leaves.codecs.stated import Stated
 from paramend.leaves.rules import Codec as Rule
-from paramend.leaves.specs import Spec
+from paramend.leaves.specs import BLOCKS, Spec
 
 # Spec of the payload, and those of its companions by role → whether their shapes and dtypes agree with the scheme.
 Fit = Callable[[Spec, Mapping[str, Spec]], bool]
@@ -286,3 +287,10 @@ SCHEMES: tuple[Scheme, ...] = (
     _optimizer_state("1"),
     _optimizer_state("2"),
 )
+# Dtype of blocks → the scheme of leaves that hold codes and scales themselves, whatever they are called.
+IN_BLOCKS = {
+    name: Scheme(name, f"blocks of {size} in GGUF", ("*",), (name,), (), codec=ggml)
+    for name, (size, _) in BLOCKS.items()
+}
+# The formats of files with such leaves.
+WITH_BLOCKS = ("gguf",)

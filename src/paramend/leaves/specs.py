@@ -65,7 +65,34 @@ _ROWS: tuple[tuple[str, int, str | None], ...] = (
     ("complex64", 64, "C64"),
     ("complex128", 128, None),
 )
+# Blocks of ggml as GGUF has them, each an element of a leaf as it is stored: how many values it holds, and its bytes.
+BLOCKS: dict[str, tuple[int, int]] = {
+    "q4_0": (32, 18),
+    "q4_1": (32, 20),
+    "q5_0": (32, 22),
+    "q5_1": (32, 24),
+    "q8_0": (32, 34),
+    "q2_k": (256, 84),
+    "q3_k": (256, 110),
+    "q4_k": (256, 144),
+    "q5_k": (256, 176),
+    "q6_k": (256, 210),
+    "iq1_s": (256, 50),
+    "iq1_m": (256, 56),
+    "iq2_xxs": (256, 66),
+    "iq2_xs": (256, 74),
+    "iq2_s": (256, 82),
+    "iq3_xxs": (256, 98),
+    "iq3_s": (256, 110),
+    "iq4_nl": (32, 18),
+    "iq4_xs": (256, 136),
+    "tq1_0": (256, 54),
+    "tq2_0": (256, 66),
+    "mxfp4": (32, 17),
+    "nvfp4": (64, 36),
+}
 BITS = {name: bits for name, bits, _ in _ROWS}
+WIDTHS = BITS | {name: 8 * nbytes for name, (_, nbytes) in BLOCKS.items()}
 SAFETENSORS_CODES = {name: code for name, _, code in _ROWS if code}
 FROM_SAFETENSORS = {code: name for name, code in SAFETENSORS_CODES.items()}
 ALIASES = {"half": "float16", "float": "float32", "double": "float64", "bf16": "bfloat16", "fp16": "float16"}
@@ -103,7 +130,7 @@ class Spec:
     @property
     def nbytes(self) -> int:
         """Bytes in memory or on disk; 0 for a dtype of unknown width."""
-        return (self.size * BITS.get(self.dtype, 0) + 7) // 8
+        return (self.size * WIDTHS.get(self.dtype, 0) + 7) // 8
 
     @property
     def kind(self) -> str:
@@ -120,7 +147,7 @@ def kind_of(dtype: str) -> str:
     >>> kind_of("float8_e5m2"), kind_of("uint8"), kind_of("key<fry>")
     ('float', 'int', 'other')
     """
-    if dtype not in BITS:
+    if dtype not in BITS:  # also blocks
         return "other"
     if dtype.startswith(("int", "uint")):
         return "int"
@@ -146,6 +173,10 @@ def dtype_name(dtype: DtypeLike) -> str:
             name = str(dtype)
     if name in BITS or name.startswith("key<"):
         return name
+    if name in BLOCKS:
+        raise BadArgument(
+            f"{name} is a code, not a dtype", hint=f'pm.quantize(tree, selector, scheme="{name}"), for q8_0 and q4_0'
+        )
     near = wording.closest(name, BITS) if len(name) < 40 else []
     shown = repr(dtype) if len(name) < 40 else wording.described(dtype)
     raise BadArgument(
@@ -159,6 +190,8 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     >>> numpy_dtype("bfloat16").itemsize
     2
     """
+    if name in BLOCKS:
+        return np.dtype(f"V{BLOCKS[name][1]}")
     try:
         found: np.dtype[Any] = np.dtype(name)
     except TypeError:

@@ -7,6 +7,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar, cast
 
+from paramend.disk.urls import path_of
 from paramend.edits.arguments import shown
 from paramend.edits.decoding import modules, renamed
 from paramend.edits.memory import Memory, editable
@@ -117,7 +118,7 @@ class Layout:
             CannotRead: there is no such file.
             BadArgument: it is not a layout.
         """
-        path = Path(path)
+        path = path_of(path)
         try:
             with path.open("rb") as file:
                 text = file.read(_MAX_BYTES + 1)

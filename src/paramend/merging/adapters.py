@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from paramend.anatomy.sections import parsed
@@ -17,6 +16,7 @@ from paramend.checkpoints.whole import save
 from paramend.disk.io import write_file
 from paramend.disk.permissions import NEW_FOLDER, access_of, of_folder
 from paramend.disk.publishing import published
+from paramend.disk.urls import path_of
 from paramend.edits.memory import valued
 from paramend.errors import BadArgument, BadCheckpoint, CannotRead, Unsupported
 from paramend.leaves.leaves import Editable
@@ -130,7 +130,7 @@ class Adapter:
         if self.config is None or isinstance(self.leaves, Checkpoint):
             raise Unsupported(f"{self.name} was not extracted, and is a file already")
         access, index = of_folder(access_of(self._read, new=NEW_FOLDER)), self.leaves.index
-        with published(Path(folder), force=force, access=access, folder=True) as temporary:
+        with published(path_of(folder), force=force, access=access, folder=True) as temporary:
             save({index.path(n): self.leaves.read(n) for n in index.numbers}, temporary / WEIGHTS[0])
             write_file(temporary / CONFIG, json.dumps(self.config, indent=2, sort_keys=True).encode() + b"\n")
 
@@ -211,7 +211,7 @@ def adapter(given: AnyTree, rule: Sequence[str] | None = None) -> Adapter:
         return given
     leaves, config = given, None
     if isinstance(given, str | os.PathLike):
-        path = Path(given)
+        path = path_of(given)
         leaves = open_checkpoint(next((each for name in WEIGHTS if (each := path / name).is_file()), path))
     if isinstance(leaves, Checkpoint):
         config = _config(leaves)

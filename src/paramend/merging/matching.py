@@ -3,12 +3,12 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from paramend.anatomy.beside import EMBEDDINGS, HEADS
+from paramend.disk.urls import path_of
 from paramend.edits.memory import Memory
 from paramend.edits.quantized import check_values
 from paramend.errors import SpecMismatch
@@ -50,7 +50,7 @@ class Models:
         self.host, self.all = host, [*models, *([] if base is None else [base])]
         self.names = [f"model {at + 1}" for at in range(len(models))] + ([] if base is None else ["the base"])
         self.short = [name.removeprefix("the ") for name in self.names]
-        paths = [Path(getattr(model, "path", "")) for model in self.all]
+        paths = [path_of(getattr(model, "path", "")) for model in self.all]
         if len({path.resolve() for path in paths}) == len(paths):
             self.names = list(map(str, paths))
             self.short = (

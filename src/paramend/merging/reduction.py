@@ -69,6 +69,11 @@ class Merging:
         plain = {"weights": "1", "scale": "1"}
         return f"{given.how}({', '.join([*said, *(f'{n}={v}' for n, v in values.items() if plain.get(n) != v)])})"
 
+    @property
+    def elementwise(self) -> bool:
+        """Whether an element depends on nothing but those at its place, nor on this place."""
+        return self.method.keep == "all" and self.method.blends is None
+
     def prepare(self) -> None:
         """Find out what must be known of the whole leaf, or of all leaves, first."""
         with np.errstate(all="ignore"):

@@ -1,20 +1,19 @@
 """Drawings: the map of a page as a matplotlib figure, for papers and slides."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from paramend._optional import need
 from paramend.leaves.leaves import separator_of
-from paramend.pages.page import Page
+from paramend.pages.page import COLOURS, Page, Scale
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# The same colours (Okabe and Ito) and textures as on the page.
-_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#8a8a8a")
+# The same textures and greys as on the page.
+_QUIET, _NODE = "#c6cdd4", "#eef1f4"
 _TEXTURES = ("", "//", "\\\\", "xx", "--", "..")
 # Boxes narrower than this share of the whole are left out.
 _LEAST = 1 / 1500
@@ -36,7 +35,7 @@ class _Node:
 
 def draw(page: Page) -> "Figure":
     """A matplotlib figure of a page's map: each leaf as wide as it is large, below the subtrees that contain it. Leaves
-    are coloured by their groups, which also have textures, or by the column that colours the page."""
+    are coloured by their groups, which also have textures, or by the column that colours the page, with its scale."""
     figures: Any = need("matplotlib.figure", extra="plot", to="draw a report")
     patches: Any = need("matplotlib.patches", extra="plot", to="draw a report")
     root = _tree(page)
@@ -45,18 +44,15 @@ def draw(page: Page) -> "Figure":
     axes = figure.subplots()
     axes.set(xlim=(0, 1), ylim=(depth, 0))
     axes.axis("off")
-    axes.set_title(page.headline, loc="left", fontsize=9, parse_math=False)
-    names = list(dict.fromkeys(page.groups))
-    shades = _shades(page)
+    axes.set_title("\n".join(filter(None, (page.of, page.headline))), loc="left", fontsize=9, parse_math=False)
+    styles = _styles(page)
+    shades = _shades(page, figure)
     for node, left, width, level in _boxes(root, 0.0, 1.0, 0):
         leaf = node.leaf >= 0
         height = depth - level if leaf else 1
-        style: dict[str, Any] = {"facecolor": "#e6eaee"}
+        style = styles[page.groups[node.leaf] if page.groups else ""] if leaf else {"facecolor": _NODE}
         if leaf and shades:
             style = {"facecolor": shades[node.leaf]}
-        elif leaf:
-            place = names.index(page.groups[node.leaf]) if names else 0
-            style = {"facecolor": _COLOURS[place % 8], "hatch": _TEXTURES[place % 6]}
         box = patches.Rectangle((left, level), width, height, edgecolor="white", linewidth=0.4, **style)
         axes.add_patch(box)
         if width > 0.012 * len(node.name):
@@ -64,13 +60,11 @@ def draw(page: Page) -> "Figure":
                 left + width / 2, level + 0.5, node.name, ha="center", va="center", fontsize=7, parse_math=False
             )
             text.set_clip_path(box)
-            if leaf:
-                text.set_bbox({"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6})
-    if names and not shades:
-        keys = [
-            patches.Patch(facecolor=_COLOURS[place % 8], hatch=_TEXTURES[place % 6], edgecolor="white", label=name)
-            for place, name in enumerate(names)
-        ]
+            text.set_color(_ink(box.get_facecolor()))
+            if style.get("hatch"):
+                text.set_bbox({"facecolor": style["facecolor"], "edgecolor": "none", "pad": 0.6})
+    if page.groups and not shades:
+        keys = [patches.Patch(**styles[name], edgecolor="white", label=name) for name in page.legend]
         figure.legend(handles=keys, loc="outside lower left", ncols=6, fontsize=8, frameon=False)
     return figure
 
@@ -101,14 +95,30 @@ def _boxes(node: _Node, left: float, width: float, level: int) -> Iterator[tuple
         left += part
 
 
-def _shades(page: Page) -> list[str]:
-    """A colour for each leaf by the column that colours the page; empty if the groups colour it."""
+def _styles(page: Page) -> dict[str, dict[str, Any]]:
+    """Colour and texture by group."""
+    styles = {"": (COLOURS[1], 0), **dict(zip(page.legend, page.styles, strict=True))}
+    return {name: {"facecolor": colour or _QUIET, "hatch": _TEXTURES[kind]} for name, (colour, kind) in styles.items()}
+
+
+def _ink(colour: tuple[float, ...]) -> str:
+    """Black or white, whichever can be read on a colour."""
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in colour[:3]]
+    return "black" if 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] > 0.179 else "white"
+
+
+def _shades(page: Page, figure: "Figure") -> list[str]:
+    """A colour for each leaf by the column that colours the page, and its scale in the figure; empty if the groups
+    colour it."""
     column = next((column for column in page.columns if column.name == page.colour), None)
-    if column is None:
+    scale = None if column is None else Scale.of(column.values)
+    if column is None or scale is None:
         return []
     matplotlib: Any = need("matplotlib", extra="plot", to="draw a report")
-    ramp, to_hex = matplotlib.colormaps["viridis_r"], matplotlib.colors.to_hex
-    sizes = [abs(v) if isinstance(v, int | float) and math.isfinite(v) else None for v in column.values]
-    most = max((size for size in sizes if size is not None), default=0) or 1
-    shades: list[str] = ["#e6eaee" if size is None else to_hex(ramp(size / most)) for size in sizes]
-    return shades
+    colours: Any = need("matplotlib.colors", extra="plot", to="draw a report")
+    signed = colours.LinearSegmentedColormap.from_list("signed", (COLOURS[1], _QUIET, COLOURS[0]))
+    norm = (colours.LogNorm if scale.kind == "log" else colours.Normalize)(scale.low, scale.high, clip=True)
+    ramp = matplotlib.cm.ScalarMappable(norm, signed if scale.kind == "signed" else "viridis_r")
+    figure.colorbar(ramp, ax=figure.axes, location="bottom", fraction=0.06, aspect=60, label=page.colour)
+    known = [max(value, scale.low) if isinstance(value, int | float) else None for value in column.values]
+    return [_NODE if value is None else colours.to_hex(ramp.to_rgba(value)) for value in known]

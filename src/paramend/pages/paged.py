@@ -1,6 +1,8 @@
 """`Paged`: a report that can be shown as a page, in a file, in a notebook or as a figure."""
 
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,10 +23,21 @@ class Paged(Report):
     """A report that can be shown as a page."""
 
     _access: Access = NEW_FILE
+    _names: tuple[str, ...] = ()
+    _between = " ← "  # what stands between the names of what a page tells of
 
-    def tells_of(self, *paths: Path) -> None:
-        """Note the checkpoints that were read: a page of the report is as private as they are."""
-        object.__setattr__(self, "_access", access_of_paths(paths))
+    def tells_of(self, *read: Sequence[Path]) -> None:
+        """Note the files that were read, for each checkpoint its own path first: a page of the report bears their names
+        and is as private as they are."""
+        object.__setattr__(self, "_access", access_of_paths(path for each in read for path in each))
+        if not self._names and all(read):
+            object.__setattr__(self, "_names", told_apart([each[0] for each in read]))
+
+    def _page(self) -> Page:
+        """The page, with the names of what it tells of."""
+        page, names = self.page(), self._names
+        told = self._between.join(filter(None, (*names[:1], ", ".join(names[1:]))))
+        return replace(page, of=told) if told else page
 
     def page(self) -> Page:
         """The contents of the page."""
@@ -41,7 +54,7 @@ class Paged(Report):
         Raises:
             CannotWrite: something else is there, or there is no such folder.
         """
-        text = self.page().html()
+        text = self._page().html()
         if path is not None:
             _write(Path(path), text, self._access)
         return text
@@ -54,10 +67,21 @@ class Paged(Report):
         """
         from paramend.pages.drawing import draw  # most programs draw nothing
 
-        return draw(self.page())
+        return draw(self._page())
 
     def _repr_html_(self) -> str:
-        return self.page().notebook()
+        return self._page().notebook()
+
+
+def told_apart(paths: Sequence[Path]) -> tuple[str, ...]:
+    """The names of files and folders, each with as many of the folders above as tell them apart; one name for each.
+
+    >>> told_apart([Path("/runs/1/model.pt"), Path("/runs/2/model.pt"), Path("/runs/1/model.pt")])
+    ('1/model.pt', '2/model.pt')
+    """
+    parts = [path.absolute().parts for path in dict.fromkeys(paths)]
+    depth = next((n for n in range(1, 99) if len({each[-n:] for each in parts}) == len(parts)), 1)
+    return tuple("/".join(each[-depth:]) for each in parts)
 
 
 def check_page(path: Path) -> None:

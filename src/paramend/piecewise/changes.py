@@ -14,6 +14,7 @@ from paramend.edits.call import Call
 from paramend.edits.damage import of_call
 from paramend.edits.plan import Row
 from paramend.formats.source import Source
+from paramend.formats.tiles import Tile
 from paramend.leaves.origins.origin import Extent
 from paramend.leaves.origins.partly import Partly
 from paramend.leaves.specs import Array, Spec, numpy_dtype
@@ -29,14 +30,15 @@ from paramend.reports.progress import Meter
 @dataclass(frozen=True, slots=True)
 class Work:
     """One leaf to change, at its extent: which of its elements each call affects (nothing if calls can only run
-    together), the bytes that are recorded and written, as (start, stop) in the file, ascending, and how many bytes all
-    calls together write."""
+    together), the bytes that are recorded and written, as (start, stop) in the file, ascending, how many bytes all
+    calls together write, and which chunk of the leaf is there, if it is in several."""
 
     row: Row
     extent: Extent
     regions: tuple[Region, ...]
     ranges: Array = field(compare=False)
     steps: int
+    tile: Tile | None = None
 
 
 class Works:
@@ -68,11 +70,12 @@ def _work_at_0(row: Row, nbytes: int) -> Work:
     ranges = np.concatenate([np.empty((0, 2), np.int64), *found])
     steps = int((ranges[:, 1] - ranges[:, 0]).sum())
     if len(ranges):
-        ranges = _merged(ranges[np.argsort(ranges[:, 0], kind="stable")])
+        ranges = merged(ranges[np.argsort(ranges[:, 0], kind="stable")])
     return Work(row, extent, regions, ranges, steps)
 
 
-def _merged(ranges: Array) -> Array:
+def merged(ranges: Array) -> Array:
+    """Ranges in the order of their starts, those that touch or overlap as one."""
     reach = np.maximum.accumulate(ranges[:, 1])
     cuts = np.flatnonzero(ranges[1:, 0] > reach[:-1])
     first = np.concatenate([[0], cuts + 1])

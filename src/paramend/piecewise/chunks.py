@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from paramend.disk.urls import path_of
 from paramend.edits.plan import Row
 from paramend.leaves.origins.origin import Extent
 from paramend.leaves.specs import Array, Spec, numpy_dtype
@@ -25,7 +26,7 @@ Box = tuple[slice, ...]
 
 def laid_flat(source: Any, row: Row) -> Extent:
     """The extent of a leaf if it were contiguous in a separate file."""
-    return Extent(Path(source.path), 0, row.before.size * numpy_dtype(row.before.dtype).itemsize)
+    return Extent(path_of(source.path), 0, row.before.size * numpy_dtype(row.before.dtype).itemsize)
 
 
 def restage(source: Any, work: Sequence[Work], folder: Path, meter: Meter) -> None:

@@ -108,7 +108,7 @@ class Edited(Given):
                 for edit, place in list(zip(self.calls, self.places, strict=True))[-len(steps) :]:
                     before, x = x, edit.run(x, place)
                     self.damage.add(of_call(edit, before, x))
-                self.check(np.shape(x), np.asarray(x).dtype.name)
+                self.check(np.shape(x), np.asarray(x).dtype)
             yield np.ascontiguousarray(x).reshape(-1)
             return
         for at, learner in enumerate(steps):
@@ -131,10 +131,9 @@ class Edited(Given):
                     x = step(x, start)
             yield start, x
 
-    def check(self, shape: tuple[int, ...], dtype: str) -> None:
-        found = Spec(tuple(shape), dtype)
-        if found != self.spec:
-            said = ", ".join(map(str, self.calls))
+    def check(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        if (tuple(shape), dtype) != (self.spec.shape, numpy_dtype(self.spec.dtype)):
+            said, found = ", ".join(map(str, self.calls)), Spec(tuple(shape), dtype.name)
             raise SpecMismatch(f"{self.path}: {said} returned {found} where {self.spec} was planned")
 
 

@@ -76,8 +76,8 @@ def data(origin: Origin) -> Iterator[memoryview]:
 
 def _bytes(origin: Origin, array: Array) -> memoryview:
     spec = origin.spec
-    if array.dtype.name != spec.dtype and isinstance(origin, Edited):
-        origin.check(spec.shape, array.dtype.name)
+    if isinstance(origin, Edited):
+        origin.check(spec.shape, array.dtype)
     flat = np.ascontiguousarray(array).astype(numpy_dtype(spec.dtype), copy=False).reshape(-1)
     return flat.view(np.uint8).data
 

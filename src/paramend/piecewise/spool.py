@@ -1,5 +1,6 @@
 """Spooling: new values of leaves that are made of old ones, computed before the first of these is overwritten."""
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -7,8 +8,9 @@ from typing import IO, Any
 
 import numpy as np
 
+from paramend.edits.ops import OPS
 from paramend.edits.plan import Row
-from paramend.leaves.origins.boxes import Box, select
+from paramend.leaves.origins.boxes import Box, ends, select, shifted
 from paramend.leaves.origins.origin import Given, Origin
 from paramend.leaves.origins.partly import Partly
 from paramend.leaves.specs import Array, Spec, numpy_dtype
@@ -38,7 +40,13 @@ class Spooled(Given, Partly):
         return np.frombuffer(self._file.read((stop - start) * dtype.itemsize), dtype).copy()
 
     def read_box(self, box: Box) -> Array:
-        return np.array(select(self.read_range(0, self.spec.size).reshape(self.spec.shape), box))
+        shape = self.spec.shape
+        if not box:
+            return self.read_range(0, 1).reshape(())
+        low, high = ends(box[0])
+        inner = math.prod(shape[1:])
+        rows = self.read_range(low * inner, high * inner).reshape(high - low, *shape[1:])
+        return np.array(select(rows, (shifted(box[0], low), *box[1:])))
 
     def data(self, start: int, stop: int, old: Callable[[], bytearray]) -> bytes:
         self._file.seek(self._at + start)
@@ -60,7 +68,8 @@ class Spool:
         """The row with its new values computed."""
         origin, last = expression(source, row), row.calls[-1]
         values = self._filled(origin, source, row.source)
-        return replace(row, calls=(replace(last, args={"value": values}),), places=row.places[-1:])
+        call = replace(last, op=OPS["set"], args={"value": values}, index=None)
+        return replace(row, calls=(call,), places=row.places[-1:])
 
     def _filled(self, origin: Origin, source: Any, number: int) -> Spooled:
         if self._file is None:

@@ -181,7 +181,6 @@ def flat(x: Any, spec: Spec, what: str) -> Array:
     """The elements of a result in C order; `SpecMismatch`, which says `what`, if its shape or dtype is not as
     planned."""
     array = np.ascontiguousarray(x)
-    found = Spec(np.shape(x), array.dtype.name)
-    if found != spec:
-        raise SpecMismatch(f"{what} returned {found} where {spec} was planned")
+    if (np.shape(x), array.dtype) != (spec.shape, numpy_dtype(spec.dtype)):
+        raise SpecMismatch(f"{what} returned {Spec(np.shape(x), array.dtype.name)} where {spec} was planned")
     return array.reshape(-1)

@@ -129,10 +129,10 @@ class Proof(Paged):
         """A map of the layers and outputs, coloured by whether they agree."""
         rows = [*self.layers, *self.outputs]
         columns = [
+            Column("relative", [row.relative for row in rows]),
+            Column("difference", [row.difference for row in rows]),
             Column("source", [row.source for row in rows], "text"),
             Column("kinds", [" ◄─ ".join(row.kinds) for row in rows], "text"),
-            Column("difference", [row.difference for row in rows]),
-            Column("relative", [row.relative for row in rows]),
         ]
         groups = ["agrees" if row.agrees else "differs" for row in rows]
         names = [row.target or "output" for row in rows]

@@ -19,6 +19,7 @@ from paramend.edits.plan import call
 from paramend.edits.weights import Weights
 from paramend.errors import BadArgument, Quantized, SpecMismatch, Unsupported
 from paramend.leaves.codecs.fresh import check_scheme, codec_for, layout_of
+from paramend.leaves.codecs.ggml import WRITABLE
 from paramend.leaves.groups import groups_of
 from paramend.leaves.leaves import Group
 from paramend.leaves.origins.decoded import decoded
@@ -57,7 +58,7 @@ def quantize(
             tree in memory: dicts, a state dict; with `simulate` modules and kernels of JAX too.
         selector: the weights.
         scheme: "fp8-tensor", "fp8-channel", "fp8-block", "int8" or "int4" (as compressed-tensors packs them), "gptq",
-            "awq", "mxfp4", "nvfp4", "nf4", "fp4", "bnb-int8".
+            "awq", "mxfp4", "nvfp4", "nf4", "fp4", "bnb-int8"; "q8_0" or "q4_0", which GGUF files alone hold.
         simulate: whether the leaves stay floats, with the values that the scheme gives: what int4 in this layer costs.
         group_size: how many inputs share a scale, where the scheme leaves it open; -1 for all. int4, GPTQ and AWQ have
             128, int8 all of them.
@@ -100,7 +101,7 @@ def quantize(
         tree = leaves.edited({number: call("set", {"value": value}) for number, value in values.items()})
     else:
         tree = leaves.regrouped([new.regrouped(seen, simulate=simulate) for new in news])
-    if not simulate and scheme:
+    if not simulate and scheme and scheme not in WRITABLE:  # each leaf in blocks says itself what it is
         left = floats(leaves, [*numbers, *(each for group in seen.groups.values() for each in group.numbers)])
         named_ = modules(leaves, numbers)
         says = partial(quantised, scheme=scheme, group_size=group_size, modules=named_, floats=left)
@@ -188,7 +189,7 @@ class _New:
 
         def make(old: Sequence[Any]) -> list[Any]:
             made = [self.values("")] if simulate else self.parts()
-            return made if isinstance(old[0], Origin) else [backend(old[0]).beside(e.read(), old[0]) for e in made]
+            return made if isinstance(old[0], Origin) else [backend(old[0]).resized(e.read(), old[0]) for e in made]
 
         paths = [seen.index.paths[self.number]] if simulate else self.paths(seen)
         return Group((self.number,), tuple(map(keys, paths)), make)
@@ -227,27 +228,38 @@ def _new(seen: Weights, number: int, scheme: str, group_size: int | None, *, sim
 
 def _ruled(seen: Weights, number: int, rule: Codec) -> _New:
     """What a leaf becomes by a codec of the user's, which makes all leaves at once."""
-    spec, path = seen.spec(number), seen.index.path(number)
-    names = rule.called(seen.index.pieces(number)[-1])
-
-    def made() -> list[Any]:
-        found = encoded_by(rule, seen.read(number), [None] * len(names), path)
-        missing = [name for name in rule.leaves if name not in found]
-        if missing:
-            raise BadArgument(f"encode of {rule.name} gives no {' and no '.join(missing)} for {path}")
-        return [found[name] for name in rule.leaves]
+    spec, names = seen.spec(number), rule.called(seen.index.pieces(number)[-1])
 
     def parts() -> list[Origin]:
-        specs = [backend(each).spec(each) for each in made()]
-        return [Made(each, partial(lambda place: to_numpy(made()[place]), place)) for place, each in enumerate(specs)]
-
-    def read(dtype: str) -> Array:
-        values = decoded_by(rule, made(), path)
-        if (found := backend(values).spec(values)).shape != spec.shape:
-            raise SpecMismatch(f"decode of {rule.name} gives {found} for {path}, which is {spec}")
-        return to_numpy(backend(values).cast(values, dtype))
+        specs = [backend(each).spec(each) for each in _encoded(seen, number, rule)]
+        return [Made(each, partial(_part, seen, number, rule, place)) for place, each in enumerate(specs)]
 
     def values(dtype: str) -> Origin:
-        return Made(Spec(spec.shape, dtype or spec.dtype), lambda: read(dtype or spec.dtype))
+        each = Spec(spec.shape, dtype or spec.dtype)
+        return Made(each, partial(_decoded, seen, number, rule, each))
 
     return _New(number, rule.name, names, parts, values)
+
+
+def _encoded(seen: Weights, number: int, rule: Codec) -> list[Any]:
+    """The leaves that a codec of the user's makes of one."""
+    path = seen.index.path(number)
+    names = rule.called(seen.index.pieces(number)[-1])
+    found = encoded_by(rule, seen.read(number), [None] * len(names), path)
+    missing = [name for name in rule.leaves if name not in found]
+    if missing:
+        raise BadArgument(f"encode of {rule.name} gives no {' and no '.join(missing)} for {path}")
+    return [found[name] for name in rule.leaves]
+
+
+def _part(seen: Weights, number: int, rule: Codec, place: int) -> Array:
+    return to_numpy(_encoded(seen, number, rule)[place])
+
+
+def _decoded(seen: Weights, number: int, rule: Codec, spec: Spec) -> Array:
+    """What the leaves that it makes stand for."""
+    path = seen.index.path(number)
+    values = decoded_by(rule, _encoded(seen, number, rule), path)
+    if (found := backend(values).spec(values)).shape != spec.shape:
+        raise SpecMismatch(f"decode of {rule.name} gives {found} for {path}, which is {seen.spec(number)}")
+    return to_numpy(backend(values).cast(values, spec.dtype))

@@ -70,12 +70,14 @@ class QuantizeReport(Paged):
     def page(self) -> Page:
         """The weights as a map, with their schemes and errors."""
         columns = [
-            Column("spec", [str(row.spec) for row in self.rows], "text"),
             Column("relative L2", [row.relative_l2 for row in self.rows]),
-            Column("max", [row.max_abs for row in self.rows]),
+            Column("max abs", [row.max_abs for row in self.rows]),
+            Column("spec", [str(row.spec) for row in self.rows], "text"),
         ]
         paths, sizes = [row.path for row in self.rows], [row.spec.size for row in self.rows]
-        return Page(self.did, self.headline(), paths, sizes, columns, [row.scheme for row in self.rows], "scheme")
+        return Page(
+            f"{self.did} weights", self.headline(), paths, sizes, columns, [row.scheme for row in self.rows], "scheme"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The report as data that JSON can hold."""

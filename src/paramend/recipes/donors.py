@@ -1,5 +1,6 @@
 """Values from other files: `.npy` files and checkpoints, read only when needed."""
 
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,11 +10,12 @@ import numpy as np
 
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.checkpoint import open as open_checkpoint
+from paramend.disk.urls import Url, path_of
 from paramend.edits.quantized import check_values
 from paramend.edits.structure import moves
 from paramend.edits.weights import Weights, weighed
 from paramend.errors import BadArgument, BadCheckpoint, NoMatch, Unsupported, WrongCount
-from paramend.formats.files import open_regular
+from paramend.formats.files import open_bytes
 from paramend.leaves.leaves import Editable, Index
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.stored import Stored
@@ -30,22 +32,22 @@ class Donors:
 
     def __init__(self, folder: str | os.PathLike[str] = "", *, raw: bool = False) -> None:
         self._raw = raw
-        self._folder = Path(folder)
+        self._folder = path_of(folder)
         self._open: dict[Path, Array | Checkpoint] = {}
 
-    def place(self, name: str, tree: Any = None) -> Path:
+    def place(self, name: str | Path, tree: Any = None) -> Path:
         """Where a file is: in the folder of the recipe, or else in that of the checkpoint, as records say it."""
-        here = self._folder / name
-        return here if here.exists() or not isinstance(tree, Checkpoint) else Path(tree.path).absolute().parent / name
+        here = path_of(name) if isinstance(path_of(name), Url) else self._folder / name
+        return here if here.exists() or not isinstance(tree, Checkpoint) else tree.path.absolute().parent / name
 
     def model(self, name: str, tree: Any) -> Checkpoint:
         """A checkpoint."""
-        found = self.open(str(self.place(name, tree).absolute()))
+        found = self.open(self.place(name, tree).absolute())
         if not isinstance(found, Checkpoint):
             raise BadArgument(f"{name} holds one array, not a model", hint="source: [tuned.safetensors]")
         return found
 
-    def open(self, name: str) -> Array | Checkpoint:
+    def open(self, name: str | Path) -> Array | Checkpoint:
         path = self.place(name)
         if path not in self._open:
             self._open[path] = read_npy(path) if path.suffix == ".npy" else open_checkpoint(path, raw=self._raw)
@@ -120,10 +122,11 @@ def _share(one: Checkpoint, other: Checkpoint) -> bool:
 
 def read_npy(path: Path) -> Array:
     """The array in an `.npy` file; `BadCheckpoint` if there is none."""
-    os.close(open_regular(path))  # numpy would wait forever on a pipe
+    with open_bytes(path) as file:  # numpy would wait forever on a pipe
+        held: Any = io.BytesIO(file.read()) if isinstance(path, Url) else path
     try:
         try:
-            array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+            array: Array = np.load(held, mmap_mode=None if held is not path else "r", allow_pickle=False)
         except ValueError:  # an array without elements cannot be mapped
             array = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError, SyntaxError) as error:

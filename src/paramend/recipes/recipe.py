@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from paramend.checkpoints.checkpoint import Checkpoint
+from paramend.disk.urls import Url, path_of
 from paramend.errors import BadCheckpoint, BadRecipe, CannotRead, Problem, Unsupported
-from paramend.formats.files import open_regular
+from paramend.formats.files import open_bytes
 from paramend.formats.gathered import Gathered
 from paramend.leaves.specs import AnyTree
 from paramend.recipes.donors import Donors
@@ -99,7 +100,7 @@ class Recipe:
         >>> Recipe.load(path)
         <fix.yaml: 1 step>
         """
-        path = Path(path)
+        path = path_of(path)
         return cls._of(document_at(path), path.name, path.parent)
 
     @classmethod
@@ -157,7 +158,7 @@ class Recipe:
         if isinstance(found, Checkpoint) and isinstance(tree, Checkpoint):
             made = isinstance(tree.source, Gathered)  # of other leaves, of which the recipe says nothing
             alone = not (made or tree.plan.changed or tree.plan.deleted or tree.texts)
-            told = self._told(Path(tree.path), raw=self._raw or tree.raw) if alone else ""
+            told = self._told(path_of(tree.path), raw=self._raw or tree.raw) if alone else ""
             found = found.planned(found.plan, told).as_stored(tree.raw)
         return found  # type: ignore[no-any-return]
 
@@ -200,7 +201,10 @@ class Recipe:
         def said(name: Any) -> Any:
             if isinstance(name, list):
                 return list(map(said, name))
-            path = self._folder / name if (self._folder / name).exists() else home / name
+            path = Donors(self._folder).place(name)
+            path = path if isinstance(path, Url) or path.exists() else home / name
+            if isinstance(path, Url) or isinstance(home, Url):
+                return str(path) if isinstance(path, Url) else path.name
             near = os.path.relpath(path, home)
             return near if Path(near).parts.count("..") < 2 else path.name
 
@@ -246,7 +250,7 @@ def document_at(path: Path) -> Document:
 
 def _bytes_of(path: Path) -> bytes:
     try:
-        with os.fdopen(open_regular(path), "rb") as file:
+        with open_bytes(path) as file:
             data = file.read(MAX_BYTES + 1)
     except BadCheckpoint as error:
         raise CannotRead(str(error)) from None

@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from paramend.arrays.registry import backend, to_numpy
+from paramend.arrays import origins
+from paramend.arrays.registry import backend
 from paramend.leaves.origins.moved import join, take
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.scaled import Mean, Scaled, Term
-from paramend.leaves.origins.stored import Held
 from paramend.leaves.specs import Array
 from paramend.reports.ends import Ends
 
@@ -162,7 +162,7 @@ def _copies(origin: Origin, places: Array, axis: int) -> Origin:
 
 
 def _computed(x: Any, make: Callable[[Origin], Origin]) -> Any:
-    return backend(x).beside(make(Held(to_numpy(x))).read(), x)
+    return backend(x).resized(make(origins.made(x)).read(), x)
 
 
 def growth(

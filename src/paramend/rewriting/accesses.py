@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from paramend.disk.permissions import NEW_FILE, NEW_FOLDER, PRIVATE, Access, access_of, files_in, of_folder, reach
+from paramend.disk.urls import Url
 from paramend.edits.plan import Plan, Row
 from paramend.formats.gathered import Gathered
 from paramend.formats.registry import SUFFIXES, is_tree
@@ -59,12 +60,18 @@ class Accesses:
                 found |= set(self._read.get(id(each.source), ()))
         return found
 
-    def of_file(self, file: File) -> Access:
+    def read_for(self, file: File) -> set[Path]:
+        """The files that a file is made from."""
         read = {piece.path for piece in file.pieces if isinstance(piece, Copy)}
         read |= set() if file.origin is None else {file.origin}
         rows = {id(piece.row): piece.row for piece in file.pieces if isinstance(piece, Computed)}
         for row in rows.values():
             read |= self.read_by(row)
+        return read
+
+    def of_file(self, file: File, read: set[Path] | None = None) -> Access:
+        """The access of a file; `read` are those that it is made from, if they are known."""
+        read = self.read_for(file) if read is None else read
         return self._of(read or self._all, file.name, derived=file.origin is None)
 
     def of_all(self, name: str) -> Access:
@@ -127,6 +134,8 @@ def _files(source: Any, home: Path | None) -> _Found:
 
 
 def _status(path: Path) -> os.stat_result | None:
+    if isinstance(path, Url):  # it has no permissions
+        return None
     try:
         return path.stat()
     except OSError:

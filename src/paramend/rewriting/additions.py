@@ -1,10 +1,10 @@
 """Additions: the files of a model as they are, and further ones for leaves that come to it."""
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from paramend.disk.publishing import there
 from paramend.edits.plan import Plan, Row
 from paramend.formats.gathered import Gathered
 from paramend.formats.registry import DEFAULT
@@ -82,7 +82,7 @@ def _free_names(source: Shards, stem: str, count: int) -> list[str]:
     while True:
         end = last + count
         names = [f"{stem}-{number:05}-of-{end:05}.safetensors" for number in (1, *range(last + 1, end + 1))]
-        if not any(os.path.lexists(source.folder / name) for name in names):
+        if not any(there(source.folder / name) for name in names):
             return names
         last += 1
 

@@ -1,12 +1,13 @@
 """Configurations beside the weights: what they say of the dtype follows a cast; what they count is compared."""
 
+import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from paramend.anatomy.counts import miscounted, retyped
 from paramend.anatomy.documents import Document
 from paramend.anatomy.sections import beside
+from paramend.disk.urls import path_of
 from paramend.edits.plan import Plan
 from paramend.errors import BadCheckpoint
 from paramend.formats.jsontext import CONFIG
@@ -42,17 +43,31 @@ def followed_files(made: Plan, files: Sequence[File]) -> tuple[tuple[File, ...],
 
 def left_behind(made: Plan, source: Any) -> tuple[str, ...]:
     """What the configuration beside the weights says that does not hold for a file of these leaves alone."""
-    changed = [document for document in made.texts if document.text != document.before]
+    if any(document.own and not document.before for document in made.texts):
+        return ()
+    changed = [document for document in made.texts if document.text != document.before and not document.own]
+    own = getattr(source, "configuration", None)
+    if own is not None and not changed:
+        return tuple(_said_by(made, next((each.text for each in made.texts if each.own), own)))
     if changed:
         told = [line for document in changed for line in document.said]
         return (*told, *(f"{document.name} changes, and is not written beside a single file" for document in changed))
-    path = beside(Path(getattr(source, "path", "")))
+    path = beside(path_of(getattr(source, "path", "")))
     if not getattr(source, "stats", None) or not path.is_file():
         return ()
     files, said = followed_files(made, [File(CONFIG, path.stat().st_size, (), path)])
     if files[0].origin is None:
         said = [f"{path} is not changed, and should be: {line.removeprefix(f'{CONFIG}: ')}" for line in said]
     return tuple(said)
+
+
+def _said_by(made: Plan, text: bytes) -> list[str]:
+    """What a configuration in the file of the weights says that does not hold for them."""
+    old, new = made.leaves.index, made.index
+    if not made.restructured:
+        return []
+    found = miscounted(json.loads(text), map(old.pieces, old.numbers), map(new.pieces, new.numbers), old.layers)
+    return [line.replace(CONFIG, "its configuration", 1) for line in found]
 
 
 def _document(made: Plan, file: File) -> Document:

@@ -15,7 +15,7 @@ from paramend.rewriting.files import Copy, File, copied_file, laid, with_header,
 def overlays(made: Plan) -> bool:
     """Whether the result is a copy of the source that differs only in the bytes of some leaves."""
     source: Any = made.leaves
-    if made.restructured or not source.stats:
+    if made.restructured or not source.stats or any(each.own and each.text != each.before for each in made.texts):
         return False
     changed = [row for row in made.rows if row.calls]
     if any(row.spec != row.before for row in changed):

@@ -9,6 +9,7 @@ from paramend.disk.sharing import best_start
 from paramend.edits.plan import Plan, Row
 from paramend.formats.registry import Format, format_of
 from paramend.formats.safetensors_header import MAX_HEADER, RECORD, SafetensorsWriter, framed
+from paramend.formats.source import Tiled
 from paramend.formats.writer import Item, LeafBytes
 from paramend.leaves.leaves import keys_of
 from paramend.leaves.origins.origin import Extent, Origin
@@ -62,6 +63,12 @@ def fresh_file(made: Plan, rows: Sequence[Row], form: Format, name: str) -> File
     source = base_of(made)
     metadata = dict(source.metadata)
     own = format_of(source)
+    if form.name == "gguf":
+        from paramend.rewriting.keys import keys_of  # most programs use no GGUF files
+
+        metadata = keys_of(made)
+    elif source.format == "gguf":  # its keys are a configuration
+        metadata = {}
     if own is not None and own is not form and own.framework:
         metadata = {"format": own.framework, **metadata}  # transformers requires it
     if name:
@@ -84,7 +91,7 @@ def with_header(name: str, raw: bytes, pieces: Sequence[Piece]) -> File:
     """
     start = best_start(((copy.start, copy.stop, at) for copy, at in placed(pieces)), 8 + len(raw), step=8)
     head = framed(raw, start if start <= 8 + MAX_HEADER else 8 + len(raw))
-    return File(name, sum(map(_length, (head, *pieces))), (head, *pieces))
+    return File(name, sum(map(nbytes_in, (head, *pieces))), (head, *pieces))
 
 
 def placed(pieces: Iterable[Piece]) -> Iterator[tuple[Copy, int]]:
@@ -93,10 +100,11 @@ def placed(pieces: Iterable[Piece]) -> Iterator[tuple[Copy, int]]:
     for piece in pieces:
         if isinstance(piece, Copy):
             yield piece, at
-        at += _length(piece)
+        at += nbytes_in(piece)
 
 
-def _length(piece: Piece) -> int:
+def nbytes_in(piece: Piece) -> int:
+    """The number of bytes of a piece."""
     return len(piece) if isinstance(piece, bytes) else piece.stop - piece.start
 
 
@@ -171,6 +179,8 @@ def _span(made: Plan, row: Row, span: LeafBytes) -> list[Copy | Computed]:
 def _extents(made: Plan, row: Row) -> list[Extent] | None:
     """Where the bytes of a leaf are, including one that is set to a leaf of another file; None if computed."""
     origin = expression(made.leaves, row)
+    if isinstance(origin, Stored) and isinstance(origin.source, Tiled):
+        origin = origin.source.origin(origin.number)
     if origin.children:
         return origin.extents
     extent = origin.extent  # also of a dtype whose elements differ in width

@@ -35,4 +35,4 @@ def own_files(source: Any, *, link: bool) -> tuple[list[File], list[str]]:
 
 
 # Metadata files, which say what other files count: hard links to them could not be replaced.
-_OWN = re.compile(r"_.*|\..*|manifest\..*|zarr\.json")
+_OWN = re.compile(r"_(?!.*\.distcp).*|\..*|manifest\..*|zarr\.json")

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from paramend.disk.failures import ELSEWHERE
+from paramend.disk.urls import path_of, text_of
 from paramend.edits.plan import Plan, Row
 from paramend.errors import Unsupported
 from paramend.formats.registry import DEFAULT, Format
-from paramend.formats.shards import Shards
+from paramend.formats.source import Relabelled, Tiled
 from paramend.leaves.origins.partly import Partly
 from paramend.leaves.origins.stored import Stored
 from paramend.piecewise.rows import expression
@@ -18,7 +19,7 @@ from paramend.reports import wording
 from paramend.rewriting.additions import grown_shards
 from paramend.rewriting.arrangement import base_of, lost
 from paramend.rewriting.configurations import followed_files, left_behind
-from paramend.rewriting.copies import edited_file
+from paramend.rewriting.copies import edited_file, overlays
 from paramend.rewriting.files import File, fresh_file, nbytes_of, ordered, text_file
 from paramend.rewriting.folders import own_files, tree_within
 from paramend.rewriting.shards import largest, new_shards, parse_size, same_shards
@@ -65,12 +66,13 @@ def lay_out(
     would have the same name in the file.
     """
     source = base_of(made)
-    wish = wish_of(made, os.fspath(out), sized=max_shard_size is not None, to=to)
-    asked = [document.name for document in made.texts if document.asked]
+    wish = wish_of(made, text_of(out), sized=max_shard_size is not None, to=to)
+    kept = wish.format.name == source.format  # what its own file says of a model
+    asked = [document.name for document in made.texts if document.asked and not (document.own and kept)]
     if asked and (wish.format.folder or not wish.folder):
         raise Unsupported(
-            f"{asked[0]} is edited, and {os.fspath(out)} would hold the weights alone",
-            hint=f"a directory: {Path(out).with_suffix('')}/",
+            f"{asked[0]} is edited, and {text_of(out)} would hold the weights alone",
+            hint=f"a directory: {path_of(out).with_suffix('')}/",
         )
     if wish.format.folder:
         return _folder(made, source, wish, link=link)
@@ -80,10 +82,14 @@ def lay_out(
 
 
 def lay_in_place(made: Plan) -> tuple[list[File], list[tuple[str, str]]]:
-    """What a plan that adds leaves to its source changes in the folder of it: the files that are new there or replace
-    others, and (old name, new name) of those that get another name. `Unsupported` if leaves of the source go or move,
-    or it has no place for further files."""
+    """What a plan that adds leaves to its source, or lengthens its keys, changes in the folder of it: the files that
+    are new there or replace others, and (old name, new name) of those that get another name. `Unsupported` if leaves of
+    the source go or move, or it has no place for further files."""
     source = base_of(made)
+    if any(document.own for document in made.texts):
+        from paramend.rewriting import gguf  # most programs use no GGUF files
+
+        return gguf.in_place(made, source), []
     files = grown_shards(made, source, link=False, splits=True)
     if files is None:
         raise Unsupported(
@@ -132,7 +138,11 @@ def _is_copied(made: Plan, row: Row, form: Format) -> bool:
 
 def _folder(made: Plan, source: Any, wish: Wish, *, link: bool) -> Layout:
     """A checkpoint that is a directory: a copy with other values, or a new one if leaves get other names or specs."""
+    if wish.again and isinstance(source, Relabelled) and not any(each.calls for each in made.rows):
+        return _relabelled(made, source, wish, link=link)
     fresh = not wish.again or made.restructured or any(each.spec != each.before for each in made.rows)
+    tiles = isinstance(source, Tiled)  # all its files are known
+    fresh = fresh or tiles
     more = sum(nbytes_of(made, each) for each in made.rows if fresh or each.calls)
     if fresh:
         _check(made, wish.format)
@@ -142,14 +152,38 @@ def _folder(made: Plan, source: Any, wish: Wish, *, link: bool) -> Layout:
     inner = tree_within(source)
     tree = "" if inner == Path() else inner.as_posix()
     if fresh:
-        files = [file for file in files if tree and not file.name.startswith(f"{tree}/")]
+        files = [file for file in files if file.origin not in source.stats and (tiles or _is_outside(file, tree))]
     return Layout(tuple(files), True, wish.format, tuple(left_out), tree, fresh, more)
+
+
+def _is_outside(file: File, tree: str) -> bool:
+    return bool(tree) and not file.name.startswith(f"{tree}/")
+
+
+def _relabelled(made: Plan, source: Any, wish: Wish, *, link: bool) -> Layout:
+    """A copy whose leaves get other names, or go, by another file of metadata; files of nothing but what goes, go."""
+    _check(made, wish.format)
+    files, left_out = own_files(source, link=link)
+    stays = {row.source for row in made.rows}
+    kept = {each.source.path for number in stays for each in source.tiles(number)}
+    gone = {each.source.path for row in made.deleted for each in source.tiles(row.source)} - kept - source.objects
+    table, _, text = source.relabelled({row.source: made.name(row) for row in made.rows})
+    files = [file for file in files if file.origin != table and file.origin not in gone]
+    return Layout((*files, text_file(table.name, text)), True, wish.format, tuple(left_out))
 
 
 def _again(made: Plan, source: Any, wish: Wish, *, link: bool) -> Layout:
     """The files of the source, each with its remaining leaves."""
-    if wish.format is DEFAULT:
+    if wish.format is DEFAULT or wish.format.name == "gguf":
         _check(made, wish.format)
+    if wish.format.name == "gguf" and wish.folder:
+        from paramend.rewriting import gguf  # most programs use no GGUF files
+
+        files = gguf.same_parts(made, source, link=link)
+        return Layout(tuple(files), True, wish.format, said=left_behind(made, source))
+    if wish.format.name == "gguf" and not overlays(made):
+        file = fresh_file(made, made.rows, wish.format, "")
+        return Layout((file,), False, wish.format, said=left_behind(made, source))
     if not wish.folder:
         rows = [(row.source, row) for row in made.rows]
         file = edited_file(made, source, rows, "", link=link)
@@ -160,8 +194,10 @@ def _again(made: Plan, source: Any, wish: Wish, *, link: bool) -> Layout:
 
 def _beside(made: Plan, source: Any) -> tuple[Sequence[File], list[str], tuple[str, ...]]:
     """The files beside the weights, what is left out, and what is to be said of them."""
-    files, left_out, weights = sidecars(source) if isinstance(source, Shards) else ([], [], [])
-    changed = {document.name: document.text for document in made.texts}
+    files, left_out, weights = (
+        sidecars(source) if hasattr(source, "shard_index") and source.format != "gguf" else ([], [], [])
+    )
+    changed = {document.name: document.text for document in made.texts if not document.own}
     files = [file for file in files if file.name not in changed]
     files += [text_file(name, text) for name, text in changed.items() if text]
     left_out += [f"{name} (no longer true)" for name, text in changed.items() if not text]

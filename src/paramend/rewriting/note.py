@@ -1,7 +1,6 @@
 """`Note`: the record of a rewrite, made while the output is written."""
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -14,8 +13,9 @@ from typing import Any
 from paramend.disk.failures import reason
 from paramend.disk.io import put, release
 from paramend.disk.permissions import create_file, settle
-from paramend.disk.publishing import is_other, look, published, spare
-from paramend.edits.plan import Plan, Row
+from paramend.disk.publishing import is_other, look, published, spare, there
+from paramend.disk.urls import Url
+from paramend.edits.plan import Plan
 from paramend.errors import BadCheckpoint, CannotRead, CannotWrite, Unsupported
 from paramend.formats.gathered import Gathered
 from paramend.formats.registry import open_source
@@ -27,6 +27,7 @@ from paramend.leaves.origins.texts import quoted, shortened
 from paramend.piecewise.rows import expression
 from paramend.rewriting.accesses import Accesses
 from paramend.rewriting.arrangement import base_of
+from paramend.rewriting.digests import Digests
 from paramend.rewriting.files import Copy, with_header
 from paramend.rewriting.layouts import Layout
 from paramend.rewriting.provenance import (
@@ -59,8 +60,8 @@ class Note:
         new record. `BadCheckpoint` if the record of the source, which the new one contains, is damaged."""
         self._made, self._out = made, out
         self._where = "folder" if layout.folder else "header" if layout.format.name == "safetensors" else "beside"
-        self._digests: dict[int, str] = {}
         self._touched: dict[int, tuple[str, str, str]] = {}
+        self.digests = Digests()
         self._record: EditRecord | None = None
         self._head = b""
         self._aside: Path | None = None
@@ -81,7 +82,7 @@ class Note:
         """The record of the source, if it is not copied with the files; None if there is nothing to write."""
         place = sidecar(base)
         held = getattr(base, "metadata", {}).get(RECORD)
-        filed = place is not None and os.path.lexists(place)
+        filed = place is not None and there(place)
         if not filed and (held is None or self._where == "header"):
             return None
         if self._where == "folder" and any(file.name == FILE for file in self.layout.files):
@@ -97,6 +98,7 @@ class Note:
 
         before = record_of(base)
         self._touched = dict(_touched(self._made, _Texts(base)))
+        self.digests = Digests(self._touched)
         leaves = self._made.by_number
         self._record = EditRecord(
             paramend=version("paramend"),
@@ -145,18 +147,10 @@ class Note:
             )
         return raw
 
-    def taking(self, row: Row, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
-        """The bytes of a leaf on their way into the output, hashed if the record contains the leaf."""
-        if row.source not in self._touched:
-            return pieces
-        return self._hashed(row, pieces)
-
-    def _hashed(self, row: Row, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
-        digest = hashlib.sha256()
-        for piece in pieces:
-            digest.update(piece)
-            yield piece
-        self._digests[row.source] = digest.hexdigest()
+    @property
+    def seals(self) -> bool:
+        """Whether the record goes into the header when all leaves have been written."""
+        return self._where == "header" and self._record is not None
 
     def finish(self, temporary: Path, accesses: Accesses) -> None:
         """Write the record into the output: a directory, or the header of a file."""
@@ -177,7 +171,7 @@ class Note:
     def _complete(self, temporary: Path) -> None:
         """Fill in the digests, including those of bytes that were not hashed on their way."""
         assert self._record is not None
-        found = self._digests
+        found = self.digests.found
         by_number = self._made.by_number
         for number in [number for number in self._touched if number not in found]:
             row = by_number[number]
@@ -227,8 +221,11 @@ class Note:
 
     def clear(self) -> None:
         """Put the record beside a file that is about to be replaced aside: no file ever has another's record."""
-        if self._where == "beside" and os.path.lexists(self._out) and os.path.lexists(beside(self._out)):
-            self._aside = beside(self._out).rename(spare(self._out))
+        if self._where == "beside" and there(self._out) and there(beside(self._out)):
+            if isinstance(self._out, Url):  # where nothing can be renamed in one step
+                beside(self._out).unlink()
+            else:
+                self._aside = beside(self._out).rename(spare(self._out))
 
     def _publish(self, accesses: Accesses) -> None:
         if self._aside is not None:
@@ -251,7 +248,7 @@ def _put(path: Path, data: bytes) -> None:
 
 def _name_of(source: Any) -> str:
     """The name of a checkpoint in a record, without folders of this machine."""
-    path = source.folder if isinstance(source, Shards) else Path(source.path)
+    path = source.folder if isinstance(source, Shards) else source.path
     return str((path.name or path.resolve().name).encode("utf-8", "replace").decode())
 
 
@@ -260,7 +257,7 @@ class _Texts:
 
     def __init__(self, base: Any) -> None:
         self._base, self._room = base, MAX_TEXT
-        self._files = {Path(base.path).resolve(): ""}
+        self._files = {base.path.resolve(): ""}
 
     def of(self, origin: Origin) -> str:
         """The expression of a leaf; "" if it does not say all, is a leaf of the source, or there is no room for it."""
@@ -275,7 +272,7 @@ class _Texts:
     def named(self, leaf: Origin) -> str:
         if not isinstance(leaf, Stored):
             return leaf.says
-        place, name = Path(leaf.source.path).resolve(), quoted(leaf.source.index.name(leaf.number))
+        place, name = leaf.source.path.resolve(), quoted(leaf.source.index.name(leaf.number))
         if place not in self._files:
             own, known = _name_of(leaf.source), {_name_of(self._base), *self._files.values()}
             names = (own, *(f"{own}#{number}" for number in range(2, len(known) + 2)))

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from paramend.disk.failures import check_room, reason
-from paramend.disk.publishing import exists
+from paramend.disk.publishing import exists, there, unpublished
 from paramend.disk.sharing import BLOCK, share, shareable
+from paramend.disk.uploads import check_writable
+from paramend.disk.urls import Url, path_of
 from paramend.edits.plan import Plan
-from paramend.errors import CannotWrite
+from paramend.errors import CannotRead, CannotWrite, Unsupported
 from paramend.formats.registry import SUFFIXES, find_format, home_of
 from paramend.reports import wording
 from paramend.rewriting.files import placed, sources
@@ -21,40 +23,55 @@ from paramend.rewriting.layouts import Layout, lay_out
 from paramend.rewriting.wishes import How
 
 
-def check_output(made: Plan, out: str | os.PathLike[str], *, force: bool = False, **how: Unpack[How]) -> Layout:
-    """The files that a rewrite will make, after all checks that are possible before anything is written."""
+def check_output(
+    made: Plan, out: str | os.PathLike[str], *, force: bool = False, resume: bool = False, **how: Unpack[How]
+) -> Layout:
+    """The files that a rewrite will make, after all checks that are possible before anything is written. If it is to
+    `resume`, what an earlier run left needs no more room."""
     layout = lay_out(made, out, **how)
     source: Any = made.leaves
-    out = Path(out)
+    out = path_of(out)
+    if isinstance(out, Url):
+        check_writable(out)
+        if resume:
+            raise Unsupported(f"{out}: what is begun in a remote store is not taken up again", hint="without --resume")
+        if layout.format.folder:
+            raise Unsupported(
+                f"{out}: {layout.format.says} are written by their own library, onto this machine",
+                hint="-o with a path, then copy the directory into the store",
+            )
     found = _look(out)
     if found is not None:
         _check_other(out, found, sources(made), folder=layout.folder)
         if layout.folder and not stat.S_ISDIR(found.st_mode):
             raise CannotWrite(f"{out} is a file, but the model needs a directory", hint="write to another name")
         if not layout.folder and stat.S_ISDIR(found.st_mode):
-            raise CannotWrite(f"{out} is a directory", hint=f"{out / (Path(source.path).name or 'model.safetensors')}")
+            raise CannotWrite(f"{out} is a directory", hint=f"{out / (source.path.name or 'model.safetensors')}")
         if not layout.folder and not stat.S_ISREG(found.st_mode):
             raise CannotWrite(f"{out} is not a regular file (it is a pipe, a device or a socket)")
-    if os.path.lexists(out) and not force:
+    if there(out) and not force:
         raise exists(out)
     if layout.folder and found is not None:
         _check_replaceable(out)
+    if isinstance(out, Url):
+        return layout
     folder = out.parent
     if not folder.is_dir():
-        what = "is not a directory" if os.path.lexists(folder) else "does not exist"
-        raise CannotWrite(f"{out}: {folder} {what}", hint="" if os.path.lexists(folder) else f"mkdir -p {folder}")
+        what = "is not a directory" if there(folder) else "does not exist"
+        raise CannotWrite(f"{out}: {folder} {what}", hint="" if there(folder) else f"mkdir -p {folder}")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise CannotWrite(f"{out}: no permission to write into {folder}", hint=f"ls -ld {folder}")
+    held = sum(map(_allocated, unpublished(out))) if resume else 0
     try:
-        check_room(folder, layout.nbytes, str(out))
+        check_room(folder, layout.nbytes - held, str(out))
     except CannotWrite:
-        check_room(folder, layout.nbytes - _shared(folder, layout), str(out))
+        check_room(folder, layout.nbytes - held - _shared(folder, layout), str(out))
     return layout
 
 
 def _check_other(out: Path, found: os.stat_result, sources: Sequence[Any], *, folder: bool) -> None:
     """Raise for an output that is a source, a part of it, or a directory around the first source."""
-    home = Path(sources[0].path)
+    home = path_of(sources[0].path)
     paths = {home, *(path for source in sources for path in source.stats)}
     for path in paths:
         now = _look(path)
@@ -98,10 +115,17 @@ def _shared(folder: Path, layout: Layout) -> int:
     return total
 
 
+def _allocated(path: Path) -> int:
+    """The bytes that a file, or the files in a folder, take on the disk."""
+    return sum(each.lstat().st_blocks * 512 for each in (path, *path.rglob("*")))
+
+
 def _look(path: Path) -> os.stat_result | None:
     try:
         return path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except CannotRead:  # a store that does not answer
+        raise
     except OSError as error:
         raise CannotWrite(f"{path}: {reason(error)}") from None

@@ -32,8 +32,10 @@ from pathlib import Path
 from typing import Any
 
 from paramend.anatomy.documents import Change
+from paramend.disk.publishing import there
+from paramend.disk.urls import path_of
 from paramend.errors import Unsupported
-from paramend.formats.files import open_regular
+from paramend.formats.files import open_bytes
 from paramend.formats.jsontext import bad, json_type, parse_object
 from paramend.formats.limits import shown
 from paramend.formats.registry import format_of, open_source
@@ -181,7 +183,7 @@ def record(path: str | os.PathLike[str]) -> EditRecord | None:
 def record_of(source: Any) -> EditRecord | None:
     """The record of an opened checkpoint; None if it carries none, `BadCheckpoint` if it is damaged."""
     text, place = text_of(source), sidecar(source)
-    file = str(place if place is not None and os.path.lexists(place) else source.path)
+    file = str(place if place is not None and there(place) else source.path)
     return None if text is None else parse(text, file)
 
 
@@ -197,7 +199,7 @@ def sidecar(source: Any) -> Path | None:
     row = format_of(source)
     if row is None or isinstance(source, SafetensorsFile):
         return None
-    return Path(source.path) / FILE if row.folder else beside(Path(source.path))
+    return path_of(source.path) / FILE if row.folder else beside(path_of(source.path))
 
 
 def beside(path: Path) -> Path:
@@ -208,8 +210,8 @@ def beside(path: Path) -> Path:
 def text_of(source: Any) -> bytes | None:
     """The text of the record of an opened checkpoint; None if it carries none, `BadCheckpoint` if it is too long."""
     place = sidecar(source)
-    if place is not None and os.path.lexists(place):
-        with os.fdopen(open_regular(place), "rb") as file:
+    if place is not None and there(place):
+        with open_bytes(place) as file:
             text = file.read(MAX_BYTES + 1)
         if len(text) > MAX_BYTES:
             raise bad(str(place), "record", f"more than {MAX_BYTES:,} bytes are too many")

@@ -7,22 +7,21 @@ the new one, never a third.
 
 import os
 import stat
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
-from paramend.disk.copying import WINDOW, Copier, WriteBack
-from paramend.disk.identity import changed, check_still, check_unchanged
-from paramend.disk.io import put, release
+from paramend.disk.identity import check_still, check_unchanged
+from paramend.disk.io import put, release, writing
 from paramend.disk.permissions import Access, create_file, settle
-from paramend.disk.publishing import published, sync_file
+from paramend.disk.publishing import look, published, sync_file
+from paramend.disk.uploads import Staging
+from paramend.disk.urls import path_of
 from paramend.edits.outcome import Outcome
 from paramend.edits.plan import Plan, Row
-from paramend.errors import CannotRead
-from paramend.formats.registry import DEFAULT, format_for
-from paramend.journal.store import records_of, retiring
+from paramend.formats.registry import DEFAULT, SUFFIXES, format_for
+from paramend.journal.store import retiring
 from paramend.leaves.nested import unexhausted
 from paramend.leaves.origins.origin import Extent
 from paramend.piecewise.changes import Works
@@ -32,16 +31,15 @@ from paramend.reports import wording
 from paramend.reports.progress import Meter, Progress
 from paramend.rewriting.accesses import Accesses
 from paramend.rewriting.arrangement import arranged, base_of
-from paramend.rewriting.files import Computed, File, items_of, sources
+from paramend.rewriting.crews import ALONE, Crew, carried_out
+from paramend.rewriting.files import File, items_of
+from paramend.rewriting.filling import Filler
+from paramend.rewriting.jobs import Done, Job, Order, Task, jobs_of, learn
 from paramend.rewriting.layouts import Layout
+from paramend.rewriting.manifest import Manifest
 from paramend.rewriting.note import Note
 from paramend.rewriting.output import check_output
 from paramend.rewriting.wishes import How
-
-# Shorter runs of zero bytes are written; longer ones become holes in the file, which read the same.
-_HOLE = 1 << 20
-# Systems limit a process to a few hundred open files; the largest models have more.
-_OPEN = 64
 
 
 @dataclass(frozen=True, repr=False)
@@ -120,37 +118,47 @@ def write(
     force: bool = False,
     record: str | None = None,
     progress: Progress | None = None,
+    crew: Crew = ALONE,
     **how: Unpack[How],
 ) -> RewriteReport:
     """Write a plan for an opened checkpoint into a new one, and report what was written: see `Checkpoint.save`.
     `record` is the recipe of the plan, or "", if the output carries a record. If it raises, nothing was written."""
-    layout = check_output(made, out, force=force, **how)
-    out = Path(out)
-    note = Note(made, out, layout, record)
+    crew.check()
+    layout = check_output(made, out, force=force, resume=crew.resume, **how)
+    out = path_of(out)
+    asked, note = layout, Note(made, out, layout, record)
     layout = note.layout
     run = _Run(made, out, progress, layout, note)
     names: tuple[str, ...] = ()
+    # A directory of a format whose writer fills it is one job, of this process.
+    manifest = None if crew.alone or layout.format.folder else Manifest.of(made, out, asked, layout, record)
     try:
         access = run.accesses.of_folder() if layout.folder else run.accesses.of_file(layout.files[0])
-        publishing = published(out, force=force, access=access, folder=layout.folder)
+        resumes = manifest.takes_up if crew.resume and manifest is not None else None
+        publishing = published(out, force=force, access=access, folder=layout.folder, resumes=resumes)
         with retiring(out), note.beside(run.accesses), publishing as temporary:
             if layout.format.folder:
                 run.fill(temporary / layout.tree)
-            for file in layout.files:
+            if manifest is not None:
+                run.make_by(crew, manifest, temporary)
+            for file in layout.files if manifest is None else ():
                 if not layout.format.folder or not (temporary / file.name).exists():
                     run.make(file, temporary / file.name if layout.folder else temporary)
             note.finish(temporary, run.accesses)
             run.inputs.check()
             if layout.folder:
                 made_files = (path for path in temporary.rglob("*") if path.is_file())
-                names = tuple(sorted(path.relative_to(temporary).as_posix() for path in made_files))
+                sent = temporary.upload.sent if isinstance(temporary, Staging) and temporary.upload else ()
+                names = tuple(sorted({*sent, *(path.relative_to(temporary).as_posix() for path in made_files)}))
                 for inner in (inner for inner in temporary.rglob("*") if inner.is_dir()):
                     settle(inner, run.accesses.of_folder(inner.relative_to(temporary).as_posix()))
             note.clear()
     finally:
         run.inputs.close()
-    path = str(Path(getattr(made.leaves, "path", "")))
-    counts = run.copied, run.computed, run.linked, run.copier.shared
+        if manifest is not None:
+            manifest.close()
+    path = str(path_of(getattr(made.leaves, "path", "")))
+    counts = run.filler.copied, run.filler.computed, run.linked, run.filler.copier.shared
     return RewriteReport(
         path, str(out), made, *counts, names, layout.left_out, note.name, layout.said, layout.format.name
     )
@@ -168,75 +176,83 @@ def stage(made: Plan, files: Sequence[File], home: Path, folder: Path, progress:
         run.inputs.close()
 
 
-class _Inputs:
-    """The files that are read, by path: opened once, and checked again at the end."""
-
-    def __init__(self, sources: Iterable[Any]) -> None:
-        self.seen: dict[Path, os.stat_result] = {}
-        for source in sources:
-            self.seen |= source.stats
-        self.touched: set[Path] = set()
-        self._records = records_of(self.seen, refuses=True)
-        self._open: OrderedDict[Path, int] = OrderedDict()
-
-    def descriptor(self, path: Path) -> int:
-        if path not in self._open:
-            try:
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise CannotRead(f"{path}: {error.strerror or error}") from None
-            self._open[path] = descriptor
-            now = os.fstat(descriptor)
-            check_unchanged(path, self.seen.setdefault(path, now), now)
-            self.touched.add(path)
-            if len(self._open) > _OPEN:
-                release(self._open.popitem(last=False)[1])
-        self._open.move_to_end(path)
-        return self._open[path]
-
-    def check(self) -> None:
-        if records_of(self.seen) != self._records:  # a patch, which times alone may not show
-            raise changed(next(iter(self.seen)))
-        for path in self.touched:
-            try:
-                now = os.fstat(self._open[path]) if path in self._open else path.stat()
-            except OSError:
-                raise changed(path) from None
-            check_unchanged(path, self.seen.get(path, now), now)
-
-    def close(self) -> None:
-        while self._open:
-            release(self._open.popitem()[1])
-
-
 class _Run:
     def __init__(self, made: Plan, out: Path, progress: Progress | None, layout: Layout, note: Note) -> None:
-        self.made = made
-        self.note = note
-        self.layout = layout
+        self.made, self.out = made, out
+        self.layout, self.note = layout, note
         self.source: Any = made.leaves
-        self.inputs = _Inputs(sources(made))
+        self.meter = Meter(progress, layout.nbytes)
+        self.filler = Filler(made, note.digests, self.meter)
+        self.inputs = self.filler.inputs
         self.accesses = Accesses(made, out, folder=layout.folder)
         self.inputs.seen = {**self.accesses.read, **self.inputs.seen}
-        self.copier = Copier()
-        self.copied = self.computed = self.linked = 0
-        self.meter = Meter(progress, layout.nbytes)
+        self.linked = 0
 
     def make(self, file: File, path: Path) -> None:
         if "/" in file.name:
             path.parent.mkdir(parents=True, exist_ok=True)
-        access = self.accesses.of_file(file)
+        read = self.accesses.read_for(file)
+        access = self.accesses.of_file(file, read)
         if file.link and file.origin is not None and self._link(file.origin, path, access):
             self.linked += file.nbytes
             return
-        target = os.open(path, os.O_WRONLY | os.O_CLOEXEC) if not file.name else create_file(path, access)
+        self.inputs.touched |= read
+        if isinstance(path, Staging) and path.name.endswith(SUFFIXES) and not file.patched and not self.note.seals:
+            with path.streamed(file.nbytes) as target:
+                self.filler.fill(file.pieces, target)
+            return
+        target = create_file(path, access) if file.name else os.open(path, os.O_WRONLY | os.O_CLOEXEC)
         try:
-            self._write_pieces(file, target, path)
-            if file.name:
-                settle(target, access)
-            os.fsync(target)
+            self.filler.fill(file.pieces, target)
+            os.ftruncate(target, file.nbytes)  # the last leaf may have been left out as a hole
+            _complete(file, target, path, access)
         finally:
             release(target)
+
+    def make_by(self, crew: Crew, manifest: Manifest, temporary: Path) -> None:
+        """Make all files job by job, but for what was done before."""
+        manifest.begin(temporary)
+        begun: list[tuple[File, Path, Access]] = []
+        jobs: list[Job] = []
+        tasks: list[Task] = []
+        for file in self.layout.files:
+            path = temporary / file.name if self.layout.folder else temporary
+            path.parent.mkdir(parents=True, exist_ok=True)
+            read = self.accesses.read_for(file)
+            access = self.accesses.of_file(file, read)
+            if file.link and file.origin is not None:
+                path.unlink(missing_ok=True)
+                if self._link(file.origin, path, access):
+                    self.linked += file.nbytes
+                    continue
+            self.inputs.touched |= read
+            parts = jobs_of(self.made, file)
+            fresh = _begin(file, path, access, known=any(map(manifest.known, parts)))
+            for number, job in enumerate(parts, len(jobs)):
+                done = None if fresh else manifest.known(job)
+                tasks.append(Task(number, "" if done is None else done.sha256, fresh))
+            jobs += parts
+            begun.append((file, path, access))
+        if self.layout.folder:
+            _drop_others(temporary, {file.name for file in self.layout.files})
+        order = Order.of(self.made, jobs, self.filler.digests.wanted, temporary, far=crew.engine != "processes")
+        for job, done in carried_out(order, tasks, crew, manifest, self.out):
+            self._enter(job, done)
+        for file, path, access in begun:
+            with writing(path) as target:
+                _complete(file, target, path, access)
+
+    def _enter(self, job: Job, done: Done) -> None:
+        """Take over what is known of a job that is done."""
+        self.filler.copied += done.copied
+        self.filler.computed += done.computed
+        self.filler.copier.shared += done.shared
+        self.filler.digests.found |= done.leaves
+        rows = job.rows
+        for row in rows:
+            if row.source in done.measured:
+                learn(row, done.measured[row.source])
+        self.meter.advance(job.stop - job.start, rows[-1].path if rows else "")
 
     def fill(self, folder: Path) -> None:
         """Write the tree of a checkpoint that is a directory, or the changed chunks of a copied one."""
@@ -249,8 +265,9 @@ class _Run:
         else:
             works, some = Works(), (row for row in self.made.rows if row.calls and row.spec.size)
             work = [works.of(row, laid_flat(self.source, row)) for row in some]
-            restage(self.source, [each for each in work if len(each.ranges)], folder, self.meter)
-            self.computed += sum(each.row.spec.nbytes for each in work)
+            if work:
+                restage(self.source, [each for each in work if len(each.ranges)], folder, self.meter)
+            self.filler.computed += sum(each.row.spec.nbytes for each in work)
             check_still(self.source.stats)
         for path in folder.rglob("*"):
             if path.is_file():
@@ -269,72 +286,49 @@ class _Run:
         self.inputs.touched.add(origin)
         return True
 
-    def _write_pieces(self, file: File, target: int, path: Path) -> None:
-        back = WriteBack(target)
-        flow = _Flow(self.source, self.note)
-        for piece in file.pieces:
-            name = ""
-            if isinstance(piece, bytes):
-                counts: Iterable[int] = [put(target, piece)]
-            elif isinstance(piece, Computed):
-                self.inputs.touched |= self.accesses.read_by(piece.row)
-                counts, name = flow.put(piece, target), piece.row.path
-                self.computed += piece.stop - piece.start
-            else:
-                descriptor = self.inputs.descriptor(piece.path)
-                counts = self.copier.copy(descriptor, target, piece.start, piece.stop, path=piece.path)
-                self.copied += piece.stop - piece.start
-            for count in counts:
-                back.advance(count)
-                self.meter.advance(count, name)
-        os.ftruncate(target, file.nbytes)  # the last leaf may have been left out as a hole
-        if file.patched:
-            assert file.reopen is not None
-            with file.reopen(path) as new:
-                for _, at, data in new.after_patch([Extent(path, start, stop - start) for start, stop in file.patched]):
-                    put(target, data, at)
-
     def _data(self, row: Row) -> Iterator[memoryview]:
         """The bytes of a leaf for a format that writes directories."""
         self.inputs.touched |= self.accesses.read_by(row)
-        for piece in self.note.taking(row, data(expression(self.source, row))):
+        for piece in self.filler.digests.taking(row, data(expression(self.source, row))):
             yield piece
             self.meter.advance(len(piece), row.path)
             if row.calls:
-                self.computed += len(piece)
+                self.filler.computed += len(piece)
             else:
-                self.copied += len(piece)
+                self.filler.copied += len(piece)
 
 
-class _Flow:
-    """The bytes of computed leaves, which a format may want span by span."""
-
-    def __init__(self, source: Any, note: Note) -> None:
-        self._source, self._note = source, note
-        self._row: Row | None = None
-        self._chunks: Iterator[memoryview] = iter(())
-        self._rest = memoryview(b"")
-
-    def put(self, piece: Computed, target: int) -> Iterator[int]:
-        """Write a span and yield the number of bytes of each step. The spans of a leaf come first to last."""
-        row, left = piece.row, piece.stop - piece.start
-        last = row.calls[-1] if row.calls else None
-        hole = last is not None and last.op.name == "zero" and last.index is None and row.spec.nbytes >= _HOLE
-        if self._row is not row or not piece.start:
-            chunks = _blank(row.spec.nbytes) if hole else data(expression(self._source, row))
-            self._row, self._chunks, self._rest = row, self._note.taking(row, chunks), memoryview(b"")
-        while left:
-            self._rest = self._rest if len(self._rest) else next(self._chunks)
-            count = min(left, len(self._rest))
-            yield os.lseek(target, count, os.SEEK_CUR) and count if hole else put(target, self._rest[:count])
-            self._rest = self._rest[count:] if count < len(self._rest) else memoryview(b"")  # which frees a tile
-            left -= count
-        if piece.stop == row.spec.nbytes:
-            next(self._chunks, None)  # its end confirms that all was taken
+def _begin(file: File, path: Path, access: Access, *, known: bool) -> bool:
+    """Make a file in its full length, unless it is there and some of its content is known. Whether it is empty."""
+    status = look(path)
+    kept = known and status is not None and stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+    if file.name and not kept:
+        path.unlink(missing_ok=True)
+        release(create_file(path, access))
+    else:
+        settle(path, replace(access, mode=access.mode | 0o600))
+    with writing(path) as target:
+        if not kept:
+            os.ftruncate(target, 0)
+        os.ftruncate(target, file.nbytes)
+    return not kept
 
 
-def _blank(nbytes: int) -> Iterator[memoryview]:
-    """Zeros, which take no memory until they are read."""
-    window = memoryview(bytes(min(nbytes, WINDOW)))
-    for at in range(0, nbytes, WINDOW):
-        yield window[: nbytes - at]
+def _complete(file: File, target: int, path: Path, access: Access) -> None:
+    """Correct the checksums of a file that is otherwise whole, and make it durable."""
+    if file.patched:
+        assert file.reopen is not None
+        with file.reopen(path) as new:
+            places = [Extent(path, start, stop - start) for start, stop in file.patched]
+            for _, at, data in list(new.after_patch(places)):  # which takes long, and to write them does not
+                put(target, data, at)
+    if file.name:
+        settle(target, access)
+    os.fsync(target)
+
+
+def _drop_others(folder: Path, names: Set[str]) -> None:
+    """Remove files of an earlier run that are not among those to make."""
+    for path in folder.rglob("*"):
+        if not path.is_dir() and path.relative_to(folder).as_posix() not in names:
+            path.unlink()

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from paramend.edits.plan import Plan, Row
@@ -90,8 +89,8 @@ _NAMED = re.compile(
 
 def stem_of(source: Any) -> str:
     """The name of new weight files without numbers and suffix: that of the source, where readers look for it."""
-    files = [file.path for file in source.files] if isinstance(source, Shards) else [Path(getattr(source, "path", ""))]
-    found = {_stem_in(path.name) for path in files}
+    files = source.files if isinstance(source, Shards) else [source]
+    found = {_stem_in(getattr(getattr(file, "path", None), "name", "")) for file in files}
     stem = found.pop() if len(found) == 1 else "model"
     return stem if isinstance(source, Shards) or stem.startswith(_READ) else "model"
 

@@ -5,6 +5,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from paramend.disk.urls import unanswered
 from paramend.formats.index import is_index
 from paramend.formats.registry import FOREIGN_WEIGHTS, SUFFIXES
 from paramend.formats.shards import Shards
@@ -64,7 +65,9 @@ def walked(home: Path, name: str, *, hidden: bool) -> Iterator[tuple[str, File |
             yield name, "a symbolic link"
             return
         status = path.stat()
-    except OSError:
+    except OSError as error:
+        if unanswered(error):
+            raise
         yield name, "it cannot be read"
         return
     if stat.S_ISDIR(status.st_mode) and not linked:

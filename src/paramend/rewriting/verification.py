@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+from paramend.disk.urls import path_of
 from paramend.errors import BadArgument, CannotRead, ParamendError, SpecMismatch, UnexpectedChange
 from paramend.formats.jsontext import bad
 from paramend.formats.registry import open_source
@@ -89,7 +90,7 @@ def verified(path: PathLike, sources: Places | None, *, progress: Progress | Non
             )
         leaves, find = record.standing, _finder(source)
         found = Verified(list(leaves), [], {})
-        origins = _Sources(Path(path), sources or (), stack).origins(record, found.lacking)
+        origins = _Sources(path_of(path), sources or (), stack).origins(record, found.lacking)
         for name, gone in found.lacking.items() if sources is not None else ():
             raise CannotRead(lacks(name, gone), hint=f'sources={{"{name}": path}}, or --source PATH')
         there = {name: find(name) for name in leaves}
@@ -108,7 +109,7 @@ def verified(path: PathLike, sources: Places | None, *, progress: Progress | Non
             elif origin is not None:
                 found.remade.append(name)
     if changes:
-        raise _not_as_written(Path(path), changes, len(leaves))
+        raise _not_as_written(path_of(path), changes, len(leaves))
     return found
 
 
@@ -150,7 +151,7 @@ class _Sources:
     def __init__(self, path: Path, given: Places, stack: contextlib.ExitStack) -> None:
         self._path, self._stack = path, stack
         given = [given] if isinstance(given, str | os.PathLike) else given
-        self._given = dict(given) if isinstance(given, Mapping) else {Path(each).name: each for each in given}
+        self._given = dict(given) if isinstance(given, Mapping) else {path_of(each).name: each for each in given}
         self._open: dict[str, tuple[Any, Callable[[str], int | None]]] = {}
 
     def origins(self, record: EditRecord, lacking: dict[str, list[str]]) -> dict[str, Origin]:
@@ -189,7 +190,7 @@ class _Sources:
         return origin
 
     def _opened(self, name: str) -> tuple[Any, Callable[[str], int | None]]:
-        place = Path(self._given.get(name, self._path.absolute().parent / name))
+        place = path_of(self._given.get(name, self._path.absolute().parent / name))
         try:
             if name not in self._given and (place.name != name or not place.exists() or place.samefile(self._path)):
                 raise _Gone(name)

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
+from paramend.disk.urls import path_of
 from paramend.edits.plan import Plan
 from paramend.errors import BadArgument, Unsupported
 from paramend.formats.registry import (
@@ -18,6 +19,7 @@ from paramend.formats.registry import (
     writable,
 )
 from paramend.formats.shards import Shards
+from paramend.formats.source import Tiled
 from paramend.reports import wording
 from paramend.rewriting.arrangement import base_of
 from paramend.rewriting.copies import overlays
@@ -51,7 +53,8 @@ def wish_of(made: Plan, out: str, *, sized: bool, to: str | None = None) -> Wish
     source. `BadArgument` if the suffix is mistyped, `Unsupported` if such files cannot be written.
     """
     source = base_of(made)
-    own, named, several = format_of(source), format_for(Path(out)), isinstance(source, Shards)
+    own, named, tiled = format_of(source), format_for(path_of(out)), isinstance(source, Tiled)
+    several = isinstance(source, Shards) or tiled
     slash = out.endswith(os.sep)
     if named is None and not slash and not sized and not to:
         _check_suffix(out, strict=own is None, needed=to is not None)
@@ -74,11 +77,16 @@ def wish_of(made: Plan, out: str, *, sized: bool, to: str | None = None) -> Wish
             return Wish(own, True, source is made.leaves)
         form, folder = own or DEFAULT, several
     else:
-        form, folder = (DEFAULT, True) if slash or sized or named is None else (named, False)
-    again = not sized and form is own and folder == several and source is made.leaves
+        parts = own if several and own is not None and own.name == "gguf" and not sized else DEFAULT
+        form, folder = (parts, True) if slash or sized or named is None else (named, False)
+    again = not sized and not tiled and form is own and folder == several and source is made.leaves
     if again and form is not DEFAULT and not form.structural and not overlays(made):
         again = False
     if not again and folder:
+        if form.name == "gguf":
+            raise Unsupported(
+                f"{out}: new files of a model in several cannot be laid out", hint=f"{out.rstrip(os.sep)}.gguf"
+            )
         form = DEFAULT
     if not form.writes:
         raise _not_written(out, form.says)
@@ -87,7 +95,7 @@ def wish_of(made: Plan, out: str, *, sized: bool, to: str | None = None) -> Wish
 
 def named_format(out: str, *, sized: bool) -> Format:
     """The format of a tree in memory that is written under a name; without a suffix, the default."""
-    named = format_for(Path(out))
+    named = format_for(path_of(out))
     return DEFAULT if named is None or (not named.folder and (sized or out.endswith(os.sep))) else named
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from paramend.disk.identity import check_still
+from paramend.disk.urls import path_of
 from paramend.errors import BadCheckpoint, CannotRead
 from paramend.formats.files import closed
 from paramend.formats.orbax.store import MANIFEST, Blame, Box, OrbaxEntry, Stage, Store, read_json
@@ -38,7 +39,7 @@ class OrbaxCheckpoint(Opened):
     format = "orbax"
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = path_of(path)
         self.ties: Mapping[int, int] = {}  # nothing: in a checkpoint each array has one name
         self._closed = False
         self._stores: dict[int, Any] = {}

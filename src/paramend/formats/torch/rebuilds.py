@@ -205,7 +205,8 @@ def _strided(shape: Any, stride: Any) -> tuple[tuple[int, ...], tuple[int, ...]]
     return shape, stride
 
 
-def _dtype(value: Any) -> str:
+def dtype_of(value: Any) -> str:
+    """The name of a dtype in torch's spelling, without "torch."; `Flaw` for anything else."""
     name = value.text.removeprefix("torch.") if type(value) is Name else ""
     if name not in _DTYPES:
         raise Flaw("a dtype is expected")
@@ -249,7 +250,7 @@ def _rebuild_nested(buffer: Any, *tables: Any) -> Tensor:
 
 def _rebuild_meta(dtype: Any, shape: Any, stride: Any, grad: Any) -> Tensor:
     shape, stride = _strided(shape, stride)
-    return Tensor(shape, stride, _dtype(dtype), sealed="it is a meta tensor, which has a shape but no values")
+    return Tensor(shape, stride, dtype_of(dtype), sealed="it is a meta tensor, which has a shape but no values")
 
 
 def _parameter(data: Any, grad: Any, hooks: Any, state: Any = None) -> Tensor:
@@ -355,7 +356,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
         s, at, shape, strides, None, flags
     ),
     "torch._utils._rebuild_tensor_v3": lambda s, at, shape, strides, grad, hooks, dtype, flags=None: _tensor(
-        s, at, shape, strides, _dtype(dtype), flags
+        s, at, shape, strides, dtype_of(dtype), flags
     ),
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,

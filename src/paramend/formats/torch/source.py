@@ -128,13 +128,13 @@ class TorchFile(ZipSource):
         assert tensor.storage is not None
         dtype = numpy_dtype(tensor.dtype)
         strides = tuple(step * dtype.itemsize for step in tensor.stride)
-        memory = self._file.map
+        start = self._place(tensor.storage.key) + tensor.offset * dtype.itemsize if tensor.size else 0
+        memory, start = self._file.memory(start, tensor.reach * dtype.itemsize)
         with in_numpy(tensor.shape):
             if not tensor.size:
                 empty = np.empty(tensor.shape, dtype)
                 empty.flags.writeable = False
                 return empty
-            start = self._place(tensor.storage.key) + tensor.offset * dtype.itemsize
             array: Array = np.ndarray(tensor.shape, dtype, memory, start, strides)
             if array.flags.aligned and not tensor.conj and not tensor.neg:
                 return array

@@ -39,8 +39,10 @@ class ZipHeaders:
         self.at += len(head) + len(self._name) + len(extra)
         return head + self._name + extra
 
-    def close(self) -> bytes:
-        """The bytes after the member: none. The directory at the end of the file will list it."""
+    def close(self, crc: int | None = None) -> bytes:
+        """The bytes after the member: none. The directory at the end of the file will list it, with its checksum if it
+        is known only now."""
+        self._crc = self._crc if crc is None else crc
         self.at += self._nbytes
         numbers = [self._nbytes, self._nbytes, self._header]
         full = [number >= WIDE for number in numbers]

@@ -79,6 +79,16 @@ class Codec:
     axes: tuple[int, ...] = ()
     shape: tuple[int, ...] = field(default=())
 
+    @property
+    def count(self) -> int:
+        """How many blocks the weight has."""
+        return self.fields.get("scale", self.fields["payload"]).spec.size
+
+    @property
+    def writes(self) -> bool:
+        """Whether new values can be encoded."""
+        return True
+
     def views(self, parts: Parts) -> Parts:
         """The leaves with the axes of the weight in storage."""
         return {role: each.view(parts[role]) for role, each in self.fields.items() if role in parts}

@@ -100,7 +100,9 @@ class Misfit:
 
 def finite(codec: Codec, views: Parts) -> bool:
     """Whether all scales are finite."""
-    return bool(np.isfinite(factor_of(codec, codec.scales(views, whole(codec.spec.shape)))).all())
+    return "scale" not in codec.fields or bool(
+        np.isfinite(factor_of(codec, codec.scales(views, whole(codec.spec.shape)))).all()
+    )
 
 
 def unit(codec: Codec) -> tuple[int, ...]:

@@ -10,11 +10,12 @@ import numpy as np
 from paramend.errors import BadArgument, SpecMismatch
 from paramend.leaves.codecs.codec import Codec
 from paramend.leaves.codecs.codes import codes_of
+from paramend.leaves.codecs.ggml import WRITABLE as WRITABLE_BLOCKS
 from paramend.leaves.codecs.stated import NOTHING, Stated
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.stored import Held, Made
-from paramend.leaves.schemes import SCHEMES
-from paramend.leaves.specs import Array, Spec, numpy_dtype
+from paramend.leaves.schemes import IN_BLOCKS, SCHEMES
+from paramend.leaves.specs import BLOCKS, Array, Spec, numpy_dtype
 from paramend.reports import wording
 
 _F8 = "float8_e4m3fn"
@@ -57,7 +58,7 @@ def layout_of(scheme: str, weight: Spec, group: int | None = None, block: tuple[
     [('*_packed', 'uint8[8,32]'), ('*_scale', 'float8_e4m3fn[8,4]'), ('*_global_scale', 'float32[1]')]
     """
     check_scheme(scheme)
-    if group and scheme.startswith(("fp8", "mxfp4", "nvfp4", "bnb")):
+    if group and scheme.startswith(("fp8", "mxfp4", "nvfp4", "bnb", "q")):
         raise BadArgument(
             f"group_size={group}: {scheme} has blocks of its own", hint="int4, int8, GPTQ and AWQ have groups"
         )
@@ -86,7 +87,8 @@ def check_scheme(scheme: str) -> None:
 def codec_for(scheme: str, layout: Layout) -> Codec:
     """The codec of a new group."""
     name = "int4" if scheme == "int8" else scheme
-    row = next(row for row in SCHEMES if row.name == name and layout.names["payload"] in row.payload and row.codec)
+    rows = [IN_BLOCKS[scheme]] if layout.specs["payload"].dtype in BLOCKS else SCHEMES
+    row = next(row for row in rows if row.name == name and layout.names["payload"] in row.payload and row.codec)
     parts: dict[str, Origin] = {
         role: Held(layout.known[role]) if role in layout.known else Made(spec, partial(_nothing, spec))
         for role, spec in layout.specs.items()
@@ -200,6 +202,11 @@ def _bnb8(weight: Spec, group: int | None, block: tuple[int, int]) -> Layout:
     )
 
 
+def _blocks(weight: Spec, group: int | None, block: tuple[int, int], scheme: str) -> Layout:
+    *lead, inputs = weight.shape
+    return _layout(payload=("*", scheme, (*lead, _groups(weight, inputs, BLOCKS[scheme][0]))))
+
+
 _LAYOUTS: Mapping[str, Callable[[Spec, int | None, tuple[int, int]], Layout]] = {
     **{scheme: partial(_fp8, scheme=scheme) for scheme in ("fp8-tensor", "fp8-channel", "fp8-block")},
     "int8": partial(_packed, bits=8),
@@ -211,6 +218,7 @@ _LAYOUTS: Mapping[str, Callable[[Spec, int | None, tuple[int, int]], Layout]] = 
     "nf4": partial(_bnb4, scheme="nf4"),
     "fp4": partial(_bnb4, scheme="fp4"),
     "bnb-int8": _bnb8,
+    **{scheme: partial(_blocks, scheme=scheme) for scheme in WRITABLE_BLOCKS},
 }
 WRITABLE = tuple(_LAYOUTS)
 

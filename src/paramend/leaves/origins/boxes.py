@@ -51,6 +51,17 @@ def ends(places: Places) -> tuple[int, int]:
     return int(places.min()), int(places.max()) + 1
 
 
+def shifted(places: Places, low: int) -> Places:
+    """Places relative to another one.
+
+    >>> shifted(range(5, 9, 2), 4), shifted(np.array([6, 4]), 4).tolist()
+    (range(1, 5, 2), [2, 0])
+    """
+    if isinstance(places, range):
+        return range(places.start - low, places.start - low + len(places) * places.step, places.step)
+    return places - low
+
+
 def evenly(places: Places) -> Places:
     """The places as a range if they are at equal distances, so that they can be read as a slice.
 

@@ -58,6 +58,9 @@ class Decoded(Origin):
         found = np.empty(shape, numpy_dtype(self.dtype))
         if not found.size:
             return found
+        if "scale" not in self.codec.fields:  # blocks, which hold their scales
+            with np.errstate(all="ignore"):
+                return self.codec.decode(self.parts, box).astype(found.dtype)
         codec, groups = self.codec, self.codec.groups(self.parts)
         codes, terms = codec.stored_codes(self.parts, box), codec.terms(codec.scales(self.parts, box))
         # Rows of the first axis with more than one place, as many as stay in the CPU cache.

@@ -20,6 +20,8 @@ from paramend.leaves.codecs.encoding import (
     scales_for,
     unit,
 )
+from paramend.leaves.codecs.ggml import Blocks
+from paramend.leaves.origins.blocked import encoded_blocks
 from paramend.leaves.origins.boxes import Box, ends, select, shape_of, whole
 from paramend.leaves.origins.moved import permute_axes, reshape
 from paramend.leaves.origins.origin import CHUNK, Namer, Origin
@@ -27,6 +29,13 @@ from paramend.leaves.specs import Array, Spec, numpy_dtype
 
 # Bytes of scales that are kept until their leaf is read; they are computed again where there are more.
 _FEW = 16 << 20
+
+
+class _Shared(dict[Box, Grids]):
+    """Box → scales and zero points there. A pickle of it is empty."""
+
+    def __reduce__(self) -> tuple[type["_Shared"], tuple[()]]:
+        return _Shared, ()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -53,9 +62,10 @@ class Encoded(Origin):
     even: bool = True
     free: bool = False
     misfit: Misfit | None = None
-    made: dict[Box, Grids] = field(default_factory=dict)
-    _last: tuple[Box, Array] | None = field(default=None, init=False)
+    made: _Shared = field(default_factory=_Shared, compare=False)
+    _last: tuple[Box, Array] | None = field(default=None, init=False, compare=False)
     moves = False
+    together = True
 
     @property
     def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
@@ -253,6 +263,8 @@ def encoded(
         free: whether a scale of scales may grow.
         misfit: what measures how far the values of the codes are from the weight, as they are read.
     """
+    if isinstance(codec, Blocks):
+        return encoded_blocks(codec, weight, kept or {}, misfit)
     views = codec.views(kept or {})
     axes = [codec.axes.index(axis) for axis in range(len(codec.axes))]
     values = reshape(weight, codec.spec.shape) if codec.shape else permute_axes(weight, axes) if axes else weight
@@ -262,7 +274,7 @@ def encoded(
     symmetric = even(codec, views)
     roles = tuple(role for role in roles if role != "zero" or not symmetric)
     roles = (*roles, *((codec.top,) if codec.top and (free or codec.top not in views) else ()))
-    how = keep, symmetric, free, misfit, dict[Box, Grids]()
+    how = keep, symmetric, free, misfit, _Shared()
     return {role: reshape(Encoded(codec, values, role, views, *how), specs[role].shape) for role in roles}
 
 

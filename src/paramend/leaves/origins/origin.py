@@ -10,8 +10,9 @@ from typing import TypeAlias
 
 import numpy as np
 
+from paramend.leaves.names import Unread
 from paramend.leaves.origins.boxes import Box, Runs, boxes_of
-from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype
+from paramend.leaves.specs import WIDTHS, Array, Spec, numpy_dtype
 
 # Elements read or computed at once: they fit into the CPU cache; whole tensors are two to three times slower.
 CHUNK = 1 << 18
@@ -35,7 +36,7 @@ class Extent:
 Namer: TypeAlias = Callable[["Origin"], str]
 
 
-class Origin(ABC):
+class Origin(Unread, ABC):
     """Where a leaf comes from: its spec is known without data, its elements are read box by box.
 
     An origin never changes. Its text is the expression, as dry runs and records show it. One without children is a leaf
@@ -75,6 +76,11 @@ class Origin(ABC):
         return all(child.moves for child in self.children)
 
     @property
+    def together(self) -> bool:
+        """Whether other leaves are computed along with it, which is done best in one place."""
+        return any(child.together for child in self.children)
+
+    @property
     def boxed(self) -> bool:
         """Whether its boxes can be read in any order, in memory that is bounded by a box."""
         return all(child.boxed for child in self.children)
@@ -82,7 +88,7 @@ class Origin(ABC):
     @property
     def bits(self) -> int:
         """The bits of one element, also for dtypes of unknown width; 0 if they are not all of one width."""
-        return BITS.get(self.spec.dtype) or next((child.bits for child in self.children if child.bits), 0)
+        return WIDTHS.get(self.spec.dtype) or next((child.bits for child in self.children if child.bits), 0)
 
     @property
     def nbytes(self) -> int:

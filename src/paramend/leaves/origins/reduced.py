@@ -33,6 +33,10 @@ class Reduction(Protocol):
     def align(self) -> int:
         """Elements are computed in pieces that begin at multiples of this; 1 if their places do not matter."""
 
+    @property
+    def elementwise(self) -> bool:
+        """Whether an element depends on nothing but those at its place, nor on this place."""
+
     def prepare(self) -> None:
         """Find out what must be known of whole leaves before any element can be computed."""
 

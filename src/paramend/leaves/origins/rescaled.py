@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from paramend.leaves.codecs.codec import Codec
+from paramend.leaves.codecs.ggml import Blocks
 from paramend.leaves.codecs.scalings import powers
+from paramend.leaves.origins.blocked import times
 from paramend.leaves.origins.boxes import Box
 from paramend.leaves.origins.origin import Computed, Namer, Origin
 from paramend.leaves.specs import Array, numpy_dtype
@@ -82,6 +84,8 @@ def rescaled(codec: Codec, parts: Mapping[str, Origin], factor: float) -> dict[s
         parts: role → leaf of the group.
         factor: the number.
     """
+    if isinstance(codec, Blocks):
+        return times(codec, parts, factor)
     found: dict[str, Origin] = {}
     through = codec.scaling.through(abs(factor)) if factor and math.isfinite(factor) else None
     if through is None or (factor < 0 and not codec.codes.sign):

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from paramend.errors import Unsupported
 from paramend.leaves.mapped import forget
-from paramend.leaves.origins.boxes import Box, bare, contiguous, ends, select, shape_of
+from paramend.leaves.origins.boxes import Box, bare, contiguous, ends, select, shape_of, shifted
 from paramend.leaves.origins.origin import Extent, Given, Origin
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 
@@ -74,7 +73,7 @@ class Stored(Origin):
         if hasattr(self.source, "read_box"):  # a protocol is slow to ask for, and a tile asks hundreds of times
             cover = [ends(places) for places in box]
             found = self.source.read_box(self.number, tuple(slice(*each) for each in cover))
-            return select(found, tuple(_shifted(places, low) for places, (low, _) in zip(box, cover, strict=True)))
+            return select(found, tuple(shifted(places, low) for places, (low, _) in zip(box, cover, strict=True)))
         dtype, extent, inner = numpy_dtype(self.spec.dtype), self.extent, math.prod(shape[1:])
         found = np.empty(shape_of(box), dtype)
         # What is not aligned in its file is never mapped, and would be copied whole.
@@ -88,15 +87,9 @@ class Stored(Origin):
                 if array is None
                 else array[low:high]
             )
-            bare(found)[at : at + rows] = select(bare(band), (_shifted(places, low), *box[1:]))
+            bare(found)[at : at + rows] = select(bare(band), (shifted(places, low), *box[1:]))
             forget(band, 0, high - low)
         return found
-
-
-def _shifted(places: Any, low: int) -> Any:
-    if isinstance(places, range):
-        return range(places.start - low, places.start - low + len(places) * places.step, places.step)
-    return places - low
 
 
 class Held(Origin):
@@ -134,6 +127,7 @@ class Made(Given):
     """A leaf that is computed when it is first read, and freed when its last element has been read."""
 
     moves = False
+    together = True
 
     def __init__(self, spec: Spec, make: Callable[[], Array], says: str = "values in memory") -> None:
         self._spec, self._make, self.says = spec, make, says
@@ -143,12 +137,9 @@ class Made(Given):
         return Made(self.spec, copy.deepcopy(self._make, memo), self.says)
 
     def __reduce__(self) -> tuple[type["Made"], tuple[Spec, Callable[[], Array], str]]:
-        if isinstance(self._make, partial):  # of a function of a module
-            return Made, (self.spec, self._make, self.says)
-        raise Unsupported(
-            f"a leaf of this checkpoint, {self.spec}, is computed from objects in memory, and cannot be pickled",
-            hint="checkpoint.save(out), then pickle pm.open(out)",
-        )
+        # What a function of a module makes of files is made again; what comes from memory is taken along.
+        make = self._make if isinstance(self._make, partial) else partial(np.asarray, self._whole())
+        return Made, (self.spec, make, self.says)
 
     def read_range(self, start: int, stop: int) -> Array:
         found = self._whole().reshape(-1)[start:stop]

@@ -1,0 +1,109 @@
+"""`Manifest`: what of an unpublished output is done, so that a later run can go on from there."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from paramend.disk.io import put, release
+from paramend.disk.publishing import manifest_of
+from paramend.edits.plan import Plan
+from paramend.errors import CannotWrite
+from paramend.reports import wording
+from paramend.rewriting.files import Copy, File, sources
+from paramend.rewriting.fingerprints import fingerprint
+from paramend.rewriting.jobs import Done, Job
+from paramend.rewriting.layouts import Layout
+
+_ANEW = "without --resume, or resume=True, it begins anew"
+
+
+class Manifest:
+    """Lines of JSON beside the temporary of an output.
+
+    The first one says what is written: by which plan, from which files, and the size of each file. Then there is one
+    for each job that is done, with the digest of its bytes.
+    """
+
+    def __init__(self, out: Path, plan: str, files: Sequence[File], sources: Mapping[Path, os.stat_result]) -> None:
+        self._out = out
+        self._sources = {str(path.absolute()): _seen(status) for path, status in sources.items()}
+        self._head = {
+            "paramend": version("paramend"),
+            "plan": plan,
+            "sources": self._sources,
+            "files": {file.name: file.nbytes for file in files},
+        }
+        self._done: dict[tuple[str, int, int], Done] = {}
+        self._descriptor = -1
+
+    @classmethod
+    def of(cls, made: Plan, out: Path, asked: Layout, layout: Layout, recipe: str | None) -> "Manifest":
+        """The manifest of a plan, from its layout without and with a record."""
+        seen = {path: status for source in sources(made) for path, status in source.stats.items()}
+        copied = {piece.path for file in asked.files for piece in file.pieces if isinstance(piece, Copy)}
+        seen |= {path: path.stat() for path in copied - set(seen)}
+        return cls(out, fingerprint(made, asked, recipe), layout.files, seen)
+
+    def takes_up(self, temporary: Path) -> bool:
+        """Whether what is done in a temporary is known, and is a part of this output.
+
+        Raises:
+            CannotWrite: it is a part of another one.
+        """
+        lines = manifest_of(temporary).read_bytes().split(b"\n")[:-1]  # the last line may have been cut short
+        try:
+            head, *rest = (json.loads(line) for line in lines)
+            done = dict(map(_read, rest))
+        except (ValueError, KeyError, TypeError):
+            return False
+        for path, seen in self._sources.items():
+            if head["sources"].get(path, seen) != seen:
+                raise CannotWrite(f"{self._out}: {path} has changed since this was begun", hint=_ANEW)
+        if head != self._head:
+            names = [name for name in ("paramend", "plan", "sources", "files") if head.get(name) != self._head[name]]
+            said = {"paramend": "another version of Paramend", "sources": "other sources"}
+            what = wording.listing(list(dict.fromkeys(said.get(name, "other edits or options") for name in names)))
+            raise CannotWrite(f"{self._out}: what was begun here has {what}", hint=_ANEW)
+        self._done = done
+        return True
+
+    def begin(self, temporary: Path) -> None:
+        """Write down what is made in a temporary, or go on with what is written there."""
+        path, flags = manifest_of(temporary), os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        if path.exists():
+            self._descriptor = os.open(path, flags)
+            os.truncate(self._descriptor, path.read_bytes().rfind(b"\n") + 1)
+        else:
+            self._descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+            self._put(self._head)
+
+    def known(self, job: Job) -> Done | None:
+        """What is known of a job that was done before."""
+        return self._done.get((job.name, job.start, job.stop))
+
+    def enter(self, job: Job, done: Done) -> None:
+        """Write down that a job is done."""
+        data = {name: getattr(done, name) for name in ("sha256", "leaves", "measured", "copied", "computed", "shared")}
+        self._put({"file": job.name, "start": job.start, "stop": job.stop} | data)
+
+    def _put(self, data: Mapping[str, Any]) -> None:
+        put(self._descriptor, json.dumps(data, separators=(",", ":")).encode() + b"\n")
+
+    def close(self) -> None:
+        """Close its file."""
+        if self._descriptor >= 0:
+            release(self._descriptor)
+
+
+def _seen(status: os.stat_result) -> list[int]:
+    return [status.st_ino, status.st_size, status.st_mtime_ns]
+
+
+def _read(entry: Mapping[str, Any]) -> tuple[tuple[str, int, int], Done]:
+    leaves, measured = ({int(number): each for number, each in entry[name].items()} for name in ("leaves", "measured"))
+    copied, computed, shared = (int(entry[name]) for name in ("copied", "computed", "shared"))
+    done = Done(entry["sha256"], leaves, measured, copied, computed, shared)
+    return (entry["file"], entry["start"], entry["stop"]), done
