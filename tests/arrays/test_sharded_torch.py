@@ -136,7 +136,7 @@ MODELS = {
     "widen": (lambda t: pm.widen(t, features={"fc1": 6}), None),
     "fold": (lambda t: pm.fold(t, terms), None),
     "extract": (lambda t: pm.fold(pair, pm.extract(pm.at(t, "fc1.weight").multiply(2), t, rank=1)[0]), None),
-    "resize": (lambda t: pm.graft({"w": t["fc1.weight"]}, {"w": np.ones((6, 3), np.float32)}, mismatch="overlap"), None),
+    "overlap": (lambda t: pm.graft(t, {k: np.ones((2, *v.shape[1:])) for k, v in t.items()}, mismatch="overlap"), None),
     "linear": (lambda t: pm.merge([t, pm.at(t, "**").multiply(3)], weights=[1, 3]), 0),
     "arithmetic": (lambda t: pm.merge([pm.at(t, "**").multiply(3)], "task_arithmetic", base=t, scale=0.5), 0),
     "slerp": (lambda t: pm.merge([t, pm.at(t, "**").add(3)], "slerp", t=0.25), None),
