@@ -1,4 +1,4 @@
-"""Edits of checkpoints on disk against `cp`, safetensors, torch, transformers and mergekit.
+"""Edits of checkpoints on disk against `cp`.
 
 Every run is a process of its own, start-up included, and ends when its output is durable; ways take turns. What is
 printed of each way: the ratio of its median time to that of the reference, in brackets the lowest and the highest ratio
@@ -57,14 +57,14 @@ class Way:
         self.after()
 
 
-def compare(ways, rounds, references=1):
-    """Rows of figures; the fastest of the first so many ways is the reference."""
+def compare(ways, rounds):
+    """Rows of figures; the first way is the reference."""
     for turn in range(rounds):
         for way in ways[turn % len(ways) :] + ways[: turn % len(ways)]:  # none is always the one after another
             if turn < 3 or median(way.seconds) < LONG:
                 way.run()
         print(".", end="", file=sys.stderr, flush=True)
-    reference = min(ways[:references], key=lambda way: median(way.seconds))
+    reference = ways[0]
     rows = []
     for way in ways:
         both = list(zip(way.seconds, reference.seconds, strict=False))  # the rounds in which both ran
@@ -99,10 +99,6 @@ def remove(*paths):
 
 def paramend(*args):
     return [sys.executable, "-m", "paramend", *args]
-
-
-def peer(way, *args, python=sys.executable):
-    return [python, HERE / "peers.py", way, *args]
 
 
 def cp(source, out):
@@ -154,29 +150,6 @@ class Bench:
             Way("paramend zero -o", paramend("zero", source, TENSOR, "-o", out), gone, fill),
         )
         filler.unlink()
-        return rows
-
-    def peers(self):
-        """Zero one tensor, new file: the fastest of the libraries"""
-        folder, out, other = self.model(), self.folder / "out.safetensors", self.folder / "out"
-        source, zipped, zip_out = folder / "model.safetensors", self.folder / "model.pt", self.folder / "out.pt"
-        name = f"model.layers.{self.layers - 1}.mlp.down_proj.weight"
-        subprocess.run(list(map(str, peer("to-torch", source, zipped, name))), check=True)
-        ways = [
-            Way("safetensors: load_file, save_file", peer("safetensors", source, out, name), remove(out)),
-            Way("torch.load(mmap=True), torch.save", peer("torch", zipped, zip_out, name), remove(zip_out)),
-            Way("transformers: from_, save_pretrained", peer("transformers", folder, other, name), remove(other)),
-        ]
-        if self.options.mergekit:
-            command = peer("mergekit", folder, other, name, python=self.options.mergekit)
-            ways.append(Way("mergekit: passthrough", command, remove(other, Path(f"{other}.yaml"))))
-        others = len(ways)
-        ways += [
-            Way("paramend zero -o", paramend("zero", source, TENSOR, "-o", out), remove(out)),
-            Way("paramend zero -o, the torch file", paramend("zero", zipped, TENSOR, "-o", zip_out), remove(zip_out)),
-        ]
-        rows = compare(ways, self.options.rounds, others)
-        zipped.unlink()
         return rows
 
     def memory(self):
@@ -271,11 +244,10 @@ class Bench:
         grow = paramend("deepen", folder, "--blocks", blocks, "-o")
         subprocess.run(list(map(str, [*grow, deep])), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         again = ["sh", "-c", 'cp -r "$1" "$2" && find "$2" -type f -exec sync {} +', "sh", deep, out]
-        ways = [Way("cp + sync", again, remove(out)), Way("paramend deepen", [*map(str, grow), out], remove(out))]
-        if self.options.mergekit:
-            command = peer("mergekit-deepen", folder, out, blocks, python=self.options.mergekit)
-            ways.append(Way("mergekit: passthrough", command, remove(out, Path(f"{out}.yaml"))))
-        rows = self.compare(*ways)
+        rows = self.compare(
+            Way("cp + sync", again, remove(out)),
+            Way("paramend deepen", [*map(str, grow), out], remove(out)),
+        )
         shutil.rmtree(deep)
         return rows
 
@@ -352,7 +324,7 @@ class Bench:
 
 
 SCENARIOS = (
-    *("new_file", "full_cache", "scale", "peers", "linked", "inserted", "in_place", "deepen", "experts", "transpose"),
+    *("new_file", "full_cache", "scale", "linked", "inserted", "in_place", "deepen", "experts", "transpose"),
     *("memory", "show", "trillion"),
 )
 # Needs root and mkfs.xfs, and so runs only when it is asked for.
@@ -403,7 +375,6 @@ def main(args=None):
     parser.add_argument("--size", type=float, default=4e9, help="bytes of the model (4e9)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each scenario (5)")
     parser.add_argument("--folder", help="where models are made: six times the size must be free")
-    parser.add_argument("--mergekit", help="the python of an environment that has mergekit")
     parser.add_argument("--save", type=Path, default="figures.json", help="where the figures go (figures.json)")
     parser.add_argument("--only", nargs="*", choices=SCENARIOS + MOUNTING, help="scenarios to run")
     options = parser.parse_args(args)

@@ -8,25 +8,11 @@ import sys
 import time
 from statistics import median
 
-import equinox as eqx
 import jax
 import numpy as np
-from penzai.core.selectors import select
+from leaf import make_tree
 
 import paramend as pm
-
-
-def make_tree(leaves, tag):
-    """A tree of layers, each with two blocks of a kernel and a bias; every tag gives names of its own."""
-    return {
-        "params": {
-            f"{tag}layer_{i}": {
-                block: {"kernel": np.ones((2, 2), np.float32), "bias": np.ones(2, np.float32)}
-                for block in ("attn", "mlp")
-            }
-            for i in range(leaves // 4)
-        }
-    }
 
 
 def by_path(tree, last):
@@ -47,16 +33,6 @@ def by_keys(tree, last):
     return jax.tree_util.tree_map_with_path(edit, tree)
 
 
-def by_tree_at(tree, last):
-    _, layer, block, name = last.split("/")
-    return eqx.tree_at(lambda t: t["params"][layer][block][name], tree, replace_fn=np.zeros_like)
-
-
-def by_penzai(tree, last):
-    _, layer, block, name = last.split("/")
-    return select(tree).at(lambda t: t["params"][layer][block][name]).apply(np.zeros_like)
-
-
 def by_paramend(tree, last):
     return pm.at(tree, last).zero()
 
@@ -64,8 +40,6 @@ def by_paramend(tree, last):
 WAYS = {
     "tree_map_with_path, keystr": by_path,
     "tree_map_with_path, keys compared": by_keys,
-    "eqx.tree_at": by_tree_at,
-    "penzai select": by_penzai,
     "pm.at, repeated": by_paramend,
     "pm.at, position [-1]": lambda tree, last: pm.at(tree, "params/*layer_[-1]/mlp/kernel").zero(),
 }
@@ -79,7 +53,7 @@ def seconds(way, tree, last):
 
 def measure(leaves):
     rounds = 7 if leaves > 1000 else 400
-    tree = make_tree(leaves, "")
+    tree = make_tree(leaves)
     last = f"params/layer_{leaves // 4 - 1}/mlp/kernel"
     times = {name: [] for name in [*WAYS, "pm.at, first edit"]}
     for way in WAYS.values():  # imports and caches of the first call are not what is measured

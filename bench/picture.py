@@ -20,7 +20,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 import paramend as pm
 
 WIDTH, HEIGHT = 1500, 880
-COLOURS = 64  # a palette: a third of the bytes, and no difference to the eye
+COLOURS = 256  # a palette: fewer bytes, and no difference to the eye
 EDITED = "model.layers.7.mlp.down_proj.weight"
 
 
@@ -66,7 +66,7 @@ def photograph(file, out):
         picture = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
     finally:
         browser.quit()
-    picture.quantize(COLOURS, dither=Image.Dither.NONE).save(out, optimize=True)
+    picture.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(out, optimize=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from support import fuzzing
+from support import fuzzing, guided
 
 COUNTS = {"gguf": 500, "safetensors": 500, "index": 400, "torch": 500, "npz": 400, "msgpack": 500, "orbax": 150}
 
@@ -17,6 +17,13 @@ COUNTS = {"gguf": 500, "safetensors": 500, "index": 400, "torch": 500, "npz": 40
 def test_damage_gives_errors_of_our_own_and_nothing_else(kind):
     seen = fuzzing.fuzz(kind, COUNTS[kind], seed=1)
     assert seen["refused"] and seen["read"]
+
+
+@pytest.mark.filterwarnings("ignore")  # a recipe may divide by zero
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", guided.KINDS)
+def test_damage_that_reaches_new_lines_gives_errors_of_our_own(kind):
+    assert not guided.search(kind, seconds=0, seed=1, count=50)
 
 
 CASES = [

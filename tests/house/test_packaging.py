@@ -14,7 +14,7 @@ from paramend.lessons.catalogue import ROWS
 TOP = Path(__file__).parents[2]
 PROJECT = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-FOR_USERS = set(EXTRAS) - {"test", "bench", "far", "docs", "all"}  # those of the project itself
+FOR_USERS = set(EXTRAS) - {"test", "far", "docs", "all"}  # those of the project itself
 
 
 def test_a_later_python_may_install_it():

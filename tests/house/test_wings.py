@@ -1,6 +1,7 @@
 """Imports fall from wing to wing, those that are opened late included, and no files import each other in a circle."""
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -111,6 +112,16 @@ def test_only_wings_lie_at_the_root():
     found = {path.name for path in ROOT.iterdir() if path.name != "__pycache__"}
     assert found == AT_THE_ROOT | {path.name for path in ROOT.iterdir() if path.is_dir()} - {"__pycache__"}
     assert set(FLOOR) == {name.partition(".")[0] for name in FILES}
+
+
+def test_the_table_of_wings_says_the_same():
+    """That of CONTRIBUTING: of files at the root it has `errors.py` alone."""
+    page = (ROOT.parents[1] / "CONTRIBUTING.md").read_text()
+    told = {
+        int(floor): set(re.findall(r"`(\w+)/`", wings))
+        for floor, wings in re.findall(r"^\| (\d+) \| (.*?) \|", page, re.M)
+    }
+    assert told == {n: wings - {"_optional", "testing"} for n, wings in enumerate(FLOORS) if n}
 
 
 def test_every_wing_has_a_door():

@@ -1,7 +1,8 @@
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
-const { paths, sizes, groups, quiet, group, columns, histograms, separator, ends, links } = data;
+const { paths, sizes, groups, group, columns, histograms, separator, ends, links } = data;
+const quiet = data.styles.map(([colour]) => !colour);
 const NUMBERS = { NaN, Infinity, "-Infinity": -Infinity };
 for (const column of columns) if (column.kind !== "text") column.values = column.values.map((v) => (v in NUMBERS ? NUMBERS[v] : v));
 
@@ -31,8 +32,7 @@ paths.forEach((path, leaf) => {
 
 // ---- colours
 
-// Colours that people with colour vision deficiency can distinguish (Okabe and Ito); groups also have textures.
-const COLOURS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442"];
+const [RED, BLUE, ORANGE, SKY] = ["#d55e00", "#0072b2", "#e69f00", "#56b4e9"];
 const RAMP = ["#fde725", "#7ad151", "#22a884", "#2a788e", "#414487", "#440154"];
 let style = {};
 
@@ -40,7 +40,7 @@ function readStyle() {
   const css = getComputedStyle(document.documentElement);
   style = Object.fromEntries(["node", "quiet", "ink", "line", "paper", "dim", "scheme"].map((name) => [name, css.getPropertyValue(`--${name}`).trim()]));
   style.ramp = style.scheme === "dark" ? [...RAMP].reverse() : RAMP;  // what is large stands out from the paper
-  style.signed = [COLOURS[0], style.quiet, COLOURS[5]];
+  style.signed = [BLUE, style.quiet, RED];
   style.fills = groups.map((_, index) => texture(pen, index));
 }
 
@@ -61,10 +61,10 @@ function share(scale, value) {  // where it lies on a scale, from 0 to 1
   return Number.isNaN(found) ? 1 : Math.min(1, Math.max(0, found));
 }
 const stopsOf = (scale) => (scale.kind === "signed" ? style.signed : style.ramp);
-const groupColour = (index) => (quiet[index] ? style.quiet : COLOURS[index % COLOURS.length]);
+const groupColour = (index) => data.styles[index][0] || style.quiet;
 
 function colourOf(leaf) {
-  if (state.colour === "") return groups.length ? groupColour(group[leaf]) : COLOURS[0];
+  if (state.colour === "") return groups.length ? groupColour(group[leaf]) : BLUE;
   const { scale, values } = columns[state.colour], value = values[leaf];
   return value === null || !scale ? style.node : mixed(stopsOf(scale), share(scale, value));
 }
@@ -76,14 +76,14 @@ function loudness(leaf) {  // of leaves too narrow to draw, the loudest is seen
 }
 
 function texture(context, index) {
-  const kind = quiet[index] ? 0 : quiet.includes(true) ? 1 + (index % 5) : index % 6;  // only the quiet are plain, if any
+  const kind = data.styles[index][1];
   if (kind === 0) return groupColour(index);
   const tile = document.createElement("canvas");
   tile.width = tile.height = 8;
   const t = tile.getContext("2d");
   t.fillStyle = groupColour(index);
   t.fillRect(0, 0, 8, 8);
-  t.strokeStyle = t.fillStyle = "rgba(0,0,0,.55)";
+  t.strokeStyle = t.fillStyle = `${ink(groupColour(index))}8c`;
   t.lineWidth = 1.2;
   t.beginPath();
   if (kind === 1 || kind === 3) { t.moveTo(-1, 9); t.lineTo(9, -1); t.moveTo(-1, 1); t.lineTo(1, -1); t.moveTo(7, 9); t.lineTo(9, 7); }
@@ -225,9 +225,9 @@ function drawArrows(width, height) {
     pen.beginPath(); pen.moveTo(right - 7, to - 4); pen.lineTo(right - 1, to); pen.lineTo(right - 7, to + 4); pen.stroke();
     drawLeaf(leafNodes[leaf], right, leaf * now + 1, wide, now - 2);
     if (now < 12) return;
-    const note = pen.measureText(said).width;
-    writeOn(leaf, said, width - note - 6, to, note);
-    writeOn(leaf, name, right + 6, to, wide - note - 24);
+    const note = pen.measureText(said).width, room = wide - note - 24;
+    if (pen.measureText(name).width <= room) writeOn(leaf, said, width - note - 6, to, note);
+    writeOn(leaf, name, right + 6, to, wide - 10);
   });
 }
 

@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from paramend._optional import need
 from paramend.leaves.leaves import separator_of
-from paramend.pages.page import QUIET, Page, Scale
+from paramend.pages.page import COLOURS, Page, Scale
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# The same colours (Okabe and Ito) and textures as on the page.
-_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
+# The same textures and greys as on the page.
 _QUIET, _NODE = "#c6cdd4", "#eef1f4"
 _TEXTURES = ("", "//", "\\\\", "xx", "--", "..")
 # Boxes narrower than this share of the whole are left out.
@@ -65,7 +64,7 @@ def draw(page: Page) -> "Figure":
             if style.get("hatch"):
                 text.set_bbox({"facecolor": style["facecolor"], "edgecolor": "none", "pad": 0.6})
     if page.groups and not shades:
-        keys = [patches.Patch(**style, edgecolor="white", label=name) for name, style in styles.items()]
+        keys = [patches.Patch(**styles[name], edgecolor="white", label=name) for name in page.legend]
         figure.legend(handles=keys, loc="outside lower left", ncols=6, fontsize=8, frameon=False)
     return figure
 
@@ -97,14 +96,9 @@ def _boxes(node: _Node, left: float, width: float, level: int) -> Iterator[tuple
 
 
 def _styles(page: Page) -> dict[str, dict[str, Any]]:
-    """Colour and texture by group. Only the quiet groups are plain, if there are any."""
-    quiet = QUIET.intersection(page.legend)
-    return {
-        name: {"facecolor": _QUIET}
-        if name in quiet
-        else {"facecolor": _COLOURS[place % 7], "hatch": _TEXTURES[1 + place % 5 if quiet else place % 6]}
-        for place, name in enumerate(page.legend or [""])
-    }
+    """Colour and texture by group."""
+    styles = {"": (COLOURS[1], 0), **dict(zip(page.legend, page.styles, strict=True))}
+    return {name: {"facecolor": colour or _QUIET, "hatch": _TEXTURES[kind]} for name, (colour, kind) in styles.items()}
 
 
 def _ink(colour: tuple[float, ...]) -> str:
@@ -117,12 +111,12 @@ def _shades(page: Page, figure: "Figure") -> list[str]:
     """A colour for each leaf by the column that colours the page, and its scale in the figure; empty if the groups
     colour it."""
     column = next((column for column in page.columns if column.name == page.colour), None)
-    scale = column and Scale.of(column.values)
+    scale = None if column is None else Scale.of(column.values)
     if column is None or scale is None:
         return []
     matplotlib: Any = need("matplotlib", extra="plot", to="draw a report")
     colours: Any = need("matplotlib.colors", extra="plot", to="draw a report")
-    signed = colours.LinearSegmentedColormap.from_list("signed", (_COLOURS[0], _QUIET, _COLOURS[5]))
+    signed = colours.LinearSegmentedColormap.from_list("signed", (COLOURS[1], _QUIET, COLOURS[0]))
     norm = (colours.LogNorm if scale.kind == "log" else colours.Normalize)(scale.low, scale.high, clip=True)
     ramp = matplotlib.cm.ScalarMappable(norm, signed if scale.kind == "signed" else "viridis_r")
     figure.colorbar(ramp, ax=figure.axes, location="bottom", fraction=0.06, aspect=60, label=page.colour)

@@ -60,17 +60,18 @@ for (const head of heads) {
   const [title, ...others] = texts.map((text) => ruler.measureText(text).width);
   head.width = Math.ceil(Math.max(title * 1.1, Math.min(170, Math.max(0, ...others)))) + 20;
 }
+const longest = Math.max(0, ...few.map((leaf) => ruler.measureText(paths[leaf]).width));
 let lines = 1, fitting = [];  // the columns that there is room for; the others are among the details
 
 function layOut() {
   const width = $("rows").clientWidth;
-  lines = width < 560 ? 2 : 1;  // of a path: where it is narrow, a path has two
-  ROW = lines === 2 ? 44 : 26;
-  document.documentElement.style.setProperty("--row", `${ROW}px`);
   let rest = width - Math.max(150, width * 0.34);
   fitting = heads.filter((head) => head.key === "path" || (head.width <= rest && ((rest -= head.width), true)));
   const others = fitting.reduce((sum, head) => sum + (head.key === "path" ? 0 : head.width), 0);
   heads[0].width = width - others;
+  lines = width < 560 && longest > heads[0].width - 17 ? 2 : 1;  // of a path
+  ROW = lines === 2 ? 44 : 26;
+  document.documentElement.style.setProperty("--row", `${ROW}px`);
   document.documentElement.style.setProperty("--tracks", fitting.map((head) => `${head.width}px`).join(" "));
   $("head").replaceChildren(...fitting.map(heading));
   drawRows();
@@ -215,7 +216,7 @@ function picture(found) {
     let line = `M0 ${H}`;
     counts.forEach((count, at) => { line += ` L${at * step} ${y(count)} L${(at + 1) * step} ${y(count)}`; });
     line += ` L${W} ${H}`;
-    const colour = place ? COLOURS[1] : COLOURS[style.scheme === "dark" ? 4 : 0];
+    const colour = place ? ORANGE : style.scheme === "dark" ? SKY : BLUE;
     svg.append(make("path", { d: line, fill: place ? "none" : colour, "fill-opacity": 0.35, stroke: colour, "stroke-width": 1.6, "stroke-dasharray": place ? "5 3" : "none" }));
     const said = make("text", { x: W * 0.5, y: H + 30, "text-anchor": place ? "start" : "end", dx: place ? 8 : -8 });
     said.append(make("tspan", { style: `fill:${colour}` }, place ? "- - " : "— "), name);

@@ -17,6 +17,8 @@ _MOST_IN_A_NOTEBOOK = 20_000
 
 # Groups of leaves that nothing happened to: grey, and after the others.
 QUIET = frozenset({"identical", "kept", "agrees", "no difference"})
+# Colours that people with colour vision deficiency can distinguish (Okabe and Ito); groups also have textures.
+COLOURS = ("#d55e00", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#f0e442")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,17 @@ class Page:
         object.__setattr__(self, "columns", columns)
         object.__setattr__(self, "histograms", drawn)
 
+    @property
+    def styles(self) -> list[tuple[str, int]]:
+        """The colour and the texture of each group in the legend; no colour for the quiet ones. Where there are some,
+        the others are louder: none of them is plain, and the first is red."""
+        quiet = not QUIET.isdisjoint(self.legend)
+        loud = [
+            (COLOURS[at % 7], 1 + at % 5) if quiet else (COLOURS[(at + 1) % 7], at % 6)
+            for at in range(len(self.legend))
+        ]
+        return [("", 0) if name in QUIET else loud[place] for place, name in enumerate(self.legend)]
+
     def html(self) -> str:
         """The page as the text of one file that needs no network and no other file."""
         import jinja2  # slow to import, and most programs write no page
@@ -153,7 +166,7 @@ class Page:
             "sizes": list(self.sizes),
             "separator": separator_of(self.paths) if self.chart == "map" else "",
             "groups": list(names),
-            "quiet": [name in QUIET for name in names],
+            "styles": self.styles,
             "group": [names[group] for group in self.groups],
             "group_title": self.group_title,
             "columns": [_column(each) for each in self.columns if not each.empty or each.name == self.colour],

@@ -24,7 +24,7 @@ class Paged(Report):
 
     _access: Access = NEW_FILE
     _names: tuple[str, ...] = ()
-    _between = " ◄─ "  # what stands between the names of what a page tells of
+    _between = " ← "  # what stands between the names of what a page tells of
 
     def tells_of(self, *read: Sequence[Path]) -> None:
         """Note the files that were read, for each checkpoint its own path first: a page of the report bears their names

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from paramend.arrays.registry import backend
-from paramend.errors import BadArgument, GraftRefused, SpecMismatch
+from paramend.errors import BadArgument
 from paramend.freezing.places import dtype_of, named
 from paramend.grafting.report import GraftReport, GraftRow
+from paramend.grafting.states.refusals import refuse_misfits
 from paramend.leaves.paths import write_path
 from paramend.leaves.specs import Spec
 from paramend.reports import wording
@@ -76,31 +77,15 @@ def carried(fresh_state: Any, state: Any, params: set[Path], mismatch: str) -> t
             values[leaf.place] = _placed(source.value, leaf.value)
             report.copied.append(_row(leaf, source, "copied"))
     report.unused += [_row(leaf, leaf, "no place for it in the new state") for leaf in old if leaf.place not in used]
-    if report.mismatched and mismatch != "keep":
-        wrong = [f"{row.path} {row.did}" for row in report.mismatched]
-        raise SpecMismatch(
-            f"{wording.plural(len(wrong), 'moment does', 'moments do')} not fit the parameters:\n  "
-            + "\n  ".join(wrong[:16])
-            + (f"\n  and {len(wrong) - 16:,} more" if len(wrong) > 16 else ""),
-            hint='pm.graft_opt_state(state, old_state, mismatch="keep") starts these as tx.init makes them',
-        )
+    if mismatch != "keep":
+        hint = 'pm.graft_opt_state(state, old_state, mismatch="keep") starts these as tx.init makes them'
+        refuse_misfits([f"{row.path} {row.did}" for row in report.mismatched], hint)
     if fresh and not used:
         raise BadArgument(
             f"nothing in this state belongs to this optimizer: it has {_shown(old)}, the optimizer {_shown(fresh)}",
             hint="tx.init(params) starts anew",
         )
     return structure.unflatten(values), report
-
-
-def refuse_left(report: GraftReport, unused: str) -> None:
-    """Raise if something of the earlier state is left over and must not be."""
-    if report.unused and unused == "error":
-        report.refused = True
-        raise GraftRefused(
-            f"the earlier state has leaves with no place here: {wording.listing([row.path for row in report.unused])}",
-            report=report,
-            hint='unused="ok" leaves it behind',
-        )
 
 
 def _row(leaf: Leaf, source: Leaf | None, did: str) -> GraftRow:

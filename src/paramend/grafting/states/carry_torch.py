@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from paramend.errors import BadArgument, GraftRefused, SpecMismatch
+from paramend.errors import BadArgument
 from paramend.grafting.report import GraftReport
 from paramend.grafting.states import graft_torch as states
+from paramend.grafting.states.refusals import refuse_left, refuse_misfits
 from paramend.reports import wording
 
 
@@ -31,13 +32,7 @@ def carry_optimizer_(
     for name, (key, earlier) in zip(_written(known), known.items(), strict=True):
         for entry, value in _tensors(earlier.state) if key not in used else ():
             report.unused.append(states.state_row((name,), entry, value, "its parameter is not in this optimizer"))
-    if report.unused and unused == "error":
-        report.refused = True
-        raise GraftRefused(
-            f"the earlier state has moments with no place here: {wording.listing([row.path for row in report.unused])}",
-            report=report,
-            hint='unused="ok" leaves it behind',
-        )
+    refuse_left(report, unused)
     of_all = isinstance(optimizer, torch.optim.LBFGS)  # one state for all parameters together
     if not of_all:
         _refuse_misfits(new, keys, found)
@@ -141,12 +136,8 @@ def _refuse_misfits(new: list[tuple[torch.Tensor, Any]], keys: list[Any], found:
             if isinstance(value, torch.Tensor) and not _fits(name, value, tuple(parameter.shape)):
                 who = key if isinstance(key, str) else f"parameter {number}"
                 wrong.append(f"{name} of {who} is {list(value.shape)}, and the parameter {list(parameter.shape)}")
-    if wrong:
-        raise SpecMismatch(
-            f"{wording.plural(len(wrong), 'moment does', 'moments do')} not fit the parameters:\n  "
-            + "\n  ".join(wrong[:16]),
-            hint='take the entries of these parameters out of the earlier state: state_dict["state"].pop(number)',
-        )
+    hint = 'take the entries of these parameters out of the earlier state: state_dict["state"].pop(number)'
+    refuse_misfits(wrong, hint)
 
 
 def _fits(name: str, value: torch.Tensor, shape: tuple[int, ...]) -> bool:

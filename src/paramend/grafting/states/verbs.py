@@ -11,6 +11,7 @@ from paramend.grafting import engine
 from paramend.grafting.numbers import Counted
 from paramend.grafting.options import Options, Unused
 from paramend.grafting.report import GraftReport
+from paramend.grafting.states.refusals import refuse_left
 from paramend.grafting.states.widened import widened, widened_torch
 from paramend.leaves.specs import AnyTree
 from paramend.reports.wording import described
@@ -154,7 +155,7 @@ def _by_path(state: Any, old_state: Any, unused: "Unused", mismatch: str) -> tup
             hint="state, report = pm.graft_opt_state(tx.init(params), old_state)",
         )
     new, report = carry_optax.carried(state, old_state, {*survey.parameters, *survey.absent}, mismatch)
-    carry_optax.refuse_left(report, unused)
+    refuse_left(report, unused)
     return new, report
 
 

@@ -1,0 +1,1 @@
+paramend deepen inputs/base --drop 2,5,8 -o out

@@ -1,0 +1,1 @@
+paramend apply T2.yaml inputs/base -o out

@@ -1,0 +1,1 @@
+paramend cast model '**' float16 -o out

@@ -1,0 +1,1 @@
+sft cast model/model.safetensors --dtype float16 -o out.safetensors

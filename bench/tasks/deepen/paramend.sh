@@ -1,0 +1,1 @@
+paramend deepen model --blocks 2 -o out

@@ -1,0 +1,1 @@
+paramend deepen model --drop 3,4 -o out

@@ -1,0 +1,1 @@
+paramend extract tuned model --rank 8 -o out

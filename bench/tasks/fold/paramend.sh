@@ -1,0 +1,1 @@
+paramend fold model adapter -o out

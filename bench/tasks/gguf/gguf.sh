@@ -1,0 +1,1 @@
+gguf-new-metadata model.gguf out.gguf --general-name 'A much longer name'

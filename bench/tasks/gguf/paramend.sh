@@ -1,0 +1,1 @@
+paramend config model.gguf --set general.name='A much longer name' -o out.gguf

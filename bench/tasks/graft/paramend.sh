@@ -1,0 +1,1 @@
+paramend graft model --into bigger --mismatch overlap -o out

@@ -1,0 +1,1 @@
+paramend zero large.safetensors lm_head.weight --in-place

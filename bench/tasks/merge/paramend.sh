@@ -1,0 +1,1 @@
+paramend merge model tuned -o out

@@ -1,0 +1,1 @@
+paramend rename model 'model.**' 'decoder.**' -o out

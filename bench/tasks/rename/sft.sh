@@ -1,0 +1,1 @@
+sft rename model/model.safetensors --sub '^model\.' 'decoder.' -o out.safetensors

@@ -1,0 +1,1 @@
+paramend scale model '**' 0.5 -o out
