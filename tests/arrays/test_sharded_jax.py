@@ -189,6 +189,7 @@ else:
 """
 
 
+@pytest.mark.far
 @pytest.mark.slow
 def test_eight_devices(tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", PROGRAM]
@@ -198,6 +199,7 @@ def test_eight_devices(tmp_path):
     assert json.loads(done.stdout) == "done"
 
 
+@pytest.mark.far
 @pytest.mark.slow
 def test_two_processes(tmp_path, monkeypatch):
     monkeypatch.setenv("FOLDER", str(tmp_path))

@@ -248,6 +248,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.far
 @pytest.mark.slow
 def test_two_processes(tmp_path):
     for printed in run_two(PROGRAM, tmp_path):

@@ -509,6 +509,7 @@ def saved(tmp_path_factory):
 KEPT = ("rows.weight", "cols.weight", "uneven", "one", "shared", "plain")
 
 
+@pytest.mark.far
 @pytest.mark.slow
 def test_another_mesh_loads_what_was_edited(saved, tmp_path):
     folder = tmp_path / "step"
@@ -556,6 +557,7 @@ print(int(re.search("VmHWM: *\\t* *([0-9]+)", pathlib.Path("/proc/self/status").
 """
 
 
+@pytest.mark.far
 @pytest.mark.slow
 def test_a_gigabyte_takes_little_memory(tmp_path):
     rows = [((n * 4096, 0), (4096, 8192)) for n in range(4)]
