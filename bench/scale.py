@@ -27,14 +27,13 @@ import models
 from run import write
 
 import paramend as pm
+from paramend.rewriting import jobs
 from paramend.rewriting.files import Computed, Copy
 from paramend.rewriting.layouts import lay_out
 
 HERE = Path(__file__).parent
 SAVED, PAGE = HERE / "scale.json", HERE.parent / "docs" / "scale.md"
 MACHINES, CORES, LINK = (1, 8, 64), 16, 3.125e9
-# A job copies, or computes, about so many bytes.
-COPIED, COMPUTED = 64e6, 16e6
 
 
 # ---- the edits -----------------------------------------------------------------------------------------------
@@ -114,35 +113,24 @@ def measured(parent):
 # ---- jobs ----------------------------------------------------------------------------------------------------
 
 
-def jobs_of(files):
-    """(copied, computed, read, written) of each job: a range of one file, cut where a leaf or 64 MB of copies begin."""
+def jobs_of(plan, files):
+    """(copied, computed, read, written) of each job."""
     for file in files:
-        if file.link:
-            continue
-        job = Counter()
-        for piece in pieces_of(file):
-            weight = job["copied"] / COPIED + job["computed"] / COMPUTED
-            if weight >= 1:
-                yield job
-                job = Counter()
-            job += piece
-        yield job
+        if not file.link:
+            yield from (sum(map(counted, job.pieces), Counter()) for job in jobs.jobs_of(plan, file))
 
 
-def pieces_of(file):
-    for piece in file.pieces:
-        if isinstance(piece, Copy):
-            for start in range(piece.start, piece.stop, int(COPIED)):
-                count = min(piece.stop - start, int(COPIED))
-                yield Counter(copied=count, read=count, written=count)
-        elif isinstance(piece, Computed):
-            count, row = piece.stop - piece.start, piece.row
-            if row.calls[-1].op.name == "zero" and count >= 1 << 20:  # a hole in the file
-                continue
-            reads = row.before.nbytes * count // row.spec.nbytes if all(call.op.reads for call in row.calls) else 0
-            yield Counter(computed=count, read=reads, written=count)
-        else:
-            yield Counter(written=len(piece))
+def counted(piece):
+    if isinstance(piece, Copy):
+        count = piece.stop - piece.start
+        return Counter(copied=count, read=count, written=count)
+    if not isinstance(piece, Computed):
+        return Counter(written=len(piece))
+    count, row = piece.stop - piece.start, piece.row
+    if row.calls[-1].op.name == "zero" and count >= 1 << 20:  # a hole in the file
+        return Counter()
+    reads = row.before.nbytes * count // row.spec.nbytes if all(call.op.reads for call in row.calls) else 0
+    return Counter(computed=count, read=reads, written=count)
 
 
 def planned(name, folder, donor):
@@ -150,11 +138,12 @@ def planned(name, folder, donor):
     edit, link, _ = EDITS[name]
     began = time.process_time()
     with pm.open(folder) as model, pm.open(donor) as other:
-        files = lay_out(edit(model, other).plan, f"{folder}-out", link=link).files
-    seconds, memory = time.process_time() - began, peak()
-    jobs = list(jobs_of(files))
-    total = sum(jobs, Counter())
-    runs = Counter(tuple(round(job[key] / 1e6) for key in ("copied", "computed", "read", "written")) for job in jobs)
+        plan = edit(model, other).plan
+        files = lay_out(plan, f"{folder}-out", link=link).files
+        seconds, memory = time.process_time() - began, peak()
+        found = list(jobs_of(plan, files))
+    total = sum(found, Counter())
+    runs = Counter(tuple(round(job[key] / 1e6) for key in ("copied", "computed", "read", "written")) for job in found)
     return {
         "linked": sum(file.nbytes for file in files if file.link),
         **{key: total[key] for key in ("copied", "computed", "read", "written")},
@@ -250,9 +239,9 @@ def check(parent, constants):
     with tempfile.TemporaryDirectory(dir=parent) as folder:
         models.make(models.make_one, Path(folder) / "model", models.layers_of(2e9))
         edited = pm.at(pm.open(f"{folder}/model"), "**").multiply(0.5)
-        jobs = list(jobs_of(lay_out(edited.plan, f"{folder}/out").files))
+        some = list(jobs_of(edited.plan, lay_out(edited.plan, f"{folder}/out").files))
         # What is read lies in the page cache.
-        rows = [[1, *(job[key] / 1e6 for key in ("copied", "computed")), 0, job["written"] / 1e6] for job in jobs]
+        rows = [[1, *(job[key] / 1e6 for key in ("copied", "computed")), 0, job["written"] / 1e6] for job in some]
         edit = {"jobs": rows, "plan": {"cpu": 0}}
         for workers in (1, 2):
             says = seconds_of(edit, "multiply", constants, machines=1, cores=workers, link=constants["disk"])

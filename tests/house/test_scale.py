@@ -47,7 +47,7 @@ def test_a_free_worker_takes_the_next_job(scale, jobs, machines, seconds):
 
 
 def test_jobs_hold_all_bytes_of_the_files(scale, tmp_path, monkeypatch):
-    monkeypatch.setattr(scale, "COMPUTED", 1e6)
+    monkeypatch.setattr("paramend.rewriting.jobs._COMPUTED", 1_000_000)
     tree = {f"layers.{n}.w": np.ones((100, 5000), "float32") for n in range(4)}  # 2 MB each
     pm.save(tree, tmp_path / "m.safetensors")
     with pm.open(tmp_path / "m.safetensors") as model:
@@ -57,11 +57,12 @@ def test_jobs_hold_all_bytes_of_the_files(scale, tmp_path, monkeypatch):
             (pm.at(model, "layers[0].w").cast("float16"), 8_000_000),
         ):
             files = lay_out(edited.plan, str(tmp_path / "out.safetensors")).files
-            jobs = list(scale.jobs_of(files))
+            jobs = list(scale.jobs_of(edited.plan, files))
             total = sum(jobs, Counter())
             assert total["written"] == files[0].nbytes
             assert read <= total["read"] <= read + 1000  # the header
             assert all(job["computed"] <= 2_000_000 for job in jobs)
-        files = lay_out(pm.at(model, "layers[1].w").zero().plan, str(tmp_path / "out.safetensors")).files
-        total = sum(scale.jobs_of(files), Counter())
+        plan = pm.at(model, "layers[1].w").zero().plan
+        files = lay_out(plan, str(tmp_path / "out.safetensors")).files
+        total = sum(scale.jobs_of(plan, files), Counter())
         assert total["read"] == total["written"] == files[0].nbytes - 2_000_000  # a hole
