@@ -13,8 +13,11 @@ from paramend.disk.io import write_file
 
 # Shell → where it looks for completions, below the home folder of the user, and what else it needs.
 _PLACES = {
-    "bash": (".local/share/bash-completion/completions/paramend", ""),
-    "zsh": (".local/share/zsh/site-functions/_paramend", "fpath=(~/.local/share/zsh/site-functions $fpath)"),
+    "bash": (".local/share/bash-completion/completions/paramend", "the package bash-completion of your system"),
+    "zsh": (
+        ".local/share/zsh/site-functions/_paramend",
+        "fpath=(~/.local/share/zsh/site-functions $fpath) in ~/.zshrc, before compinit",
+    ),
     "fish": (".config/fish/completions/paramend.fish", ""),
 }
 
@@ -102,6 +105,6 @@ def completion(ctx: click.Context, shell: str | None, install: bool) -> None:
     path = Path.home() / place
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, text.encode())
-    say(f"wrote {path}; shells that start now have it")
+    say(f"wrote {path}; shells started from now on read it")
     if more:
-        say(f"{name} finds it if this stands in ~/.{name}rc, before compinit: {more}")
+        say(f"{name} also needs: {more}")

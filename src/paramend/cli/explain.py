@@ -27,7 +27,7 @@ def explain(code: str | None) -> None:
     if code is None:
         width = max(map(len, pages))
         firsts = (
-            (name, re.split(r"(?<=[.:]) ", " ".join(page.split()))[0].rstrip(":")) for name, page in pages.items()
+            (name, re.split(r"(?<=[.:]) ", " ".join(page.split()))[0].rstrip(".:")) for name, page in pages.items()
         )
         click.echo("\n".join(f"{name:<{width}}  {first}" for name, first in firsts))
         return
