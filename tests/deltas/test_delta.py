@@ -1,5 +1,6 @@
 """Deltas: what is different in one model makes it of another, bit for bit, and of nothing else."""
 
+import hashlib
 import json
 import pickle
 import random
@@ -669,3 +670,28 @@ def test_an_applied_checkpoint_goes_to_other_processes(changed):
     _, after, path, folder = changed
     twin = pickle.loads(pickle.dumps(pm.Delta.load(folder).apply(pm.open(path))))
     same({name: twin[name] for name in twin}, after)
+
+
+def test_a_chain_in_which_leaves_change_and_then_stay_or_get_another_name_is_one_delta():
+    first = {"h": np.zeros(9, "float16"), "k": np.zeros(3)}
+    second = first | {"h": np.arange(9, dtype="float16")}
+    third = second | {"k": np.ones(3)}
+    fourth = {"g": third["h"], "k": third["k"]}
+    fifth = fourth | {"g": third["h"] + 1}
+    for chain in ([first, second, third], [first, second, fourth], [first, second, fourth, fifth]):
+        one, *others = (pm.delta(before, after) for before, after in pairwise(chain))
+        for other in others:
+            one = one.then(other)
+        same(one.apply(first), chain[-1])
+
+
+def test_a_delta_that_says_it_holds_terabytes_is_refused_at_once(tmp_path):
+    before = {"w": np.zeros(3, "float32")}
+    pm.delta(before, {"w": np.zeros(4, "float32")}).save(tmp_path / "d")
+    table = json.loads((tmp_path / "d/delta.json").read_text())
+    del table["sha256"]
+    table["leaves"][0] |= {"spec": ["float32", 1 << 40], "held": "none"}
+    text = json.dumps(table, indent=0)[1:].encode()
+    (tmp_path / "d/delta.json").write_bytes(b'{\n"sha256":"' + hashlib.sha256(text).hexdigest().encode() + b'",' + text)
+    with pytest.raises(BadCheckpoint, match="holds 16 bytes"):
+        pm.Delta.load(tmp_path / "d").apply(before)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -217,7 +218,9 @@ def _unheld(old: Editable, new: Editable) -> Iterator[str]:
     one, two = (leaves.source if isinstance(leaves, Checkpoint) else None for leaves in (old, new))
     if one is None or two is None or one.format != two.format:
         return
-    metadata = sorted(key for key in {*one.metadata, *two.metadata} if one.metadata.get(key) != two.metadata.get(key))
+    with np.printoptions(threshold=sys.maxsize):  # GGUF has arrays there
+        sides = [{key: repr(value) for key, value in source.metadata.items()} for source in (one, two)]
+    metadata = sorted(key for key in {**sides[0], **sides[1]} if sides[0].get(key) != sides[1].get(key))
     if metadata:
         yield f"not in the delta: the metadata of the file: {wording.listing(list(map(str, metadata)), 4)}"
     if isinstance(one, Outlined) and isinstance(two, Outlined):

@@ -77,6 +77,7 @@ def whole_of(delta: "Delta", row: LeafRow) -> Patched:
     """A leaf that a delta holds whole."""
     assert row.spec is not None
     found = delta.payload.whole(row.held) or Zeros(row.spec)
-    if found.spec != row.spec:
-        raise BadCheckpoint(f"{delta.called(row)}: the delta says {row.spec} and holds {found.spec}")
+    if found.spec != row.spec or row.spec.nbytes > delta.payload.nbytes:
+        held = f"{delta.payload.nbytes:,} bytes" if found.spec == row.spec else str(found.spec)
+        raise BadCheckpoint(f"{delta.called(row)}: the delta says {row.spec} and holds {held}")
     return Patched(found, delta.payload.changes(row.held, row.nbytes, itemsize_of(row.spec)))

@@ -68,6 +68,7 @@ class _Squashing:
         before = "" if old is None else old.held
         if both.kind in ("kept", "renamed") or not (before or row.held):
             return replace(both, changed=0, held="", nbytes=0)
+        both = replace(both, nbytes=row.nbytes or (0 if old is None else old.nbytes))  # 0 where it is kept
         name, key = row.held or before, (before, row.held)
         if key not in self._known:  # of a leaf with several paths, what changes is held once
             replaced = row.whole or (old is not None and old.whole)

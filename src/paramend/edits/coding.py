@@ -68,7 +68,7 @@ def coded(
         if not codec.writes:
             raise Quantized(
                 f"{weight.path}: {call} would encode the weight anew, and {codec.scheme} is only decoded: exact in "
-                "it are 0 and factors of a whole weight, and whole rows that move",
+                "it are zero and factors of a whole weight other than 0, and whole rows that move",
                 scheme=codec.scheme,
                 payload=weight.path,
                 hint='pm.at(tree, selector).cast("float16") makes floats of it, pm.quantize(..., scheme="q8_0") blocks',
