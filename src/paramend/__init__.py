@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from paramend.grafting.graft import graft_ as graft_
     from paramend.grafting.inserting import insert as insert
     from paramend.grafting.parts import part as part
-    from paramend.grafting.states.verbs import carry_opt_state as carry_opt_state
-    from paramend.grafting.states.verbs import carry_optimizer_ as carry_optimizer_
     from paramend.grafting.states.verbs import graft_opt_state as graft_opt_state
     from paramend.grafting.states.verbs import graft_optimizer_ as graft_optimizer_
     from paramend.growth import depth as depth
@@ -110,12 +108,7 @@ _LATER = {
             "value_and_grad",
         ),
         "paramend.grafting.graft": ("graft", "graft_"),
-        "paramend.grafting.states.verbs": (
-            "carry_opt_state",
-            "carry_optimizer_",
-            "graft_opt_state",
-            "graft_optimizer_",
-        ),
+        "paramend.grafting.states.verbs": ("graft_opt_state", "graft_optimizer_"),
         "paramend.evidence.stats": ("stats",),
         "paramend.growth.deepening": ("deepen", "deepen_"),
         "paramend.growth.experts": ("experts",),
