@@ -41,17 +41,11 @@ class Run(Protocol):
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers, and the blocks after them that predict further tokens.
+    """Layers, and the blocks after them that predict further tokens."""
 
-    Attributes:
-        run: all of them.
-        blocks: the numbers of the blocks.
-        inside: number → the paths of its leaves, relative to it.
-    """
-
-    run: Run
-    blocks: tuple[int, ...]
-    inside: Mapping[int, list[Pieces]]
+    run: Run  # all of them
+    blocks: tuple[int, ...]  # the numbers of the blocks
+    inside: Mapping[int, list[Pieces]]  # number → the paths of its leaves, relative to it
 
     @property
     def layers(self) -> list[int]:
@@ -71,19 +65,12 @@ class Stack:
 
 @dataclass(frozen=True)
 class Body:
-    """A model, or one part of it.
+    """A model, or one part of it."""
 
-    Attributes:
-        config: the configuration of the whole model; {} if there is none.
-        place: the section of the body in it.
-        leaves: number → leaf, those of the body alone.
-        stack: its layers; None if they are not known.
-    """
-
-    config: Mapping[str, Any]
-    place: Pieces
-    leaves: Mapping[int, Leaf]
-    stack: Stack | None
+    config: Mapping[str, Any]  # the configuration of the whole model; {} if there is none
+    place: Pieces  # the section of the body in it
+    leaves: Mapping[int, Leaf]  # number → leaf, those of the body alone
+    stack: Stack | None  # its layers; None if they are not known
 
     @property
     def section(self) -> Mapping[str, Any]:

@@ -66,19 +66,14 @@ _ELSE = re.compile(
 
 @dataclass
 class Section:
-    """One section that counts the layers, while it is adapted.
+    """One section that counts the layers, while it is adapted."""
 
-    Attributes:
-        place: the keys that lead to it.
-        kinds: for each old layer, all that the configuration says of it alone.
-        done: the keys that follow already.
-    """
-
-    place: tuple[str, ...]
+    place: tuple[str, ...]  # the keys that lead to it
     part: dict[str, Any]
     said: list[str] = field(default_factory=list)
+    # For each old layer, all that the configuration says of it alone.
     kinds: list[list[object]] = field(default_factory=list)
-    done: set[str] = field(default_factory=set)
+    done: set[str] = field(default_factory=set)  # the keys that follow already
 
     def set(self, path: Sequence[str], value: Any, says: str = "") -> None:
         """Enter a value, and tell of it."""
@@ -96,10 +91,6 @@ class Section:
 
 def followed(config: Mapping[str, Any], move: Move) -> tuple[dict[str, Any], list[str]]:
     """A new configuration of the model that a move of layers makes, and what changed.
-
-    Raises:
-        Unsupported: a layer would be of another kind in its new place, and the configuration cannot say otherwise.
-        BadArgument: a given key leads into a part that is not there.
 
     >>> config = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
     >>> followed(config, Move(("layers",), (0, 1, 1), 2))[1]

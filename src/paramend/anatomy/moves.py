@@ -16,23 +16,16 @@ _FIRST = frozenset({"relative_attention_bias", "global_relative_attention_bias",
 
 @dataclass(frozen=True)
 class Move:
-    """How the layers at a path change.
+    """How the layers at a path change."""
 
-    Attributes:
-        where: their path in the model.
-        sources: for each new layer the old one that it is made of, from 0.
-        first: the number of the first of them.
-        blocks: how many blocks that predict further tokens follow them.
-        given: key → value, as the user wants them in the outcome; dots lead into sections.
-        leaves: for each old layer, path of a leaf within it → its shape; None if it is not known.
-    """
-
-    where: Sequence[str]
-    sources: Sequence[int]
+    where: Sequence[str]  # their path in the model
+    sources: Sequence[int]  # for each new layer the old one that it is made of, from 0
     n: int
-    first: int = 0
-    blocks: int = 0
+    first: int = 0  # the number of the first of them
+    blocks: int = 0  # how many blocks that predict further tokens follow them
+    # Key → value, as the user wants them in the outcome; dots lead into sections.
     given: Mapping[str, Any] | None = None
+    # For each old layer, path of a leaf within it → its shape; None if it is not known.
     leaves: Sequence[Shapes] | None = None
 
     @property

@@ -53,19 +53,12 @@ _SHARED = ("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config"
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A model inside a model.
+    """A model inside a model."""
 
-    Attributes:
-        name: the key of its configuration, such as `text_config`.
-        layers: the path of its layers.
-        leaves: the numbers of its leaves, without its head.
-        head: those of its head.
-    """
-
-    name: str
-    layers: Pieces
-    leaves: frozenset[int]
-    head: frozenset[int]
+    name: str  # the key of its configuration, such as `text_config`
+    layers: Pieces  # the path of its layers
+    leaves: frozenset[int]  # the numbers of its leaves, without its head
+    head: frozenset[int]  # those of its head
 
 
 def parts_of(config: Mapping[str, Any], paths: Mapping[int, Pieces]) -> Iterator[Part]:

@@ -117,9 +117,6 @@ def quantised(
         modules: the modules.
         floats: the others, which stay floats.
 
-    Raises:
-        Unsupported: it says that the model is quantised in another way, or a pattern leaves a module out.
-
     >>> found = quantised("config.json", {}, "fp8-block", None, ["fc"], ["lm_head"])["quantization_config"]
     >>> found["weight_block_size"], found["modules_to_not_convert"]
     ([128, 128], ['lm_head'])

@@ -27,11 +27,7 @@ from paramend.trees.tree import Tree
 
 
 def assign(tree: Tree, new: dict[int, Any]) -> None:
-    """Assign all values to their leaves; if one of them fails, restore those before it.
-
-    Raises:
-        Unsupported: two of the leaves are one array, or one shares memory with others.
-    """
+    """Assign all values to their leaves; if one of them fails, restore those before it."""
     for number, first in tree.apart(new).items():
         raise Unsupported(
             f"{tree.index.path(first)} and {tree.index.path(number)} are one array, which cannot take two values",
@@ -159,12 +155,7 @@ def refuse_abstract(tree: Tree, given: Mapping[int, Any], report: GraftReport) -
 
 
 def planned(target: Leaves, source: Leaves, options: Options) -> GraftPlan:
-    """The plan of a graft.
-
-    Raises:
-        GraftRefused: the source does not fit the target.
-        Quantized: codes of a quantised weight would become values, or values codes.
-    """
+    """The plan of a graft."""
     for tree, name in ((target, "your model"), (source, "the source")):
         if len(tree.index.numbers) == len(counts(tree)):
             what, meant = barren(tree.root) if isinstance(tree, Tree) else ("", "")

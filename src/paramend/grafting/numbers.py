@@ -27,18 +27,14 @@ _NUMBERS = (int, float)
 
 
 class Counted(Tree):
-    """A tree in memory in which Python numbers outside of modules are leaves too.
-
-    Attributes:
-        counts: the numbers of these leaves.
-        beside: those that stand beside the state of an optimizer: whatever their names, they belong to the run.
-    """
+    """A tree in memory in which Python numbers outside of modules are leaves too."""
 
     def __init__(self, root: Any) -> None:
         super().__init__(root)
         self._named = super().index
         self._holders: dict[int, tuple[Any, Any]] = {}
-        self.counts: frozenset[int] = frozenset()
+        self.counts: frozenset[int] = frozenset()  # the numbers of these leaves
+        # Those that stand beside the state of an optimizer: whatever their names, they belong to the run.
         self.beside: frozenset[int] = frozenset()
         if any(type(value) in _NUMBERS for value in self.values):
             namer = _Namer(Index(self._named.separator))
@@ -102,17 +98,13 @@ class _Level:
 
 
 class _Namer(Namer):
-    """Names numbers too, except those within modules, which are settings.
-
-    Attributes:
-        found: the leaf numbers of the numbers, with the container that holds each, and its key there.
-        beside: those of numbers in containers that also hold the state of an optimizer.
-    """
+    """Names numbers too, except those within modules, which are settings."""
 
     def __init__(self, index: Index) -> None:
         super().__init__(index)
+        # The leaf numbers of the numbers, with the container that holds each, and its key there.
         self.found: dict[int, tuple[Any, Any]] = {}
-        self.beside: list[int] = []
+        self.beside: list[int] = []  # those of numbers in containers that also hold the state of an optimizer
         self._modules = 0
         self._levels = [_Level(None)]
 
@@ -144,16 +136,12 @@ class _Namer(Namer):
 
 
 class _FromFile(WithGuests):
-    """The leaves of a checkpoint, and numbers that its file holds besides them.
-
-    Attributes:
-        counts: the leaf numbers of the numbers.
-    """
+    """The leaves of a checkpoint, and numbers that its file holds besides them."""
 
     def __init__(self, checkpoint: Any, names: Mapping[int, tuple[str, ...]], numbers: Counted) -> None:
         super().__init__(checkpoint, names, numbers)
         self._checkpoint, self._numbers = checkpoint, numbers
-        self.counts = frozenset(map(self.guest, names))
+        self.counts = frozenset(map(self.guest, names))  # the leaf numbers of the numbers
 
     def __getattr__(self, name: str) -> Any:
         if name == "target":

@@ -40,32 +40,24 @@ class Move:
 
 
 class GraftPlan:
-    """Which leaf goes where, from names and specs alone.
-
-    Attributes:
-        cases: the reasons against it.
-        moves: what is to be done.
-        rows: the rows of the report that do not belong to a move, by its four parts.
-        missed: the paths of the target for which the source has nothing.
-        names: the name in the target of every leaf of the source that is not left behind.
-        strays: the leaves of the source that have no place there.
-        orders: leaf of the target → the leaf of the source that fits once its axes are permuted, and how.
-    """
+    """Which leaf goes where, from names and specs alone."""
 
     def __init__(self, target: Any, source: Leaves, options: Options) -> None:
         self.target, self.source, self.options = target, source, options
-        self.cases: list[Case] = []
-        self.moves: list[Move] = []
+        self.cases: list[Case] = []  # the reasons against it
+        self.moves: list[Move] = []  # what is to be done
+        # The rows of the report that do not belong to a move, by its four parts.
         self.rows: dict[str, list[GraftRow]] = {name: [] for name in PARTS}
-        self.missed: set[str] = set()
+        self.missed: set[str] = set()  # the paths of the target for which the source has nothing
         inside = self._selected("only", options.only, "only")
         self._inside = set(_units(target)) if inside is None else inside
         self._by_leaf = {name: self._choices(name) for name in BY_LEAF}
         self._dropped: set[int] = set()
         self._crowded: set[int] = set()
-        self.names = self._new_names()
-        self._arrivals, self.strays = self._meet(self.names)
+        self.names = self._new_names()  # the name in the target of every leaf of the source that is not left behind
+        self._arrivals, self.strays = self._meet(self.names)  # strays of the source have no place in the target
         self._crossed = self._other_layouts()
+        # Leaf of the target → the leaf of the source that fits once its axes are permuted, and how.
         self.orders: dict[int, tuple[int, tuple[int, ...]]] = {}
         used: set[int] = set()
         for number in _units(target):

@@ -119,9 +119,6 @@ def check_groups(plan: GraftPlan) -> None:
 
     What moves bytes alone is allowed: all leaves of a quantised weight onto all of one of the same scheme, with equal
     shapes and dtypes.
-
-    Raises:
-        Quantized: a leaf of either side is a part of a quantised weight, and they do not go together.
     """
     target, source = plan.target, plan.source
     if plan.options.raw or not (may_hold_groups(target) or may_hold_groups(source)):

@@ -27,11 +27,7 @@ def deepened(
     identity: Any,
     given: Mapping[str, Any] | None = None,
 ) -> tuple[Checkpoint, DeepenReport]:
-    """A checkpoint with the layers of another in a given order, and the report; nothing is written.
-
-    Raises:
-        BadCheckpoint: `config.json` is damaged.
-    """
+    """A checkpoint with the layers of another in a given order, and the report; nothing is written."""
     if isinstance(layers, Sliced):
         raise Unsupported(
             "stacked layers of a checkpoint can be deepened only in memory",

@@ -24,18 +24,7 @@ Change = Callable[[str, dict[str, Any]], dict[str, Any]]
 
 
 class Configured:
-    """A model, as its leaves and what its configuration says.
-
-    Attributes:
-        model: the model.
-        leaves: its leaves as they are stored; of a module, those of its state dict.
-        config: its configuration; empty if it has none.
-        on_disk: whether it is a checkpoint.
-
-    Raises:
-        BadCheckpoint: the configuration is damaged.
-        Unsupported: it is a module without one.
-    """
+    """A model, as its leaves and what its configuration says."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -43,6 +32,7 @@ class Configured:
         own: Any = getattr(model, "config", None)
         if self._module and not hasattr(own, "to_dict"):
             raise Unsupported(f"{wording.described(model)} has no configuration, which would change with its leaves")
+        # Its leaves as they are stored; of a module, those of its state dict.
         self.leaves = editable(model.state_dict() if self._module else model, raw=True)
         document = document_of(model)
         self.config: dict[str, Any] = own.to_dict() if self._module else document.values if document else {}

@@ -16,18 +16,13 @@ from paramend.selectors.patterns import parse
 
 @dataclass(frozen=True)
 class Layers(Numbered):
-    """Numbered layers under one parent, such as `layers/0`, `layers/1` or `Dense_0`, `Dense_1`.
+    """Numbered layers under one parent, such as `layers/0`, `layers/1` or `Dense_0`, `Dense_1`; `numbers` ascend."""
 
-    Attributes:
-        numbers: the numbers of the layers, ascending.
-        after: the numbers of the siblings that follow them and are renumbered; `blocks` are the last of them.
-        before: the numbers of the siblings before them.
-        step: the difference of consecutive numbers. If it is more than 1, entries between belong to the layer before.
-    """
-
+    # The numbers of the siblings that follow them and are renumbered; `blocks` are the last of them.
     after: tuple[int, ...] = ()
+    # The difference of consecutive numbers. If it is more than 1, entries between belong to the layer before.
     step: int = 1
-    before: tuple[int, ...] = ()
+    before: tuple[int, ...] = ()  # the numbers of the siblings before them
 
     def target(self, position: int) -> int:
         """The number of the new layer at a position."""
@@ -63,10 +58,6 @@ def find(leaves: Leaves, text: str | None) -> list[Layers]:
     Args:
         leaves: the tree.
         text: such as `model.layers[*]`, `model.layers.<n>` or `params/Dense_[:-1]`.
-
-    Raises:
-        NoMatch: there are no such layers, or without a text there are several lists of layers.
-        BadArgument: the text does not say where the number is, or selects layers with gaps.
 
     >>> from paramend.edits.memory import Memory
     >>> tree = Memory({"layers": [{"w": np.ones(2)} for _ in range(3)]})

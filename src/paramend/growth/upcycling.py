@@ -28,25 +28,16 @@ _ROLES = ("gate_proj", "up_proj", "down_proj")
 
 
 class _Family(NamedTuple):
-    """How a dense family becomes one of mixtures.
+    """How a dense family becomes one of mixtures."""
 
-    Attributes:
-        kind: its new model type.
-        stems: what the names of its classes begin with, and what those of the mixtures do.
-        module: the module of a mixture in published checkpoints.
-        names: the projections of an expert there: gate, up, down.
-        defaults: what the dense family takes for granted, and the mixtures otherwise.
-        says: what the configuration of the mixtures says too; "I" stands for the hidden units of an expert.
-        counts: the key that counts experts.
-    """
-
-    kind: str
-    stems: tuple[str, str]
-    module: str
-    names: tuple[str, ...]
-    defaults: Mapping[str, Any]
+    kind: str  # its new model type
+    stems: tuple[str, str]  # what the names of its classes begin with, and what those of the mixtures do
+    module: str  # the module of a mixture in published checkpoints
+    names: tuple[str, ...]  # the projections of an expert there: gate, up, down
+    defaults: Mapping[str, Any]  # what the dense family takes for granted, and the mixtures otherwise
+    # What the configuration of the mixtures says too; "I" stands for the hidden units of an expert.
     says: Mapping[str, Any]
-    counts: str = "num_experts"
+    counts: str = "num_experts"  # the key that counts experts
 
 
 _W = ("w1", "w3", "w2")

@@ -202,12 +202,7 @@ class Work:
 
 
 def configuration(tree: Any) -> dict[str, Any]:
-    """The configuration of a checkpoint or of a model of transformers.
-
-    Raises:
-        BadArgument: it has none.
-        BadCheckpoint: `config.json` is damaged.
-    """
+    """The configuration of a checkpoint or of a model of transformers."""
     document = document_of(tree)
     if document is not None:
         return document.values

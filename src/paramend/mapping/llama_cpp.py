@@ -51,9 +51,6 @@ def translated(checkpoint: Any, form: str) -> tuple[Any, tuple[str, ...]]:
     Args:
         checkpoint: from `pm.open`.
         form: the name of the format that is written.
-
-    Raises:
-        Unsupported: what the model computes cannot be said in GGUF, or codes would have to become floats.
     """
     if "gguf" not in (form, checkpoint.format) or form == checkpoint.format:
         return checkpoint, ()

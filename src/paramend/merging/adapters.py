@@ -200,13 +200,7 @@ def _role(pieces: Pieces) -> tuple[str, Pieces, str]:
 
 
 def adapter(given: AnyTree, rule: Sequence[str] | None = None) -> Adapter:
-    """An adapter from its path, or from a tree.
-
-    Raises:
-        CannotRead: there is no such file, or no configuration beside weights that need one.
-        BadCheckpoint: a file is damaged.
-        Unsupported: it is not a LoRA, or one whose terms depend on more than its tensors.
-    """
+    """An adapter from its path, or from a tree."""
     if isinstance(given, Adapter):
         return given
     leaves, config = given, None

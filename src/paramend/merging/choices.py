@@ -19,9 +19,6 @@ _FREE = ("how", "convention", "divide", "rescale")
 def settings_of(given: Mapping[str, Any], count: int) -> Settings:
     """The settings for so many models, of those that are given and not None.
 
-    Raises:
-        BadArgument: one means nothing to the method, is lacking, or out of its range.
-
     >>> settings_of({"how": "ties", "density": 0.5}, 2)
     Settings(how='ties', weights=(1.0, 1.0), t=0.5, density=(0.5, 0.5), gamma=(), ...)
     """

@@ -34,16 +34,11 @@ _PARTS = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lora
 
 @dataclass(frozen=True)
 class Slot:
-    """What products can be added to: a leaf, or a parameter that the base holds as a leaf for each expert and side.
+    """What products can be added to: a leaf, or a parameter that the base holds as a leaf for each expert and side."""
 
-    Attributes:
-        name: the name of the parameter.
-        spec: its shape and dtype.
-        places: the leaves: number, the expert that it is, None for all of them, and its rows.
-    """
-
-    name: str
+    name: str  # that of the parameter
     spec: Spec
+    # The leaves: number, the expert that it is, None for all of them, and its rows.
     places: tuple[tuple[int, int | None, range], ...]
 
 
@@ -57,12 +52,7 @@ class Fused(NamedTuple):
 
 
 class Destinations:
-    """The leaves of a base by module.
-
-    Attributes:
-        config: the configuration of the base, {} if there is none.
-        families: its model type, and that of the text model in it.
-    """
+    """The leaves of a base by module."""
 
     def __init__(self, leaves: Editable) -> None:
         self.leaves = leaves
@@ -70,10 +60,10 @@ class Destinations:
         for number in leaves.index.numbers:
             *module, name = leaves.index.pieces(number)
             self.modules.setdefault(tuple(module), {})[name] = number
-        self.config = configuration(leaves)
+        self.config = configuration(leaves)  # {} if there is none
         inner = self.config.get("text_config")
         types = [part.get("model_type") for part in (self.config, inner) if isinstance(part, Mapping)]
-        self.families = tuple(str(each) for each in types if each)
+        self.families = tuple(str(each) for each in types if each)  # its model type, and that of the text model in it
 
     def among(self, families: Any) -> bool:
         """Whether the base is of one of these families."""

@@ -25,30 +25,23 @@ _VOCABULARY = {*EMBEDDINGS, *HEADS}
 
 @dataclass(slots=True)
 class Matched:
-    """What becomes of the leaves of several models.
+    """What becomes of the leaves of several models."""
 
-    Attributes:
-        merged: number in the host → the number in each model, that in the base last.
-        averaged: those of them that are statistics, of which the mean is taken.
-        extra: the leaves that the host lacks: the model, and the number in it.
-    """
-
+    # Number in the host → the number in each model, that in the base last.
     merged: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    averaged: set[int] = field(default_factory=set)
+    averaged: set[int] = field(default_factory=set)  # those of them that are statistics, of which the mean is taken
+    # The leaves that the host lacks: the model, and the number in it.
     extra: list[tuple[Editable, int]] = field(default_factory=list)
 
 
 class Models:
-    """Models that are merged: those that count, and the base last if there is one.
-
-    Attributes:
-        names: what messages call them: the paths of checkpoints, if all have different ones.
-        short: the same without folders, for expressions and records.
-    """
+    """Models that are merged: those that count, and the base last if there is one."""
 
     def __init__(self, host: Editable, models: Sequence[Editable], base: Editable | None) -> None:
         self.host, self.all = host, [*models, *([] if base is None else [base])]
+        # What messages call them: the paths of checkpoints, if all have different ones.
         self.names = [f"model {at + 1}" for at in range(len(models))] + ([] if base is None else ["the base"])
+        # The same without folders, for expressions and records.
         self.short = [name.removeprefix("the ") for name in self.names]
         paths = [path_of(getattr(model, "path", "")) for model in self.all]
         if len({path.resolve() for path in paths}) == len(paths):
@@ -58,12 +51,7 @@ class Models:
             )
 
     def match(self, missing: Missing = "error", stats: Stats | None = None, only: Sequence[int] = ()) -> Matched:
-        """The leaves that are one; `only` some of the host, if these are given.
-
-        Raises:
-            Quantized: a model has quantised weights that are taken for several leaves.
-            SpecMismatch: leaves cannot be merged; the message lists them all.
-        """
+        """The leaves that are one; `only` some of the host, if these are given."""
         for model in self.all:
             check_values(model, model.index.numbers, "cannot be merged", "pm.dequantize(model) makes floats of it")
         found, problems, hints = Matched(), [], []

@@ -48,11 +48,7 @@ class Slice:
 
 
 class Configuration:
-    """A configuration of mergekit.
-
-    Raises:
-        BadRecipe: something in it is wrong, or not supported: all of it is listed.
-    """
+    """A configuration of mergekit."""
 
     def __init__(self, data: Mapping[str, Any], name: str, folder: Path) -> None:
         self.data, self.folder = data, folder
@@ -145,12 +141,7 @@ class Configuration:
 def merge_configured(
     data: Mapping[str, Any], name: str, folder: Path, open: Callable[[Path], Checkpoint]
 ) -> tuple[Checkpoint, Checkpoint, LayoutReport]:
-    """The model whose configuration the result takes, the result of a configuration of mergekit, and the report.
-
-    Raises:
-        BadRecipe: something in it is wrong, or not supported: all of it is listed.
-        SpecMismatch: the models do not fit together.
-    """
+    """The model whose configuration the result takes, the result of a configuration of mergekit, and the report."""
     config = Configuration(data, name, folder)
     opened = {model: open(path) for model, path in config.models.items()}
     first = next(iter(opened.values()))

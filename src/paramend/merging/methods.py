@@ -17,31 +17,20 @@ _MANY = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A merge method.
-
-    Attributes:
-        name: its name.
-        says: what it does, and where it comes from.
-        base: whether it needs the model that the others come from.
-        models: the least and the most number of other models.
-        takes: the settings that mean something to it, with their defaults; None: it must be given.
-        blends: how much of each model a leaf gets, by the angles between them; None: elements are merged one by one.
-        keep: which changes stay; it changes a base then.
-        elect: whether of the changes of an element only those with the sign of their sum count.
-        divides: whether sums are divided by those of the weights.
-        swaps: whether elements move towards the other model, each by so much at most.
-    """
+    """A merge method."""
 
     name: str
-    says: str
-    base: Base = "needed"
-    models: tuple[int, int] = (1, _MANY)
+    says: str  # what it does, and where it comes from
+    base: Base = "needed"  # whether it needs the model that the others come from
+    models: tuple[int, int] = (1, _MANY)  # the least and the most number of other models
+    # The settings that mean something to it, with their defaults; None: it must be given.
     takes: Mapping[str, Any] = field(default_factory=dict)
+    # How much of each model a leaf gets, by the angles between them; None: elements are merged one by one.
     blends: Callable[[Array, Settings], Array] | None = None
-    keep: Keep = "all"
-    elect: bool = False
-    divides: bool = False
-    swaps: bool = False
+    keep: Keep = "all"  # which changes stay; it changes a base then
+    elect: bool = False  # whether of the changes of an element only those with the sign of their sum count
+    divides: bool = False  # whether sums are divided by those of the weights
+    swaps: bool = False  # whether elements move towards the other model, each by so much at most
 
     def __reduce__(self) -> tuple[Any, ...]:
         return method_of, (self.name,)

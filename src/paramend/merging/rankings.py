@@ -39,14 +39,10 @@ class Member(NamedTuple):
 
 @dataclass(eq=False)
 class Ranking:
-    """The elements of leaves by their magnitudes, greatest first, for each model; of equal ones the first counts more.
-
-    Attributes:
-        members: the leaves.
-        places: for each model, which places of the ranking are kept: the first of them, and the one after the last.
-    """
+    """The elements of leaves by their magnitudes, for each model the greatest first, equal ones in order."""
 
     members: Sequence[Member]
+    # For each model, which places of the ranking are kept: the first of them, and the one after the last.
     places: Sequence[tuple[int, int]]
 
     def kept(self, member: int, piece: int, magnitudes: Sequence[Array]) -> list[Array]:

@@ -22,30 +22,19 @@ from paramend.merging.settings import Settings
 
 @dataclass(eq=False)
 class Merging:
-    """How a leaf is merged: a `Reduction`.
+    """How a leaf is merged: a `Reduction`."""
 
-    Attributes:
-        method, settings: the row of the table, and its settings for this leaf.
-        parts: the leaf of each model, and that of the base last if there is one.
-        based: whether there is a base.
-        dtype: that of the result.
-        names: what the models are called in the expression, the base last.
-        path: its path.
-        pieces: the same piece by piece, of which chance depends.
-        vector: the leaves whose changes are ranked together, this one among them; None: it is ranked alone.
-        member: its place among these.
-    """
-
-    method: Method
+    method: Method  # the row of the table
     settings: Settings
-    parts: tuple[Origin, ...]
-    based: bool
-    dtype: str
-    names: tuple[str, ...]
+    parts: tuple[Origin, ...]  # the leaf of each model, and that of the base last if there is one
+    based: bool  # whether there is a base
+    dtype: str  # that of the result
+    names: tuple[str, ...]  # what the models are called in the expression, the base last
     path: str
-    pieces: tuple[str, ...]
+    pieces: tuple[str, ...]  # the same piece by piece, of which chance depends
+    # The leaves whose changes are ranked together, this one among them; None: it is ranked alone.
     vector: "Vector | None" = None
-    member: int = 0
+    member: int = 0  # its place among these
 
     @property
     def align(self) -> int:

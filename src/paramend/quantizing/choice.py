@@ -23,13 +23,7 @@ def whole(leaves: Editable, rule: Codec | None = None) -> Weights:
 
 
 def selected(weights: Weights, selector: SelectorLike) -> list[int]:
-    """The numbers of the quantised weights that a selector means, in order, with those that are tied to them.
-
-    Raises:
-        NoMatch: none is meant.
-        Quantized: one is of a scheme that cannot be decoded.
-        SpecMismatch: one is not whole.
-    """
+    """The numbers of the quantised weights that a selector means, in order, with those that are tied to them."""
     selector = sel(selector)
     numbers = chosen(selector, weights)
     twins = {twin for number in numbers for twin in weights.twins(number)}

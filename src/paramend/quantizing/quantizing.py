@@ -112,11 +112,7 @@ def quantize(
 
 
 def _chosen(seen: Weights, selector: SelectorLike) -> list[int]:
-    """The leaves that a selector means: of what wildcards take, the matrices that schemes are for.
-
-    Raises:
-        Quantized, SpecMismatch: a selector takes nothing else than leaves that cannot be quantised.
-    """
+    """The leaves that a selector means: of what wildcards take, the matrices that schemes are for."""
     selector, found = sel(selector), set[int]()
     for part in selector.parts if isinstance(selector, Union) else (selector,):
         numbers = resolve(part, seen)
@@ -151,21 +147,13 @@ def _hindrance(seen: Weights, number: int, said: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class _New:
-    """A weight and the leaves that it becomes.
+    """A weight and the leaves that it becomes."""
 
-    Attributes:
-        number: the number of its leaf.
-        scheme: the name of its scheme.
-        names: the names of the leaves.
-        parts: makes them.
-        values: makes the values that they stand for, in a dtype; "" for that of the weight.
-    """
-
-    number: int
+    number: int  # that of its leaf
     scheme: str
-    names: Sequence[str]
-    parts: Callable[[], list[Origin]]
-    values: Callable[[str], Origin]
+    names: Sequence[str]  # those of the leaves
+    parts: Callable[[], list[Origin]]  # makes them
+    values: Callable[[str], Origin]  # makes the values that they stand for, in a dtype; "" for that of the weight
 
     def paths(self, seen: Weights) -> list[tuple[Label, ...]]:
         """The paths of the leaves."""

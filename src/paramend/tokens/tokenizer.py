@@ -129,12 +129,7 @@ class Tokenizer:
 
 
 def tokenizer_of(leaves: Any) -> Tokenizer | None:
-    """The tokenizer beside an opened checkpoint; None for other trees, and where there is none.
-
-    Raises:
-        BadCheckpoint: it is damaged.
-        Unsupported: its tokens are listed, and there is no `tokenizer.json`.
-    """
+    """The tokenizer beside an opened checkpoint; None for other trees, and where there is none."""
     path = getattr(leaves, "path", None)
     if not isinstance(path, Path):
         return None

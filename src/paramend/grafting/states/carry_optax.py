@@ -28,23 +28,14 @@ Path = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Leaf:
-    """A leaf of an optimizer state.
+    """A leaf of an optimizer state."""
 
-    Attributes:
-        path: its path in the state.
-        record: the path of its record, without wrappers.
-        field: its field in the record.
-        param: its path in the parameters; `()` for a count.
-        value: the array.
-        place: its place in JAX's order.
-    """
-
-    path: Path
-    record: Path
-    field: Path
-    param: Path
+    path: Path  # in the state
+    record: Path  # the path of its record, without wrappers
+    field: Path  # its field in the record
+    param: Path  # its path in the parameters; `()` for a count
     value: Any
-    place: int
+    place: int  # its place in JAX's order
 
     @property
     def name(self) -> tuple[Path, Path, Path]:

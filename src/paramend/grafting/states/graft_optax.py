@@ -39,12 +39,7 @@ class Grafted:
 
 
 def graft_state(target: Counted, source: Any, report: GraftReport, unused: str) -> Grafted:
-    """A state whose moments follow the parameters as the report of their graft says.
-
-    Raises:
-        GraftRefused: the states are of different optimizers, or the report does not cover all parameters.
-        Unsupported: the target is not a state.
-    """
+    """A state whose moments follow the parameters as the report of their graft says."""
     source = _read(source)
     work = _Work(target, source, Survey.of(target), Survey.of(source))
     if not work.ours.roots:
@@ -61,11 +56,7 @@ def graft_state(target: Counted, source: Any, report: GraftReport, unused: str) 
 
 
 def graft_whole(target: Counted, source: Any, options: Options) -> Grafted | None:
-    """A graft of a tree with optimizer states in it, or None if the source has nothing for these.
-
-    Raises:
-        GraftRefused: the two do not fit.
-    """
+    """A graft of a tree with optimizer states in it, or None if the source has nothing for these."""
     ours = Survey.of(target)
     typed = isinstance(source, Tree) and Survey.of(source).fields
     if not typed and not any(ours.is_state(source.index.pieces(number)) for number in source.index.numbers):
