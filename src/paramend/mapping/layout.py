@@ -16,10 +16,9 @@ from paramend.errors import BadArgument, CannotRead, NoMatch, ParamendError
 from paramend.leaves.leaves import Editable, Group
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.paths import labels, text_of, write_path
-from paramend.mapping.bundles import Bundle
 from paramend.mapping.numbers import Numbers, read_config
 from paramend.mapping.report import LayoutReport, Moved
-from paramend.mapping.steps import Step, read_step
+from paramend.mapping.steps import Bundle, Step, read_step
 from paramend.reports import wording
 from paramend.selectors.grammar import captures_of
 from paramend.selectors.patterns import parse
