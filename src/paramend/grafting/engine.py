@@ -11,9 +11,8 @@ from paramend.arrays.registry import backend, to_numpy
 from paramend.edits.subjects import barren
 from paramend.errors import BadArgument, GraftRefused, Unsupported
 from paramend.grafting import ways
-from paramend.grafting.cases import KINDS
 from paramend.grafting.numbers import Counted, counts
-from paramend.grafting.options import Options
+from paramend.grafting.options import KINDS, Options
 from paramend.grafting.plan import GraftPlan, Move
 from paramend.grafting.quantized import check_groups
 from paramend.grafting.report import GraftReport

@@ -7,11 +7,9 @@ from typing import Any
 from paramend.arrays.registry import backend
 from paramend.errors import BadArgument, NoMatch, OutOfRange, ParamendError, RenameClash, SpecMismatch, Unsupported
 from paramend.grafting import layouts, mismatches
-from paramend.grafting.cases import Case
-from paramend.grafting.guests import WithGuests
 from paramend.grafting.mismatches import Meeting
-from paramend.grafting.numbers import COUNTERS, beside_state, counts
-from paramend.grafting.options import BY_LEAF, Options, quoted
+from paramend.grafting.numbers import COUNTERS, WithGuests, beside_state, counts
+from paramend.grafting.options import BY_LEAF, Case, Options, quoted
 from paramend.grafting.report import PARTS, GraftReport, GraftRow
 from paramend.leaves.leaves import Leaves
 from paramend.leaves.specs import Spec

@@ -7,9 +7,8 @@ from typing import Any
 
 from paramend.errors import ParamendError
 from paramend.grafting import alignment, layouts
-from paramend.grafting.cases import KINDS, Case
 from paramend.grafting.numbers import counts
-from paramend.grafting.options import quoted
+from paramend.grafting.options import KINDS, Case, quoted
 from paramend.grafting.plan import GraftPlan, abstract
 from paramend.leaves.leaves import Leaves
 from paramend.leaves.paths import write_path

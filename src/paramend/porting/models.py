@@ -10,10 +10,10 @@ from paramend.errors import BadArgument
 from paramend.leaves.leaves import Editable, keys_of
 from paramend.leaves.paths import labels, text_of
 from paramend.leaves.specs import Spec
+from paramend.porting.calls import Call
 from paramend.porting.forms import FORMS, NESTED, PARAMETER, Form
 from paramend.porting.frameworks import is_linen
 from paramend.porting.kinds import Path, Shaped
-from paramend.porting.recorder import Call
 from paramend.trees.tree import Tree
 from paramend.trees.walks import containers
 
