@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from paramend.anatomy.sections import beside, parsed
+from paramend.disk.urls import path_of
 from paramend.errors import BadArgument, NoMatch
 from paramend.formats.jsonchanges import entry_of, rewritten
 from paramend.formats.jsontext import CONFIG
@@ -70,6 +71,12 @@ class Document:
     def holding(self, values: Mapping[str, Any]) -> "Document":
         """The document with other values; what stays keeps its characters."""
         return replace(self, text=rewritten(self.text.decode(), values).encode())
+
+    def skipped(self, path: Path) -> str:
+        """Why a checkpoint that was opened by this path is saved without the document; "" if it is not."""
+        if self.own or path_of(path).is_dir():
+            return ""
+        return f"{self.file} is not changed; open {self.file.parent}/, the directory, to include it"
 
     def inner(self, key: str) -> "Document":
         """The document that holds what a key of it does, and nothing else."""

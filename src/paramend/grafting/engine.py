@@ -12,7 +12,7 @@ from paramend.edits.subjects import barren
 from paramend.errors import BadArgument, GraftRefused, Unsupported
 from paramend.grafting import ways
 from paramend.grafting.numbers import Counted, counts
-from paramend.grafting.options import KINDS, Options
+from paramend.grafting.options import KINDS, Options, listed
 from paramend.grafting.plan import GraftPlan, Move
 from paramend.grafting.quantized import check_groups
 from paramend.grafting.report import GraftReport
@@ -144,10 +144,8 @@ def refuse_abstract(tree: Tree, given: Mapping[int, Any], report: GraftReport) -
         if tree.ties.get(n, n) not in given and backend(tree.read(n)).abstract(tree.read(n))
     ]
     if left:
-        one, many, _ = KINDS["abstract"]
         lines = [Line((tree.index.path(number),), (str(tree.spec(number)),)) for number in left]
-        title = one if len(left) == 1 else many.format(f"{len(left):,}")
-        raise GraftRefused(f"{title}:\n{table(fold(lines))}", report=report, hint=ways.ADVICE["abstract"])
+        raise GraftRefused(listed("abstract", lines), report=report, hint=ways.ADVICE["abstract"])
 
 
 # ---- refusing --------------------------------------------------------------------------------------------------
@@ -169,12 +167,11 @@ def planned(target: Leaves, source: Leaves, options: Options) -> GraftPlan:
     plan, found, hint = ways.out_of(plan)
     report = plan.report()
     blocks = ["the source does not fit your model, and nothing was changed"]
-    for kind, (one, many, _) in KINDS.items():
+    for kind in KINDS:
         cases = [case for case in plan.cases if case.kind == kind]
         if cases and (kind != "nothing" or len(cases) == len(plan.cases)):
             lines = [Line(case.paths or (case.said,), (case.said,) if case.paths else ()) for case in cases]
-            title = one if len(cases) == 1 else many.format(f"{len(cases):,}")
-            blocks.append(f"{title}:\n{table(fold(lines))}")
+            blocks.append(listed(kind, lines))
     waiting = [row for row in report.fresh if row.path in plan.missed]
     if waiting and any(case.kind in ("unused", "nothing") for case in plan.cases) and options.missing == "fresh":
         lines = [Line((row.path,), (f"{row.dtype}[{','.join(map(str, row.shape))}]",)) for row in waiting]

@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 
 from paramend.anatomy.recoding import listed
 from paramend.arrays.registry import backend, to_numpy
-from paramend.checkpoints.assemble import assemble
+from paramend.checkpoints.assemble import exchanged
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.gathering import ties_of
 from paramend.edits.choosing import carried, members
@@ -65,11 +65,9 @@ def insert(
     check_free(donor, paths, host.index.paths.values(), host.index.separator, hint)
     report = moved_report("insert", host.index.separator, donor, paths, host.index.texts.values(), ("inserted", "kept"))
     if isinstance(host, Checkpoint):
-        own = [(host.index.paths[number], (host, number)) for number in host.index.numbers]
-        new = [(labels_of(paths[n]), (donor, n)) for n in numbers]
-        ties = ties_of(host.ties, {number: [place] for place, number in enumerate(host.index.numbers)})
-        ties |= ties_of(donor.ties, {number: [len(own) + place] for place, number in enumerate(numbers)})
-        return cast(T, _listed(assemble(host, [*own, *new], ties=ties), range(len(own)))), report
+        new, size = [(labels_of(paths[n]), (donor, n)) for n in numbers], len(host.index.numbers)
+        ties = ties_of(donor.ties, {number: [size + place] for place, number in enumerate(numbers)})
+        return cast(T, _listed(exchanged(host, {}, new, ties=ties), range(size))), report
     tree = cast(Memory, host)
     one = {number: donor.ties.get(number, number) for number in numbers}
     values = {number: native(host, donor.fetch(number)) for number in dict.fromkeys(one.values())}

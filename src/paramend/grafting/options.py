@@ -8,6 +8,7 @@ from typing import Literal as OneOf
 
 from paramend.errors import BadArgument
 from paramend.reports import wording
+from paramend.reports.report import Line, fold, table
 from paramend.resize.rules import Resize
 from paramend.selectors.selector import sel
 
@@ -103,10 +104,6 @@ _MEANT: dict[str, dict[Any, str]] = {
 }
 
 
-def _beside(default: str, meant: str) -> str:
-    return ", the default" if meant == default else f", or {quoted(default)}, the default"
-
-
 def _check(name: str, given: Any, known: Sequence[str]) -> None:
     if isinstance(given, str) and given in known:
         return
@@ -115,8 +112,9 @@ def _check(name: str, given: Any, known: Sequence[str]) -> None:
     if not near and name == "dtype":  # float32, "bfloat16", jnp.float16 ...
         hint = 'dtype="target" casts to that of your model; pm.at(model, "**").cast("bfloat16") changes it first'
     else:
-        default: Any = next(field.default for field in fields(Options) if field.name == name)
-        hint = f"{name}={quoted((near or known)[0])}" + (_beside(default, meant) if meant else "")
+        default = getattr(_DEFAULTS, name)
+        other = ", the default" if meant == default else f", or {quoted(default)}, the default"
+        hint = f"{name}={quoted((near or known)[0])}{other if meant else ''}"
     raise BadArgument(
         f"{name}={given!r} is not one of {wording.listing([repr(choice) for choice in known])}", hint=hint
     )
@@ -189,3 +187,10 @@ KINDS: dict[str, tuple[str, str, tuple[dict[str, str], ...]]] = {
     ),
     "nothing": ("no leaf of your model would take anything", "", ()),
 }
+
+
+def listed(kind: str, lines: Sequence[Line]) -> str:
+    """Cases of one kind below the sentence that tells how many there are."""
+    one, many, _ = KINDS[kind]
+    title = one if len(lines) == 1 else many.format(f"{len(lines):,}")
+    return f"{title}:\n{table(fold(lines))}"

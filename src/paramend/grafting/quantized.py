@@ -33,7 +33,8 @@ def adapted(target: Any, source: Any, options: Options) -> tuple[Any, dict[str, 
     fits: dict[str, tuple[str, Misfit]] = {}
     if options.raw or not (may_hold_groups(target) or may_hold_groups(source)):
         return source, fits
-    ours, theirs = (weighed(_editable(each), inputs=True) for each in (target, source))
+    trees = (each if isinstance(each, Editable) else Memory(each.root) for each in (target, source))
+    ours, theirs = (weighed(each, inputs=True) for each in trees)
     here = ours.groups if isinstance(ours, Weights) else {}
     there = theirs.groups if isinstance(theirs, Weights) else {}
     if not here and not there:
@@ -75,10 +76,6 @@ def adapted(target: Any, source: Any, options: Options) -> tuple[Any, dict[str, 
         return source, fits
     made = stored.as_stored().regrouped(groups)
     return (made.as_stored(source.raw) if isinstance(made, Editable) else type(source)(made)), fits
-
-
-def _editable(leaves: Any) -> Editable:
-    return leaves if isinstance(leaves, Editable) else Memory(leaves.root)
 
 
 def _equal(one: Weight, other: Weight | Own) -> bool:

@@ -25,7 +25,11 @@ def out_of(plan: GraftPlan) -> tuple[GraftPlan, list[dict[str, Any]], str]:
     if any(case.kind == "layout" for case in plan.cases):
         return plan, [], "\n      ".join(_transposed(plan))
     ways = _ways_out(plan, better)
-    said = [f"{way.options.call()}{_outcome(way, plan)}" for way in ways]
+    said = []
+    for way in ways:
+        copies = f"  # copies {wording.plural(len(way.moves), 'leaf', 'leaves')}"
+        same = way.options.in_place == plan.options.in_place
+        said.append(f"{way.options.call()}{copies if same else ' gives a new tree instead'}")
     said = [*(_transposed(plan) if plan.orders else []), *said] or [_advice(plan)]
     return plan, [way.options.given() for way in ways], "\n      ".join(said)
 
@@ -41,12 +45,6 @@ def _ways_out(plan: GraftPlan, better: GraftPlan | None) -> list[GraftPlan]:
         functional = _allowing(GraftPlan(plan.target, plan.source, replace(plan.options, in_place=False)))
         return [] if functional is None else [functional]
     return tries
-
-
-def _outcome(way: GraftPlan, plan: GraftPlan) -> str:
-    if way.options.in_place != plan.options.in_place:
-        return " gives a new tree instead"
-    return f"  # copies {wording.plural(len(way.moves), 'leaf', 'leaves')}"
 
 
 def _advice(plan: GraftPlan) -> str:

@@ -9,7 +9,6 @@ from paramend.anatomy.quantization import FILES
 from paramend.anatomy.sections import enter
 from paramend.arrays.registry import backend, backend_of
 from paramend.checkpoints.checkpoint import Checkpoint
-from paramend.disk.urls import path_of
 from paramend.edits.call import Call
 from paramend.edits.memory import editable
 from paramend.errors import Unsupported
@@ -62,11 +61,11 @@ class Configured:
             new = document.holding(change(name, document.values)) if document is not None and document.text else None
             if new is None or document is None or new.text == document.text:
                 continue
-            if document.own or path_of(self.model.path).is_dir():
+            if skipped := new.skipped(self.model.path):
+                said.append(skipped)
+            else:
                 tree = tree.planned(tree.plan.beside(new))
                 said += map(str, new.changes)
-            else:
-                said.append(f"{new.file} is not changed; open {new.file.parent}/, the directory, to include it")
         return tree.as_stored(self.model.raw), said
 
     def _rebuilt(self, groups: Sequence[Group], change: Change, kind: str) -> tuple[Any, list[str]]:

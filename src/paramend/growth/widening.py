@@ -7,7 +7,6 @@ import numpy as np
 
 from paramend.anatomy.documents import document_of
 from paramend.checkpoints.checkpoint import Checkpoint
-from paramend.disk.urls import path_of
 from paramend.edits.memory import Memory, editable
 from paramend.errors import BadArgument, Quantized, Unsupported
 from paramend.growth import consumers, following
@@ -193,12 +192,9 @@ class Work:
         document = document_of(checkpoint)
         if document is None or self.new is None:
             return []
-        if path_of(checkpoint.path).is_dir():
-            return [document.holding(self.new)]
-        self.report.config = [
-            f"{document.file} is not changed; open {document.file.parent}/, the directory, to include it"
-        ]
-        return []
+        if skipped := document.skipped(checkpoint.path):
+            self.report.config = [skipped]
+        return [] if skipped else [document.holding(self.new)]
 
 
 def configuration(tree: Any) -> dict[str, Any]:

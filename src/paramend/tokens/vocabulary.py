@@ -15,7 +15,7 @@ from paramend.anatomy.sections import enter
 from paramend.anatomy.tokens import New, named_ids, names_in, renumbered, sizes_of
 from paramend.arrays.registry import to_numpy
 from paramend.checkpoints.anatomy import is_module
-from paramend.checkpoints.assemble import assemble, origin_of
+from paramend.checkpoints.assemble import exchanged, origin_of
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.edits.memory import Memory, editable
 from paramend.edits.moves import whole_numbers
@@ -311,12 +311,7 @@ def _replaced(leaves: Editable, rows: Mapping[int, Callable[[Any], Any]], texts:
         return memory.with_leaves({number: make(memory.values[number]) for number, make in first.items()})
     made = leaves
     if rows:
-        numbers, paths = leaves.index.numbers, leaves.index.paths
-        places = {number: place for place, number in enumerate(numbers)}
-        picks = [(paths[n], rows[n](origin_of(leaves, n)) if n in rows else (leaves, n)) for n in numbers]
-        made = assemble(leaves, picks, ties={places[n]: places[one] for n, one in leaves.ties.items()})
-        for path, layers in leaves.index.layers.items():
-            made.index.mark(path, layers)
+        made = exchanged(leaves, {number: make(origin_of(leaves, number)) for number, make in rows.items()})
     for text in texts:
         made = made.planned(made.plan.beside(text))
     return made
