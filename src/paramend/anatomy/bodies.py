@@ -131,9 +131,6 @@ class Body:
         )
 
 
-# ---- kinds -------------------------------------------------------------------------------------------------------
-
-
 def _told(body: Body) -> Iterator[list[str]]:
     """What the configuration says of each layer, list by list, then by schedules."""
     n = len(body.inside)
@@ -147,8 +144,6 @@ def _told(body: Body) -> Iterator[list[str]]:
         if kinds and all(isinstance(kind, str) for kind in kinds):
             yield kinds
 
-
-# ---- which bodies there are --------------------------------------------------------------------------------------
 
 _TEXTS = ("text", "language", "llm")  # parts whose layers are those of the model
 

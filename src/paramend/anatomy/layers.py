@@ -174,9 +174,6 @@ def _cannot(what: str, says: str, value: Any) -> Unsupported:
     )
 
 
-# ---- kinds that are told by the number ---------------------------------------------------------------------------
-
-
 def _follow_schedules(section: Section, kind: str, move: Move) -> None:
     _follow_sparse(section, move)
     _follow_attention_types(section, move)
@@ -232,9 +229,6 @@ def _follow_attention_types(section: Section, move: Move) -> None:
     if len(kinds) == move.n:
         section.note(kinds)
         section.set(("attention_types",), [[[kinds[source] for source in move.sources], 1]], "written out")
-
-
-# ---- what is said layer by layer ---------------------------------------------------------------------------------
 
 
 def _follow_entries(section: Section, move: Move) -> None:
@@ -346,9 +340,6 @@ def _tell_features(config: Mapping[str, Any], section: Section, move: Move) -> N
     told = [key for key in _FEATURES if held.get(key) and key not in section.done and not move.holds((), key)]
     for key in told if not move.trivial else ():
         section.tell(f"{key}: {held[key]}, not changed: other parts read the outputs of these layers")
-
-
-# ---- what is not known -------------------------------------------------------------------------------------------
 
 
 def _refuse_numbers(section: Section, kind: str, move: Move) -> None:

@@ -50,8 +50,6 @@ def part_of(data: Mapping[str, Any], keys: tuple[str, ...]) -> Mapping[str, Any]
     return None
 
 
-# ---- what it says of one module ----------------------------------------------------------------------------------
-
 # Where configurations of several methods list the modules that they leave as they are.
 IGNORE = ("ignore", "ignored_layers", "modules_to_not_convert", "exclude_modules", "llm_int8_skip_modules", "exclude")
 

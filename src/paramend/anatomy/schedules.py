@@ -73,9 +73,6 @@ class Schedule:
         return changed
 
 
-# ---- rules that several families share ---------------------------------------------------------------------------
-
-
 def _every(one: str, rest: str) -> Callable[..., str]:
     """Layers p - 1, 2p - 1 ... are `one`, all others `rest`."""
     return lambda i, n, p: one if p and (i + 1) % p == 0 else rest

@@ -89,9 +89,6 @@ def _last_to_last(source: Shapes, target: Shapes) -> Rules:
     return rules
 
 
-# ---- families --------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Family:
     """Leaves whose paths differ only in numbers: the path with "\\0" for each of these, and what occurs."""

@@ -148,9 +148,6 @@ def refuse_abstract(tree: Tree, given: Mapping[int, Any], report: GraftReport) -
         raise GraftRefused(listed("abstract", lines), report=report, hint=ways.ADVICE["abstract"])
 
 
-# ---- refusing --------------------------------------------------------------------------------------------------
-
-
 def planned(target: Leaves, source: Leaves, options: Options) -> GraftPlan:
     """The plan of a graft."""
     for tree, name in ((target, "your model"), (source, "the source")):

@@ -35,9 +35,6 @@ class Meeting:
         return self.kind == "resize"
 
 
-# ---- overlap ---------------------------------------------------------------------------------------------------
-
-
 def overlapping(place: str, old: Shape, new: Shape) -> Meeting:
     """The values that fit both shapes, at a place.
 
@@ -83,9 +80,6 @@ def _part(value: Any, region: Region) -> Any:
 
 def _tiled(value: Any, shape: Shape) -> Any:
     return on_host(value)[np.ix_(*(np.arange(size) % old for size, old in zip(shape, value.shape, strict=True)))]
-
-
-# ---- resize ----------------------------------------------------------------------------------------------------
 
 
 def resizing(rule: Resize | None, path: Sequence[str], old: Spec, new: Spec) -> Meeting:

@@ -65,8 +65,6 @@ class GraftPlan:
         if not self.moves and not any(case.kind in ("only", "rule", "place") for case in self.cases):
             self._case("nothing", (), "a graft that copies nothing is a mistake, whatever the options allow")
 
-    # -- who goes where
-
     def _selected(self, option: str, selector: Any, kind: str, prefix: str = "") -> set[int] | None:
         """The leaves of the target that a selector in an option finds; None, and a case, if there are none."""
         if slice_of(selector)[1] is not None:
@@ -188,8 +186,6 @@ class GraftPlan:
         inside = (number for number in self._arrivals if number in self._inside)
         changing = (number for number in inside if self.target.index.path(number) not in kept)
         return {number: _unit(self.source, self._arrivals[number][0]) for number in changing}
-
-    # -- what becomes of each leaf
 
     def _decide(self, number: int) -> set[int]:
         """The source leaves that a leaf of the target uses, after deciding what becomes of it."""
@@ -357,8 +353,6 @@ class GraftPlan:
         except ParamendError:  # such as a tree of bools, which says nothing about them
             return strays
         return [number for number in strays if both.guest(number) in chosen]
-
-    # -- telling
 
     @property
     def score(self) -> tuple[int, int]:

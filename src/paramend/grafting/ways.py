@@ -158,9 +158,6 @@ def _other_outputs(case: Case, new: tuple[int, ...], old: tuple[int, ...]) -> bo
 _TABLE = re.compile(r"emb|wte|wpe|pos|token|vocab|lm_head|shared", re.IGNORECASE)
 
 
-# ---- weights for kernels ---------------------------------------------------------------------------------------
-
-
 def _meeting(plan: GraftPlan) -> GraftPlan | None:
     """The plan in which weights of the source that go nowhere meet kernels of the target that get nothing, if any."""
     target, source = plan.target.index, plan.source.index

@@ -264,8 +264,7 @@ def _check_left(leaves: Leaves, number: int, row: str | None, sizes: Mapping[str
     spec, pieces = leaves.spec(number), leaves.index.pieces(number)
     if row is not None:
         raise Unsupported(
-            f"{leaves.index.path(number)} is {spec}, which cannot be widened",
-            hint="pm.at(model, ...).cast(...) first",
+            f"{leaves.index.path(number)} is {spec}, which cannot be widened", hint="pm.at(model, ...).cast(...) first"
         )
     if spec.kind == "float" and pieces[-1] not in ("inv_freq", "masked_bias") and spec.ndim:
         raise BadArgument(

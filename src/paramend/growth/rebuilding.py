@@ -44,8 +44,6 @@ class Rebuilder:
         self.shared = shared(tree, runs)
         self.made: dict[tuple[int | None, Any], Any] = {}
 
-    # ---- trees ---------------------------------------------------------------------------------------------
-
     def rebuilt(self, node: Any, path: Pieces = ()) -> Any:
         """A new tree; subtrees that contain no layers are the same objects."""
         kind = find_kind(node)
@@ -140,8 +138,6 @@ class Rebuilder:
         if kind is not None:  # a box
             return kind.close(node, [self._fresh(child, None) for child in kind.open(node)[1]])
         return copied(node)
-
-    # ---- modules -------------------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Refuse a module whose layers cannot be rearranged, before anything changes."""

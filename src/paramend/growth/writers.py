@@ -98,9 +98,6 @@ def _least(units: Iterable[_Unit], is_identity: Callable[[Mapping[str, float]], 
     return merged
 
 
-# ---- torch -----------------------------------------------------------------------------------------------------
-
-
 def _torch_writers(model: Any, example: Any, layers: str | None) -> dict[str, float]:
     import torch
 

@@ -128,9 +128,6 @@ def _check_groups(groups: Any) -> None:
         raise BadArgument(f"sum: groups cannot be {shown(groups)}", hint="places of the leaves: [[0, 2], [1, 3]]")
 
 
-# ---- what is done with bundles -----------------------------------------------------------------------------------
-
-
 def _each(change: Callable[[Any, Data], Any]) -> Run:
     """Every leaf changed by itself."""
     return lambda bundle, args, count: [{key: change(x, args) for key, x in family.items()} for family in bundle]
@@ -164,9 +161,6 @@ def _abreast(name: str, bundle: Bundle) -> dict[tuple[int, ...], list[Any]]:
 def _along(x: Any, args: Data) -> tuple[Spec, int]:
     spec = hands.spec_of(x)
     return spec, axis_of(spec, args["axis"])
-
-
-# ---- steps -------------------------------------------------------------------------------------------------------
 
 
 def _stack(family: Family, axis: int) -> Family:

@@ -264,8 +264,6 @@ class _Folding:
         change.whole = new
         change.sources.append(adapter.leaves.index.path(number))
 
-    # ---- the result --------------------------------------------------------------------------------------------------
-
     def made(self) -> Any:
         """The base with all changes; raises if anything is wrong."""
         wrong = [*self.missing, *self.unfit]

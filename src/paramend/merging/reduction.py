@@ -96,8 +96,6 @@ class Merging:
         total = math.fsum(weights) if self.method.divided(self.settings) else 1.0
         return average(arrays, weights, total, self.dtype)
 
-    # ---- blends ------------------------------------------------------------------------------------------------
-
     @cached_property
     def _shares(self) -> list[float]:
         """How much of each model the leaf gets."""
@@ -141,8 +139,6 @@ class Merging:
         if math.isclose(math.fsum(self._shares), 1):
             keep_same(found, values)
         return found
-
-    # ---- changes of a base -------------------------------------------------------------------------------------
 
     def _changed(self, values: Sequence[Array], start: int) -> Array:
         wide = self._wide(values)
@@ -194,8 +190,6 @@ class Merging:
         if values[0].dtype == found.dtype:
             put(found, values[0], (size <= t) & (size > 0))
         return found
-
-    # ---- which changes stay ------------------------------------------------------------------------------------
 
     def _kept(self, changes: Sequence[Array], start: int) -> list[tuple[Array | None, Array | float | None]]:
         """For each model, which of its changes stay, and what they are multiplied with."""
@@ -257,8 +251,6 @@ class Merging:
     @cached_property
     def _alone(self) -> "Vector":
         return Vector([self])
-
-    # ---- elements ----------------------------------------------------------------------------------------------
 
     def _pieces(self, numbers: range | None = None) -> Iterator[list[Array]]:
         """The elements of all parts, piece by piece; some of the pieces, if their numbers are given."""

@@ -132,8 +132,6 @@ class _Search:
         self.found.lone = _without(sources, inside), _without(targets, inside)
         return self.found
 
-    # -- by name
-
     def by_name(self, sources: Sequence[Unit], targets: Sequence[Unit]) -> None:
         """Pair units of one name, where the numbers of such names agree too: `fc1`, `fc2` are not `fc_0`, `fc_1`.
         Numbers that Flax and Haiku give are no names: the order of calls goes before them."""
@@ -145,8 +143,6 @@ class _Search:
                 counted = len({unit.shaped for unit, _ in rows}) < len(rows) and any(_counted(*row) for row in rows)
                 for source, target in () if counted and self.order else rows:
                     self.pair(source, target, "number" if counted else "name")
-
-    # -- by kind and shape
 
     def by_kind(self, sources: Sequence[Unit], targets: Sequence[Unit]) -> None:
         """Pair units that fit no others, then those that their order tells apart."""
@@ -278,8 +274,6 @@ def _called(path: Path, order: Order) -> int | None:
     """The place of the first call of a module, or of the one that holds a parameter."""
     return next((order[path[:depth]] for depth in range(len(path), len(path) - 3, -1) if path[:depth] in order), None)
 
-
-# ---- names -----------------------------------------------------------------------------------------------------
 
 _DIGITS = re.compile(r"\d+")
 _AUTO = re.compile(r"[A-Z]\w*_\d+").fullmatch

@@ -72,8 +72,6 @@ class PortPlan:
         copies = {n for each in self.copies.values() for n in each} if model is self.source else set()
         return all(n in copies or model.leaves.ties.get(n, n) != n for n in unit.leaves.values())
 
-    # -- who goes where
-
     def _renamed(self, rename: Renames) -> dict[Unit, Unit]:
         """The pairs that the user gave, by name and by rule."""
         found: dict[Unit, Unit] = {}
@@ -149,8 +147,6 @@ class PortPlan:
             if first is not None:
                 self.copies.setdefault(first, []).append(number)
         return len(self.copies) > before
-
-    # -- how it is stored
 
     def _look_closer(self) -> None:
         """Find what the names leave open: square leaves, transposed convolutions, what comes after a flattening."""
@@ -276,8 +272,6 @@ class PortPlan:
         """Answer a question."""
         self.questions.pop(path, None)
         self._steps[path] = list(steps)
-
-    # -- telling
 
     def rules(self) -> list[dict[str, Any]]:
         """The rules of the layout."""

@@ -203,14 +203,7 @@ def _plain(row: ProofRow) -> dict[str, Any]:
     return {**asdict(row), "kinds": list(row.kinds), "shapes": [list(shape) for shape in row.shapes], **numbers}
 
 
-def prove(
-    target: object,
-    source: object,
-    inputs: object,
-    *,
-    tolerance: float = 1e-11,
-    pairs: Pairs = None,
-) -> Proof:
+def prove(target: object, source: object, inputs: object, *, tolerance: float = 1e-11, pairs: Pairs = None) -> Proof:
     """A report, false if two models do not compute the same, of where they part.
 
     Copies of both run in float64, whatever their dtypes: parameters, statistics and modes stay, and dropout passes on

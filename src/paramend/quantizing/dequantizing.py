@@ -24,11 +24,7 @@ T = TypeVar("T")
 
 
 def dequantize(
-    model: T,
-    selector: SelectorLike = "**",
-    dtype: DtypeLike | None = "bfloat16",
-    *,
-    codec: Codec | None = None,
+    model: T, selector: SelectorLike = "**", dtype: DtypeLike | None = "bfloat16", *, codec: Codec | None = None
 ) -> tuple[T, QuantizeReport]:
     """A model with quantised weights as floats, each one leaf, and the report.
 

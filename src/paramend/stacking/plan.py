@@ -34,9 +34,6 @@ class Member(NamedTuple):
         return *self.stack, *self.rest
 
 
-# ---- what is written ----------------------------------------------------------------------------------------
-
-
 def _numbers(part: Piece) -> list[Number]:
     return [atom for atom in part.atoms if isinstance(atom, Number)]
 
@@ -128,9 +125,6 @@ def without_number(layers: str) -> str:
 def numbered(into: str, layer: int) -> str:
     """A path with the number of a layer in place of `<n>`."""
     return re.sub(r"<\w+>", str(layer), into)
-
-
-# ---- what is there ------------------------------------------------------------------------------------------
 
 
 def members_of(tree: Leaves, rule: Rename, places: Mapping[int, int] | None = None) -> list[Member]:

@@ -128,9 +128,6 @@ def unstack_layers(tree: T, stack: str, *, into: str, axis: int = 0, like: AnyTr
     return cast(T, leaves.regrouped(made, close_up=False))
 
 
-# ---- what is made -------------------------------------------------------------------------------------------
-
-
 def _whole(values: Sequence[Any], axis: int) -> list[Any]:
     return [hands.join(values, axis, "stack")]
 

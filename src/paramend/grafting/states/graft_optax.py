@@ -109,8 +109,6 @@ class _Work:
             return prefix_of(set(self.ours.outside), self.ours.parameters) is not None
         return any(self.target.spec(number).shape for number in self.arrays(self.target, self.ours).values())
 
-    # -- the parameters
-
     def report_of_moments(self, options: Options) -> GraftReport:
         """The report of a graft of the parameters, made from their moments, since the parameters are not here."""
         if self.from_file:
@@ -152,8 +150,6 @@ class _Work:
         skipped = self.from_file and survey is self.theirs
         outside = (path for path in survey.outside if not (skipped and self.ours.is_state(path)))
         return {path: numbers[path] for path in outside if path in numbers}
-
-    # -- the states
 
     def follow(self, links: Links, options: Options, ours: Sequence[Path], theirs: Sequence[Path]) -> Grafted:
         """The states, with what the earlier ones have for them; numbers outside the states, at the paths `ours` and

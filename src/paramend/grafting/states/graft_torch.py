@@ -98,9 +98,6 @@ def graft_optimizer_(
     return done
 
 
-# ---- what belongs together ----------------------------------------------------------------------------------
-
-
 def _refuse_lbfgs(*optimizers: Any) -> None:
     if any(isinstance(one, torch.optim.LBFGS) for one in optimizers):
         raise Unsupported(
@@ -217,9 +214,6 @@ def _paths(module: Any) -> dict[int, Path]:
 def _known(name: str | None, paths: Any) -> Path | None:
     path = tuple(name.split(".")) if name else ()
     return path if path in paths else None
-
-
-# ---- values -------------------------------------------------------------------------------------------------
 
 
 def _complete(state: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
