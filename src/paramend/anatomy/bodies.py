@@ -49,7 +49,6 @@ class Stack:
 
     @property
     def layers(self) -> list[int]:
-        """The numbers of the layers."""
         return [number for number in self.run.numbers if number not in self.blocks]
 
     @property
@@ -59,7 +58,6 @@ class Stack:
 
     @property
     def size(self) -> int:
-        """The number of leaves in it."""
         return sum(map(len, self.inside.values()))
 
 
@@ -88,7 +86,6 @@ class Body:
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """Size → its value, by the names of `sizes.KEYS`; absent if not known."""
         return sizes_of(self.section, self.leaves.values(), self.side)
 
     @property

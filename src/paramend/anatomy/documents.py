@@ -60,12 +60,10 @@ class Document:
 
     @property
     def name(self) -> str:
-        """Its name within the directory."""
         return self.file.name
 
     @property
     def values(self) -> dict[str, Any]:
-        """What it holds after the edits."""
         return parsed(self.text, self.file)
 
     def holding(self, values: Mapping[str, Any]) -> "Document":
@@ -79,7 +77,6 @@ class Document:
         return f"{self.file} is not changed; open {self.file.parent}/, the directory, to include it"
 
     def inner(self, key: str) -> "Document":
-        """The document that holds what a key of it does, and nothing else."""
         return replace(self, text=entry_of(self.text.decode(), key).encode())
 
     def edited(self, values: Mapping[str, Any], gone: Iterable[str] = ()) -> "Document":
@@ -101,7 +98,6 @@ class Document:
 
     @property
     def changes(self) -> list[Change]:
-        """What the edits change."""
         if self.before in (b"", self.text) or not self.text:
             return []
         if self.shown is not None:

@@ -76,7 +76,6 @@ class Section:
     done: set[str] = field(default_factory=set)  # the keys that follow already
 
     def set(self, path: Sequence[str], value: Any, says: str = "") -> None:
-        """Enter a value, and tell of it."""
         part_at(self.part, path[:-1])[path[-1]] = value
         self.done.add(path[-1])
         self.tell(f"{'.'.join(path)}: {says or value}")

@@ -30,7 +30,6 @@ class Move:
 
     @property
     def trivial(self) -> bool:
-        """Whether all layers stay where they are."""
         return list(self.sources) == list(range(self.n))
 
     def stray(self, path: tuple[str, ...], source: int, target: int) -> bool:
@@ -48,7 +47,6 @@ class Move:
         return Names(self.where, to)
 
     def holds(self, place: Sequence[str], key: str) -> bool:
-        """Whether the user gave the value of a key in a section."""
         return any(name in (key, ".".join((*place, key))) for name in self.given or ())
 
 

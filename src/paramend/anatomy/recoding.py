@@ -149,7 +149,6 @@ def quantised(
 
 
 def _said(scheme: str, group_size: int | None) -> dict[str, Any]:
-    """What is said of a scheme, as its readers want it. Weights alone are quantised."""
     size = group_size or (-1 if scheme == "int8" else 128)
     bnb = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": scheme, "load_in_4bit": True}
     own: dict[str, dict[str, Any]] = {

@@ -31,7 +31,6 @@ class Meeting:
 
     @property
     def computed(self) -> bool:
-        """Whether the values are new numbers."""
         return self.kind == "resize"
 
 

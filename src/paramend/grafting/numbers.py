@@ -42,7 +42,6 @@ class WithGuests:
             self.index.add(names, name[-1], self.guest(number))
 
     def guest(self, number: int) -> int:
-        """The number here of a leaf of the source."""
         return self.first + number
 
     def spec(self, number: int) -> Spec:
@@ -58,7 +57,6 @@ class WithGuests:
         return self.target.read(number) if number < self.first else self.source.read(number - self.first)
 
     def children(self, node: Any) -> list[tuple[Any, Any]] | None:
-        """The entries of a container, as the target has them."""
         return self.target.children(node)
 
 
@@ -93,14 +91,12 @@ class Counted(Tree):
 
     @property
     def index(self) -> Index:
-        """The names, those of numbers too."""
         return self._named
 
     def spec(self, number: int) -> Spec:
         return _spec(self.values[number]) if number in self.counts else super().spec(number)
 
     def read(self, number: int) -> Any:
-        """The leaf itself, a number as an array."""
         value = self.values[number]
         return np.asarray(value, self.spec(number).dtype) if number in self.counts else value
 
@@ -119,7 +115,6 @@ class Counted(Tree):
             )
 
     def assign(self, number: int, value: Any) -> None:
-        """Put a value into a leaf in place; a number into the dict or list that holds it."""
         if number not in self.counts or number in self.boxes:
             super().assign(number, _number(value) if number in self.counts else value)
         else:

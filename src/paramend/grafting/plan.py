@@ -33,7 +33,6 @@ class Move:
 
     @property
     def part(self) -> str:
-        """The part of the report that lists it."""
         return "copied" if self.meeting is None else "mismatched"
 
 

@@ -84,7 +84,6 @@ def _equal(one: Weight, other: Weight | Own) -> bool:
 
 
 def _floats(weight: Weight | Own, given: Any) -> list[Any]:
-    """The float leaf that a weight becomes."""
     return [floats(weight, given)]
 
 
@@ -147,6 +146,5 @@ def _alike(plan: GraftPlan, pairs: Mapping[int, int], ours: Group, theirs: Group
 
 
 def _group(leaves: Leaves, number: int) -> Group | None:
-    """The group of a leaf, under any of its paths."""
     twins = [twin for twin, one in leaves.ties.items() if one == number] or [number]
     return next((group for twin in twins if (group := group_of(leaves, twin)) is not None), None)

@@ -193,7 +193,6 @@ class Axes:
         return cls(family, sizes, uses, norms, final, embeddings, tied, normed)
 
     def has(self, axis: str) -> bool:
-        """Whether a leaf has an axis."""
         return any(name == axis for uses in self.uses.values() for use in uses for name, _ in use.parts)
 
 

@@ -37,7 +37,6 @@ class Configured:
         self.config: dict[str, Any] = own.to_dict() if self._module else document.values if document else {}
 
     def edited(self, calls: Mapping[int, Call]) -> "Configured":
-        """The model with calls of edits on some leaves."""
         new = copy.copy(self)
         new.leaves = editable(self.leaves.edited(calls), raw=True)
         return new

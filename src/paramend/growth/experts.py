@@ -137,7 +137,6 @@ class Experts(Generic[T]):
         return write_path(index.paths[next(iter(block.along or block.own))][: len(block.path)], index.separator)
 
     def _chosen(self, ids: Ids) -> list[list[int]]:
-        """The experts of each mixture."""
         blocks = self.mixture.blocks
         if not isinstance(ids, Mapping):
             return [self._read(ids, "ids")] * len(blocks)
@@ -206,7 +205,6 @@ class Experts(Generic[T]):
         return (number for number in every if index.pieces(number)[-1].endswith("e_score_correction_bias"))
 
     def _groups(self, block: Block, ids: list[int]) -> Iterator[Group]:
-        """What becomes of the leaves of a mixture."""
         leaves, count = self._configured.leaves, self.mixture.count
         if ids == list(range(count)):
             return

@@ -59,7 +59,6 @@ def in_place(memory: Memory, growths: Growths, config: Mapping[str, Any] | None)
 
 
 def _once(memory: Memory, growths: Growths) -> list[int]:
-    """The leaves that change, without second paths to the same one."""
     return [number for number in growths if memory.ties.get(number, number) == number]
 
 
@@ -96,7 +95,6 @@ def _settle(root: Any, memory: Memory, growths: Growths, twin: Any) -> None:
 
 
 def _anew(model: Any, values: Mapping[str, Any]) -> Any:
-    """A model of transformers of the same class with another configuration."""
     config = copy.deepcopy(model.config)
     enter(config, config.to_dict(), values)
     return blank(type(model), config)

@@ -25,7 +25,6 @@ class Layers(Numbered):
     before: tuple[int, ...] = ()  # the numbers of the siblings before them
 
     def target(self, position: int) -> int:
-        """The number of the new layer at a position."""
         return self.numbers[0] + position * self.step
 
     def whole(self, order: Order) -> tuple[list[int], int]:
@@ -45,7 +44,6 @@ class Layers(Numbered):
         return [(self.target(j) + offset, j) for j, source in enumerate(order.sources) if source == layer]
 
     def select(self, targets: Sequence[int], separator: str) -> str:
-        """A selector of the leaves of some new layers."""
         numbers = [self.digits(self.target(target) + i) for target in targets for i in range(self.step)]
         inner = numbers[0] if len(numbers) == 1 else "{" + ",".join(numbers) + "}"
         head, tail = (part and write_piece(part) for part in (self.head, self.tail))

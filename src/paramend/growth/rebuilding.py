@@ -145,7 +145,6 @@ class Rebuilder:
             _items(run, _descend(self.tree.root, run.parent))
 
     def rebuild_(self, module: Any) -> None:
-        """Rearrange the layers of a torch or NNX module in place."""
         for run in self.runs:
             self._rearrange_(module, run, _descend(module, run.parent))
 

@@ -151,7 +151,6 @@ class _Upcycling:
         return {path: tuple(roles[role] for role in _ROLES) for path, roles in found.items()}
 
     def followed(self, top_k: int) -> dict[str, Any]:
-        """The configuration of the mixture."""
         config, family = dict(self.config), self.family
         theta = config.get("rope_theta", (config.get("rope_parameters") or {}).get("rope_theta"))
         defaults = {key: value for key, value in family.defaults.items() if key != "rope_theta" or theta is None}

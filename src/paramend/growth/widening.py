@@ -174,7 +174,6 @@ class Work:
         return self
 
     def carried_out(self, tree: T) -> tuple[T, WidthReport]:
-        """A new tree, and the report."""
         if isinstance(self.leaves, Checkpoint):
             new: Any = following.on_disk(self.leaves, self.growths, self._texts(self.leaves))
         else:
@@ -183,7 +182,6 @@ class Work:
         return new, self.report
 
     def carried_out_(self, module: Any) -> WidthReport:
-        """The report, after the module has changed."""
         following.in_place(cast(Memory, self.leaves), self.growths, self.new)
         self.report.ends = Ends(module, module)
         return self.report

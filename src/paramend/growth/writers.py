@@ -127,7 +127,6 @@ def _first_block(model: Any, layers: str | None) -> Any:
 
 
 def _calls(torch: Any, model: Any, block: Any, example: Any) -> _Call:
-    """The arguments with which a model calls a block."""
     seen: list[_Call] = []
     hook = block.register_forward_pre_hook(lambda _, args, options: seen.append((args, options)), with_kwargs=True)
     training = model.training

@@ -382,7 +382,6 @@ def _values(rule: Rule, slots: Sequence[Slot], paths: str, values: Sequence[Any]
 
 
 def _modules(leaves: Editable, groups: Sequence[Group]) -> dict[str, str]:
-    """The modules of leaves, and what those that move whole are called then."""
     moved = {module: module for module in modules(leaves, leaves.index.numbers)}
     for group in groups:
         if len(group.numbers) == len(group.paths) == 1:

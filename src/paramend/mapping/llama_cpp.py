@@ -86,7 +86,6 @@ def _to_gguf(checkpoint: Any, config: Mapping[str, Any], kind: str) -> tuple[Any
 
 
 def _numbers(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """The keys of an architecture, from a configuration."""
     heads = config["num_attention_heads"]
     values = {"num_key_value_heads": heads, "rms_norm_eps": 1e-6, "rope_theta": 10000.0} | dict(config)
     values["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
@@ -140,7 +139,6 @@ def _value(values: dict[str, Any], key: str) -> Any:
 
 
 def _most(specs: Iterable[Spec]) -> str:
-    """The dtype of most matrices."""
     return Counter(spec.dtype for spec in specs if spec.ndim > 1).most_common(1)[0][0]
 
 
@@ -199,7 +197,6 @@ def _kind(token: str | None, added: Mapping[str, Any] | None, model: Mapping[str
 
 
 def _cut(table: Mapping[str, Any]) -> str:
-    """The name that llama.cpp has for how a text is cut."""
     pattern = json.dumps(table.get("pre_tokenizer"), ensure_ascii=False).replace("\\\\", "\\")
     return next(name for part, name in _CUTS if part in pattern)
 

@@ -39,11 +39,9 @@ class Step:
     args: Data
 
     def run(self, bundle: Bundle, count: int) -> Bundle:
-        """The bundle after the step, in a rule that ends in `count` paths."""
         return _ROWS[self.name].run(bundle, self.args, count)
 
     def check(self, bundle: Bundle) -> None:
-        """Raise if the step would lose values, which are read for it."""
         check = _ROWS[self.name].check
         if check is not None:
             check(bundle, self.args)
@@ -405,7 +403,6 @@ def _spread(bundle: Bundle, args: Data, count: int) -> Bundle:
 def _pair(
     name: str, back: str, keys: str, needs: str, run: Run, undo: Run, check: Check | None = None
 ) -> dict[str, _Kind]:
-    """A kind of step and its inverse, which take the same keys; the inverse may lose values."""
     takes = tuple(keys.split()), tuple(needs.split())
     there = _Kind(*takes, run, lambda args: (back, args))
     return {name: there, back: _Kind(*takes, undo, lambda args: (name, args), check)}

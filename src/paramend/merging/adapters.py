@@ -135,11 +135,9 @@ class Adapter:
             write_file(temporary / CONFIG, json.dumps(self.config, indent=2, sort_keys=True).encode() + b"\n")
 
     def origin(self, number: int) -> Origin:
-        """Where the values of a leaf come from."""
         return origin_of(self.leaves, number)
 
     def paths(self, terms: Iterable[Term]) -> list[str]:
-        """The paths of the leaves of some terms."""
         return [self.leaves.index.path(number) for term in terms for number in term.roles.values()]
 
     def said(self, key: str, default: Any = None) -> Any:

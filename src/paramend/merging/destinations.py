@@ -66,7 +66,6 @@ class Destinations:
         self.families = tuple(str(each) for each in types if each)  # its model type, and that of the text model in it
 
     def among(self, families: Any) -> bool:
-        """Whether the base is of one of these families."""
         return any(family in families for family in self.families)
 
     def path(self, path: Pieces) -> int | None:
@@ -75,7 +74,6 @@ class Destinations:
         return None if found is None else self.modules[found].get(path[-1])
 
     def module(self, named: Pieces) -> Pieces | None:
-        """The module that a name means; None if there is none, or several are possible."""
         if named in self.modules:
             return named
         if len(named) == 1 and named[0].startswith("lora_"):
@@ -112,7 +110,6 @@ class Destinations:
             yield from ((first, *named) for first in firsts)
 
     def weight(self, module: Pieces) -> int | None:
-        """The weight of a module, if it has one."""
         held = self.modules.get(module, {})
         return next((held[name] for name in WEIGHTS if name in held), None)
 

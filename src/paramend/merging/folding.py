@@ -236,7 +236,6 @@ class _Folding:
         return self.leaves.index.pieces(self.bases.tie[0])[:-1]
 
     def _tokens(self, adapter: Adapter, term: Term, number: int) -> None:
-        """Enter rows of an embedding that take the place of those of the base."""
         rows, values = adapter.said("trainable_token_indices", []), adapter.origin(term.roles["tokens"])
         if isinstance(rows, Mapping):
             rows = next((each for name, each in rows.items() if ".".join(term.module).endswith(name)), [])
@@ -251,7 +250,6 @@ class _Folding:
         change.sources.append(adapter.leaves.index.path(term.roles["tokens"]))
 
     def _replace(self, adapter: Adapter, path: Pieces, number: int) -> None:
-        """Enter a leaf that takes the place of one of the base."""
         shared = self._shared(path[:-1])
         target, new = self.bases.path(path if shared is None else (*shared, "weight")), adapter.origin(number)
         if target is None:
@@ -295,7 +293,6 @@ class _Folding:
         return found
 
     def report(self) -> LayoutReport:
-        """What was done."""
         index, rows, kept = self.leaves.index, [], []
         twins = {twin for number in self.changes for twin in self.leaves.twins(number)} - self.changes.keys()
         for number in (each for each in index.numbers if each not in twins):

@@ -140,7 +140,6 @@ class Models:
         return wording.listing([f"{what} in {name}" for what, name in zip(each, self.names, strict=True)])
 
     def _same(self, numbers: Sequence[int]) -> bool:
-        """Whether a leaf is the same in all models."""
         return _alike(*zip(self.all, numbers, strict=True))
 
 

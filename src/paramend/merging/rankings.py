@@ -46,7 +46,6 @@ class Ranking:
     places: Sequence[tuple[int, int]]
 
     def kept(self, member: int, piece: int, magnitudes: Sequence[Array]) -> list[Array]:
-        """For each model, which elements of a piece of a leaf are kept."""
         found = []
         for model, (keys, (first, last)) in enumerate(zip(map(_keys, magnitudes), self.places, strict=True)):
             mask = self._among(member, piece, model, last, keys)
@@ -73,7 +72,6 @@ class Ranking:
 
     @cached_property
     def cuts(self) -> dict[tuple[int, int], Cut]:
-        """(model, place) → the elements before that place."""
         found: dict[tuple[int, int], Cut] = {}
         spans = self._guesses()
         while spans:

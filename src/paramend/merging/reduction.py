@@ -51,7 +51,6 @@ class Merging:
         return max(math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape), 1)
 
     def text(self, parts: Sequence[str]) -> str:
-        """The expression, as dry runs show it."""
         given, count = self.settings, len(self.settings.weights)
         said = [*self.names[:count], *(f"base={name}" for name in self.names[count : len(parts)])]
         values = {name: _shown(getattr(given, name)) for name in self.method.takes}
@@ -82,7 +81,6 @@ class Merging:
         return (self.vector or self._alone).ranking
 
     def compute(self, values: Sequence[Array], start: int) -> Array:
-        """The elements from `start` on, of those of each part."""
         with np.errstate(all="ignore"):  # what the dtype cannot hold is inf
             if self.method.name == "linear":
                 return self._averaged(values)

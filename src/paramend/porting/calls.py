@@ -178,7 +178,6 @@ def run(model: Any, inputs: object) -> Run:
 
 
 def _given(inputs: Any) -> Given:
-    """Arguments and keywords."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}

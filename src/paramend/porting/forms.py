@@ -103,7 +103,6 @@ class Form:
 
     @cached_property
     def names(self) -> frozenset[str]:
-        """The paths of all leaves."""
         return frozenset(name for hold in self.holds for name in hold.names)
 
     @cached_property
@@ -112,7 +111,6 @@ class Form:
         return frozenset(name for hold in self.holds if not self.optional.issuperset(hold.parts) for name in hold.names)
 
     def present(self, names: Iterable[str]) -> tuple[Hold, ...]:
-        """The holds whose leaves are there."""
         there = set(names)
         return tuple(hold for hold in self.holds if there.issuperset(hold.names))
 

@@ -37,7 +37,6 @@ class Shaped:
 
     @property
     def holds(self) -> tuple[Hold, ...]:
-        """The holds whose leaves are there."""
         return self.form.present(name for name, _ in self.shapes)
 
     @cached_property
@@ -46,7 +45,6 @@ class Shaped:
         return _key(self)
 
     def of(self, hold: Hold) -> list[Shape]:
-        """The shapes of the leaves of a hold."""
         known = dict(self.shapes)
         return [known[name] for name in hold.names]
 

@@ -37,7 +37,6 @@ class Pair:
 
     @property
     def moves(self) -> tuple[Move, ...]:
-        """The rules that are taken."""
         return self.ways[self.way].moves
 
     @property
@@ -46,7 +45,6 @@ class Pair:
         return [_rare(way, self.source, self.target) for way in self.ways]
 
     def taking(self, way: int) -> "Pair":
-        """The pair with another way."""
         return replace(self, way=way)
 
 

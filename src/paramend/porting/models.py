@@ -127,7 +127,6 @@ class Model:
         return sorted(units, key=lambda unit: min(rank[number] for number in unit.leaves.values()))
 
     def simple(self, unit: Unit) -> list[Unit]:
-        """A unit of several modules as a unit for each."""
         below: dict[Path, dict[str, int]] = {}
         for name, number in unit.leaves.items():
             *above, last = name.split("/")
@@ -181,7 +180,6 @@ class Model:
         return bool(kind) and not names.isdisjoint(form.classes)
 
     def spec(self, number: int) -> Spec:
-        """Shape and dtype of a leaf."""
         found: Spec = self.leaves.spec(number)
         return found
 
@@ -212,7 +210,6 @@ class Model:
         return "" if any("/" in key or "." in key for path in keys for key in path) else "nested"
 
     def flat(self) -> dict[str, Any]:
-        """The leaves by name, which a layout can take whatever held them."""
         return {self.leaves.index.name(number): self.leaves.read(number) for number in self.leaves.index.numbers}
 
 

@@ -269,16 +269,13 @@ class PortPlan:
         return [step.inverse() for step in reversed(steps)] if back else steps
 
     def choose(self, path: str, steps: Sequence[Step]) -> None:
-        """Answer a question."""
         self.questions.pop(path, None)
         self._steps[path] = list(steps)
 
     def rules(self) -> list[dict[str, Any]]:
-        """The rules of the layout."""
         return [self.rule(pair, move) for pair in self.pairs for move in pair.moves]
 
     def rule(self, pair: Pair, move: Move) -> dict[str, Any]:
-        """One rule."""
         ours = [pair.source.leaves[name] for name in move.sources]
         theirs = [pair.target.leaves[name] for name in move.targets]
         targets = [self.target.text(number) for number in theirs]
@@ -305,7 +302,6 @@ class PortPlan:
         return [model.text(n) for n in twins if n != number and n not in paired]
 
     def layout(self) -> Layout:
-        """The layout of the port."""
         behind = [self.source.text(number) for number in self.left_behind()]
         stored = {"from": self.source.stored, "to": self.target.stored}
         return Layout(self.rules(), name="port", drop=behind, stored={k: how for k, how in stored.items() if how})

@@ -136,7 +136,6 @@ def _unflattened(plan: PortPlan, source: Model, given: dict[str, Any], order: di
 
 
 def _made(plan: PortPlan, source: Model) -> Any:
-    """The target with random parameters, which are not rounded to its dtypes."""
     with float64(["jax"]):  # in that of torch a tensor is another one whenever it is asked for
         return carried(plan.target, source, plan.layout(), dtype="source")[0]
 

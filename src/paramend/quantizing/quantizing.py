@@ -156,7 +156,6 @@ class _New:
     values: Callable[[str], Origin]  # makes the values that they stand for, in a dtype; "" for that of the weight
 
     def paths(self, seen: Weights) -> list[tuple[Label, ...]]:
-        """The paths of the leaves."""
         return [renamed(seen.index.paths[self.number], name) for name in self.names]
 
     def row(self, seen: Weights) -> Coded:

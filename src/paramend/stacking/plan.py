@@ -30,7 +30,6 @@ class Member(NamedTuple):
 
     @property
     def name(self) -> Path:
-        """Its path in the stack."""
         return *self.stack, *self.rest
 
 

@@ -30,7 +30,6 @@ class Tokenizer:
 
     @cached_property
     def ids(self) -> dict[str, int]:
-        """Token → its number."""
         vocab = self.data["model"]["vocab"]
         words = vocab if isinstance(vocab, Mapping) else {piece: number for number, (piece, *_) in enumerate(vocab)}
         return {**words, **{entry["content"]: entry["id"] for entry in self.data["added_tokens"]}}
@@ -161,7 +160,6 @@ def _stays(pair: tuple[str, str], prefix: str, vocab: Mapping[str, int]) -> bool
 
 
 def _named(values: Mapping[str, Any]) -> Iterator[Any]:
-    """The tokens that a file names by their roles."""
     for key, value in values.items():
         if key.endswith(("_token", "_special_tokens")):
             for each in value if isinstance(value, list) else [value]:
@@ -258,7 +256,6 @@ class Merges:
             yield symbols[at]
 
     def joined(self, left: str, right: str) -> str:
-        """What a merge makes."""
         return left + right.removeprefix(self.prefix)
 
 

@@ -39,7 +39,6 @@ class Leaf:
 
     @property
     def name(self) -> tuple[Path, Path, Path]:
-        """Its name without wrappers."""
         return self.record, self.field, self.param
 
 

@@ -145,7 +145,6 @@ class _Work:
         return planned(rest, other, replace(options, rename=rename or None))
 
     def arrays(self, tree: Tree, survey: Survey) -> dict[Path, int]:
-        """The leaves outside the states, in their order."""
         numbers = {tree.index.pieces(number): number for number in tree.index.numbers}
         skipped = self.from_file and survey is self.theirs
         outside = (path for path in survey.outside if not (skipped and self.ours.is_state(path)))
@@ -288,7 +287,6 @@ def _together(pairs: Iterable[_Pair]) -> None:
 
 
 def _read(source: Any) -> Counted:
-    """A tree in memory; a checkpoint is read."""
     if isinstance(source, Counted):
         return source
     read = getattr(source, "bare", source.read)

@@ -41,7 +41,6 @@ class Survey:
 
     @classmethod
     def of(cls, tree: Tree) -> "Survey":
-        """The survey of a tree."""
         survey = cls(tree)
         survey._visit(tree.root, (), False, set())
         return survey
@@ -149,12 +148,10 @@ class States:
                 self.add(path, path, (), number, tree)
 
     def kind(self, leaf: Leaf) -> frozenset[str]:
-        """The fields of moments in the record of a leaf, which tell the kind of optimizer."""
         return frozenset(self._moments.get(self.heads[leaf.path][:-1], ()))
 
     @property
     def kinds(self) -> dict[frozenset[str], None]:
-        """The kinds of all records with moments."""
         return {frozenset(fields): None for fields in self._moments.values()}
 
     @classmethod

@@ -128,7 +128,6 @@ def _refuse_barren(*states: Any) -> None:
 
 
 def _by_path(state: Any, old_state: Any, unused: "Unused", mismatch: str) -> tuple[Any, GraftReport]:
-    """A state with what an earlier one has under the same names, and the report."""
     if mismatch not in ("error", "keep"):
         raise BadArgument(
             f"mismatch={mismatch!r} is neither 'error' nor 'keep'",
@@ -269,7 +268,6 @@ def _by_name_(
 
 
 def _wider_(optimizer: Any, old: Any, report: Widths, modules: tuple[Any, Any], unused: Unused) -> GraftReport:
-    """The report, after an optimizer has taken over moments of parameters that were not as wide."""
     if not hasattr(optimizer, "param_groups"):
         return _by_name_(optimizer, widened(old, report), modules, None, unused)
     ends = (None, None) if report.ends is None else (report.ends.target, report.ends.source)
