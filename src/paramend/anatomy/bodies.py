@@ -148,13 +148,8 @@ _TEXTS = ("text", "language", "llm")  # parts whose layers are those of the mode
 def bodies_of(
     config: Mapping[str, Any], leaves: Mapping[int, Leaf], runs: Iterable[Run]
 ) -> tuple[Body, dict[str, Body]]:
-    """The body whose layers are those of the model, and the parts by name, if it has several.
-
-    Args:
-        config: the configuration; {} if there is none.
-        leaves: number → leaf.
-        runs: the outermost numbered entries, from `selectors.layers`.
-    """
+    """The body whose layers are those of the model, and the parts by name, if it has several; `runs` are the outermost
+    numbered entries."""
     stacks = [_stack(run, config, leaves) for run in runs if not {*MTP} & {*run.parent}]
     blocks = {
         n

@@ -124,13 +124,8 @@ def document_of(leaves: Any, name: str = CONFIG) -> Document | None:
 def place_of(
     config: dict[str, Any], key: str, file: str = CONFIG, *, makes: bool = False
 ) -> tuple[dict[str, Any], str]:
-    """The part of a configuration that a key leads to, and the name there. Names that hold dots themselves come first.
-
-    Args:
-        config: the configuration.
-        key: the key.
-        file: the name of its file, for messages.
-        makes: whether parts that are not there are made.
+    """The part of a configuration that a key leads to, and the name there. Names that hold dots themselves come first;
+    parts that are not there may be made.
 
     >>> place_of({"a.b": {"c.d": 1}}, "a.b.c.d")
     ({'c.d': 1}, 'c.d')

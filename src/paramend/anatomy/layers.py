@@ -243,7 +243,8 @@ def _follow_entries(section: Section, move: Move) -> None:
                 "known whether each is for one layer",
                 hint=f"config={{'{'.'.join((*section.place, *path))}': [...]}}, its value in the outcome",
             )
-        section.note([_plain(entry_of(value, how, layer)) for layer in range(n)])
+        said = [entry_of(value, how, layer) for layer in range(n)]
+        section.note([repr(one) if isinstance(one, list | dict) else one for one in said])
         if name == "kv_source_layers" and list(value) != list(range(n)):
             raise _cannot(f"{name}={value}", "layers read the cache of others", {name: [...]})
         try:
@@ -286,10 +287,6 @@ def _follow_stages(section: Section, move: Move) -> None:
 
 def _stage(stage: Any) -> int:
     return int(str(stage).removeprefix("stage").replace("stem", "0"))
-
-
-def _plain(value: Any) -> object:
-    return repr(value) if isinstance(value, list | dict) else value
 
 
 def _follow_names(config: dict[str, Any], section: Section, move: Move, said: list[str]) -> None:

@@ -21,11 +21,8 @@ FILES: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def quantization_of(path: Path, texts: Iterable[Document] = ()) -> Mapping[str, object] | None:
-    """The part of a configuration that tells how weights are quantised, or None. A damaged one tells nothing here.
-
-    Args:
-        path: the checkpoint.
-        texts: the files beside it that edits change.
+    """The part of a configuration that tells how weights are quantised, or None; `texts` are files that edits change.
+    A damaged one tells nothing here.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -55,11 +52,7 @@ IGNORE = ("ignore", "ignored_layers", "modules_to_not_convert", "exclude_modules
 
 
 def stated(config: Mapping[str, Any] | None, module: str) -> Stated:
-    """What a `quantization_config` says of the weight of a module.
-
-    Args:
-        config: the configuration, or None.
-        module: the name of the module, with dots.
+    """What a `quantization_config`, if there is one, says of the weight of a module.
 
     >>> config = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]}
     >>> stated(config, "model.layers.0.mlp.up_proj").block, stated(config, "lm_head").ignored

@@ -19,12 +19,8 @@ def dequantised(
 ) -> dict[str, Any] | None:
     """What one of `FILES` holds after modules are no longer quantised; None if it has nothing to tell any more.
 
-    Args:
-        file: its name.
-        values: what it holds.
-        modules: the modules.
-        floats: all others that are not quantised; readers find those out themselves only where there is no list.
-        left: whether any module still is.
+    `floats` are all others that are not: readers find those out themselves only where there is no list. `left` says
+    whether any module still is.
 
     >>> config = {"quantization_config": {"quant_method": "fp8", "modules_to_not_convert": ["lm_head"]}}
     >>> dequantised("config.json", config, ["fc"], [], left=True)["quantization_config"]["modules_to_not_convert"]
@@ -66,12 +62,7 @@ def listed(file: str, values: Mapping[str, Any], modules: Sequence[str]) -> dict
 
 
 def renamed(file: str, values: Mapping[str, Any], moved: Mapping[str, str]) -> dict[str, Any]:
-    """What one of `FILES` holds after modules got other names: its lists of modules have these.
-
-    Args:
-        file: its name.
-        values: what it holds.
-        moved: every module → its name then.
+    """What one of `FILES` holds after modules got other names, which its lists of modules have then.
 
     >>> config = {"quantization_config": {"quant_method": "fp8", "modules_to_not_convert": ["mtp", "re:a.*"]}}
     >>> found = renamed("config.json", config, {"mtp.fc": "model.mtp.fc", "a.x": "b.x", "c": "c"})
@@ -107,15 +98,7 @@ def quantised(
     modules: Sequence[str],
     floats: Sequence[str],
 ) -> dict[str, Any]:
-    """What one of `FILES` holds after modules are quantised; only `config.json` tells of it.
-
-    Args:
-        file: its name.
-        values: what it holds.
-        scheme: the name of the scheme.
-        group_size: how many inputs share a scale, where the scheme leaves it open.
-        modules: the modules.
-        floats: the others, which stay floats.
+    """What one of `FILES` holds after modules are quantised, and others stay floats; only `config.json` tells of it.
 
     >>> found = quantised("config.json", {}, "fp8-block", None, ["fc"], ["lm_head"])["quantization_config"]
     >>> found["weight_block_size"], found["modules_to_not_convert"]

@@ -25,10 +25,6 @@ _MOST_FAMILIES = 200
 def propose(source: Shapes, target: Shapes) -> Iterator[Rules]:
     """Renames, `{source pattern: target template}`, that may make the source fit the target; each at most once.
 
-    Args:
-        source: path as pieces → shape, for every leaf.
-        target: the same for the other tree.
-
     >>> source = {("h", str(i), "w"): (4, 4) for i in range(3)}
     >>> target = {("layers", str(i), "kernel"): (4, 4) for i in range(3)}
     >>> next(propose(source, target))

@@ -74,12 +74,8 @@ _OF_LAYERS = KINDS["mismatch"][2]
 
 
 def _allowing(plan: GraftPlan, choice: int = 0, ways: Sequence[dict[str, str]] = ()) -> GraftPlan | None:
-    """The plan with options that allow its cases, or None if no options do.
-
-    Args:
-        choice: which of several rules to take for a leaf that could be resized in several ways.
-        ways: the options for shapes that differ, in the order in which they are tried.
-    """
+    """The plan with options that allow its cases, or None if no options do: `choice` of several rules to resize a leaf,
+    `ways` for shapes that differ, in the order in which they are tried."""
     ways = ways or (_OF_LAYERS[::-1] if _is_head(plan) else _OF_LAYERS)
     kinds = {case.kind for case in plan.cases} - {"nothing"}
     changes: dict[str, Any] = {}

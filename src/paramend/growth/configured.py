@@ -42,13 +42,8 @@ class Configured:
         return new
 
     def remade(self, groups: Sequence[Group], change: Change, kind: str = "") -> tuple[Any, list[str]]:
-        """The model with groups of leaves replaced, and what is to be said of its configuration.
-
-        Args:
-            groups: what goes and what comes, with all leaves as they are stored.
-            change: what becomes of the configuration, and of other files that tell how weights are stored.
-            kind: the name of the class of transformers of a module; its own by default.
-        """
+        """The model with groups of leaves replaced, as they are stored, and what is to be said of its configuration,
+        which changes too; a module may become one of another class of transformers, by its name (`kind`)."""
         if self._module:
             return self._rebuilt(groups, change, kind)
         tree: Any = self.leaves.regrouped(groups) if groups else self.leaves

@@ -191,18 +191,15 @@ class Experts(Generic[T]):
             return dict(renumbered(own, of, mixture.count))
 
         if times > 1 and mixture.model_type in SHARES:
-            model = model.edited(dict.fromkeys(self._biases(), call("multiply", {"value": 1 / times})))
+            # What is added to the scores of experts, where these are chosen.
+            every, pieces = (n for block in mixture.blocks for n in block.along), model.leaves.index.pieces
+            biases = [number for number in every if pieces(number)[-1].endswith("e_score_correction_bias")]
+            model = model.edited(dict.fromkeys(biases, call("multiply", {"value": 1 / times})))
         groups = [group for block in mixture.blocks for group in self._groups(block, of[block.path])]
         new, changed = model.remade(groups, change)
         layers = {self._where(block): tuple(of[block.path]) for block in mixture.blocks}
         told = (*changed, *_warned(mixture.count, count, times))
         return cast(T, new), ExpertsReport(did, mixture.count, count, layers, said=told)
-
-    def _biases(self) -> Iterator[int]:
-        """The leaves that are added to the scores of experts, where these are chosen."""
-        index = self._configured.leaves.index
-        every = (number for block in self.mixture.blocks for number in block.along)
-        return (number for number in every if index.pieces(number)[-1].endswith("e_score_correction_bias"))
 
     def _groups(self, block: Block, ids: list[int]) -> Iterator[Group]:
         leaves, count = self._configured.leaves, self.mixture.count

@@ -227,7 +227,7 @@ def fixup(tree: T, *, layers: str | Sequence[str], head: str | None = None) -> T
     return memory.edited(calls)  # type: ignore[no-any-return]
 
 
-def zero_(layer: Any) -> None:
+def zero_(layer: "torch.nn.Module") -> None:
     """Set every parameter of a torch layer or container to +0.0, in place.
 
     Buffers, such as running statistics, stay as they are. The parameters remain the same objects with the same dtype,
@@ -257,7 +257,8 @@ def zero_(layer: Any) -> None:
     check_values(held, held.index.numbers, "cannot become zero")
     parameters = dict(layer.named_parameters())
     for name, parameter in parameters.items():
-        why = _refusal(parameter)
+        lazy = hasattr(parameter, "materialize")
+        why = "it has no shape yet (a lazy layer)" if lazy else backend(parameter).refusal(parameter)
         if why:
             raise Unsupported(
                 f"{name} cannot become zero: {why}",
@@ -276,13 +277,6 @@ def init_zero_(layer: Layer) -> Layer:
     """
     zero_(layer)
     return layer
-
-
-def _refusal(parameter: Any) -> str:
-    """Why a parameter cannot be written to, or ""."""
-    if hasattr(parameter, "materialize"):
-        return "it has no shape yet (a lazy layer)"
-    return backend(parameter).refusal(parameter)
 
 
 def _refuse_computed(name: str, module: Any) -> None:

@@ -53,10 +53,6 @@ class Layers(Numbered):
 def find(leaves: Leaves, text: str | None) -> list[Layers]:
     """The layers that a text names, grouped by parent; without a text, the only layers of the tree.
 
-    Args:
-        leaves: the tree.
-        text: such as `model.layers[*]`, `model.layers.<n>` or `params/Dense_[:-1]`.
-
     >>> from paramend.edits.memory import Memory
     >>> tree = Memory({"layers": [{"w": np.ones(2)} for _ in range(3)]})
     >>> find(tree, "layers[*]") == find(tree, "layers/<n>/**") == find(tree, None)

@@ -118,7 +118,10 @@ def widen_(
         what = wording.described(module)
         raise Unsupported(f"{what} cannot be changed in place", hint="tree, report = pm.widen(tree, ...)")
     sizes = {"hidden": hidden, "mlp": mlp, "heads": heads, "kv_heads": kv_heads}
-    return _planned(module, sizes, features, method).carried_out_(module)
+    work = _planned(module, sizes, features, method)
+    following.in_place(cast(Memory, work.leaves), work.growths, work.new)
+    work.report.ends = Ends(module, module)
+    return work.report
 
 
 def _planned(tree: Any, sizes: Mapping[str, int | None], features: Mapping[str, int] | None, method: Method) -> "Work":
@@ -180,11 +183,6 @@ class Work:
             new = following.in_memory(cast(Memory, self.leaves), self.growths, self.new)
         self.report.ends = Ends(new, tree)
         return new, self.report
-
-    def carried_out_(self, module: Any) -> WidthReport:
-        following.in_place(cast(Memory, self.leaves), self.growths, self.new)
-        self.report.ends = Ends(module, module)
-        return self.report
 
     def _texts(self, checkpoint: Checkpoint) -> list[Any]:
         document = document_of(checkpoint)

@@ -101,7 +101,10 @@ def _least(units: Iterable[_Unit], is_identity: Callable[[Mapping[str, float]], 
 def _torch_writers(model: Any, example: Any, layers: str | None) -> dict[str, float]:
     import torch
 
-    block = model if layers == "" else _first_block(model, layers)
+    block = model
+    if layers != "":
+        run = numbered.find(Memory(model), layers)[0]
+        block = model.get_submodule(".".join((*run.parent, run.piece(run.numbers[0]))))
     calls = _calls(torch, model, block, example)
     twin = copy.deepcopy(block).eval()
     given = [_random(torch, calls, seed) for seed in range(_TRIALS)]
@@ -119,11 +122,6 @@ def _torch_writers(model: Any, example: Any, layers: str | None) -> dict[str, fl
             return all(torch.equal(_stream(twin(*args, **opts)), _stream(args or opts)) for args, opts in given)
 
     return _least(units, is_identity)
-
-
-def _first_block(model: Any, layers: str | None) -> Any:
-    run = numbered.find(Memory(model), layers)[0]
-    return model.get_submodule(".".join((*run.parent, run.piece(run.numbers[0]))))
 
 
 def _calls(torch: Any, model: Any, block: Any, example: Any) -> _Call:

@@ -45,13 +45,8 @@ _ROPE = ("rope_parameters", "rope_scaling")
 
 
 def translated(checkpoint: Any, form: str) -> tuple[Any, tuple[str, ...]]:
-    """A checkpoint as another format has its model, and what is to be said of that: from and to GGUF, leaves have the
-    names and the order of rows that llama.cpp has, or transformers.
-
-    Args:
-        checkpoint: from `pm.open`.
-        form: the name of the format that is written.
-    """
+    """A checkpoint as the format that is written has models, and what is to be said of that: from and to GGUF,
+    leaves have the names and the order of rows that llama.cpp has, or transformers."""
     if "gguf" not in (form, checkpoint.format) or form == checkpoint.format:
         return checkpoint, ()
     document = document_of(checkpoint)

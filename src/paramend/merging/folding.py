@@ -144,7 +144,9 @@ class _Folding:
         self.missing: list[str] = []
         self.unfit: list[str] = []
         self.said: list[str] = []
-        changed = [module for each in adapters for module in _modules(each)]
+        changed = [term.module for each in adapters for term in each.terms if "tokens" not in term.roles]
+        # Rows that an adapter replaces are those of a tied head, too.
+        changed += [path[:-1] for each in adapters for path in each.replaced if path[-1] == "weight"]
         tied = list(dict.fromkeys(module for module in changed if self.bases.is_tied(module)))
         if tied and untie:
             self._untie(leaves, tied)
@@ -169,26 +171,22 @@ class _Folding:
 
     def read(self, adapter: Adapter) -> None:
         """Enter what an adapter changes."""
-        self._check_floats(adapter)
+        modules = [self.bases.module(term.module) for term in adapter.terms]
+        held = [number for module in modules for number in self.bases.modules.get(module or (), {}).values()]
+        check_values(self.leaves, held, "cannot take the terms of an adapter")
         self.missing += [f"{path}: it is no leaf of an adapter of a known kind" for path in adapter.rest]
         for path, number in adapter.replaced.items():
             self._tried(".".join(path), lambda p=path, n=number: self._replace(adapter, p, n))  # type: ignore[misc]
-        modules: dict[Pieces, list[Term]] = {}
+        by_module: dict[Pieces, list[Term]] = {}
         for term in adapter.terms:
-            modules.setdefault(term.module, []).append(term)
+            by_module.setdefault(term.module, []).append(term)
         owners: dict[int, Pieces] = {}
-        for module, terms in modules.items():
+        for module, terms in by_module.items():
             self._tried(".".join(module), lambda m=module, t=terms: self._module(adapter, m, t, owners))  # type: ignore[misc]
         trained, own = adapter.said("base_model_name_or_path", ""), str(getattr(self.leaves, "path", ""))
         if trained and own:
             names = {Path(own).name, Path(str(self.bases.config.get("_name_or_path", ""))).name}
             self.said += [] if Path(str(trained)).name in names else [f"{adapter.name} was trained on {trained}"]
-
-    def _check_floats(self, adapter: Adapter) -> None:
-        """Raise if a weight that would change is quantised, and cannot be decoded."""
-        modules = [self.bases.module(term.module) for term in adapter.terms]
-        held = [number for module in modules for number in self.bases.modules.get(module or (), {}).values()]
-        check_values(self.leaves, held, "cannot take the terms of an adapter")
 
     def _tried(self, name: str, enter: Callable[[], None]) -> None:
         try:
@@ -304,12 +302,6 @@ class _Folding:
                 rows.append(Moved(path, self.leaves.spec(number), made, tuple(dict.fromkeys(change.sources))))
         did = ("changed", "kept")
         return LayoutReport(f"fold {wording.listing(self.names, 2)}", tuple(rows), tuple(kept), did, tuple(self.said))
-
-
-def _modules(adapter: Adapter) -> list[Pieces]:
-    """The modules whose weight an adapter changes; rows that it replaces are those of a tied head, too."""
-    terms = [term.module for term in adapter.terms if "tokens" not in term.roles]
-    return [*terms, *(path[:-1] for path in adapter.replaced if path[-1] == "weight")]
 
 
 def _same(one: Origin, other: Origin) -> bool:

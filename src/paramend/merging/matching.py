@@ -106,7 +106,8 @@ class Models:
             return self._misshapen(first, specs)
         if len(kinds) > 1:
             return f"has dtypes of several kinds: {self._said([spec.dtype for spec in specs])}", ""
-        if (statistic and worded) or (kinds == {"float"} and not statistic) or self._same(numbers):
+        fine = worded if statistic else kinds == {"float"}
+        if fine or _alike(*zip(self.all, numbers, strict=True)):
             return "", ""
         if statistic:
             hint = 'stats="first" takes statistics of batches from the first model, stats="mean" their mean'
@@ -138,9 +139,6 @@ class Models:
 
     def _said(self, each: Sequence[str]) -> str:
         return wording.listing([f"{what} in {name}" for what, name in zip(each, self.names, strict=True)])
-
-    def _same(self, numbers: Sequence[int]) -> bool:
-        return _alike(*zip(self.all, numbers, strict=True))
 
 
 def _alike(*leaves: tuple[Editable, int]) -> bool:

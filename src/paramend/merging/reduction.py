@@ -67,14 +67,10 @@ class Merging:
         with np.errstate(all="ignore"):
             if self.method.blends is not None:
                 self._shares  # noqa: B018 - it is kept
-            elif self._is_ranked:
+            elif self.method.keep == "largest" and min(self.settings.density) < 1:
                 self._ranking.cuts  # noqa: B018 - as above
             elif self._by_norm:
                 self._factors  # noqa: B018 - as above
-
-    @property
-    def _is_ranked(self) -> bool:
-        return self.method.keep == "largest" and min(self.settings.density) < 1
 
     @property
     def _ranking(self) -> Ranking:

@@ -213,15 +213,10 @@ def _each_recorded(model: Any, given: Given, library: str, root: Any) -> Run:
     lengths = {np.shape(array)[:1] for _, array in arrays(given)}
     if len(lengths) != 1 or () in lengths:
         raise ValueError("the inputs have no axis of examples in common")
-    examples = [mapped(given, partial(_example, at)) for at in range(*lengths.pop())]
+    examples = [mapped(given, lambda x: to_numpy(x)[at]) for at in range(*lengths.pop())]  # noqa: B023 - called at once
     found = [_recorded(model, each, library, root) for each in examples]
     outputs = {name: np.stack([run.outputs[name] for run in found]) for name in found[0].outputs}
     return Run(outputs, list(map(_stacked, zip(*(run.calls for run in found), strict=True))))
-
-
-def _example(at: int, array: Any) -> Values:
-    found: Values = to_numpy(array)[at]
-    return found
 
 
 def _stacked(calls: tuple[Call, ...]) -> Call:

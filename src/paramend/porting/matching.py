@@ -174,9 +174,9 @@ class _Search:
     def _forced(self, sources: list[Unit], targets: list[Unit]) -> list[tuple[list[Unit], list[Unit], str]] | None:
         """The cluster in two: a unit that fits one other alone, or those whose names share a word."""
         if len(sources) == len(targets):
-            for ours, theirs, fits in ((sources, targets, self.ways), (targets, sources, self._back)):
+            for ours, theirs, turn in ((sources, targets, 1), (targets, sources, -1)):
                 for unit in ours:
-                    partners = [other for other in theirs if fits(unit, other)]
+                    partners = [other for other in theirs if self.ways(*(unit, other)[::turn])]
                     if len(partners) == 1:
                         one = ([unit], partners) if ours is sources else (partners, [unit])
                         return [(*one, "shape"), (_without(sources, one[0]), _without(targets, one[1]), "shape")]
@@ -186,9 +186,6 @@ class _Search:
             if len(ours) == len(theirs) and len(ours) < max(len(sources), len(targets)):
                 return [(ours, theirs, "name"), (_without(sources, ours), _without(targets, theirs), "name")]
         return None
-
-    def _back(self, target: Unit, source: Unit) -> Ways:
-        return self.ways(source, target)
 
     def _by_calls(self, sources: list[Unit], targets: list[Unit]) -> bool:
         if self.order is None or len(sources) != len(targets):

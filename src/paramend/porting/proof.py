@@ -241,7 +241,8 @@ def prove(target: object, source: object, inputs: object, *, tolerance: float = 
     given = sides_of(inputs)
     ours, theirs = (_run(model, given[side], side) for side, model in (("target", target), ("source", source)))
     left, right = (list((noted(given[side]) or {}).values()) for side in ("target", "source"))
-    names = _common(ours.outputs, theirs.outputs)
+    same = [(name, name) for name in ours.outputs if name in theirs.outputs]
+    names = same or list(zip(ours.outputs, theirs.outputs, strict=False))
     proof = Proof(tolerance, alone=len(ours.outputs) + len(theirs.outputs) - 2 * len(names))
     turned = {move for one, other in zip(left, right, strict=False) for move in moves(one, other)}
     for one, other in names:
@@ -305,12 +306,6 @@ def _run(model: object, inputs: object, side: str) -> Run:
         raise
 
 
-def _common(ours: Mapping[str, Values], theirs: Mapping[str, Values]) -> list[tuple[str, str]]:
-    """The places of outputs that belong together: those of one name, or else one after the other."""
-    same = [name for name in ours if name in theirs]
-    return [(name, name) for name in same] or list(zip(ours, theirs, strict=False))
-
-
 # Words in the names of classes that frameworks give to layers of one kind.
 _WORDS = {
     "transpose": "conv transpose", "deconv": "conv transpose", "conv": "conv", "patchembed": "conv",
@@ -336,7 +331,9 @@ def paired(
     """The numbers of calls of two models that belong together, in the order of both. Without the `pairs` of paths of
     modules they are found: of one kind or with equal values, in outputs of one size."""
     known = None if pairs is None else set(pairs)
-    ours, theirs = ([_print(call.outputs[0]) for call in calls] for calls in (target, source))
+    # What stays when axes change places: how many values there are, and their sum without signs.
+    outputs = ([call.outputs[0] for call in calls] for calls in (target, source))
+    ours, theirs = ([(each.size, float(np.abs(each).sum())) for each in side] for side in outputs)
 
     def score(i: int, j: int) -> int:
         if not target[i].path and not source[j].path:
@@ -367,8 +364,3 @@ def paired(
         else:
             j += 1
     return found
-
-
-def _print(output: Values) -> tuple[int, float]:
-    """What stays when axes change places: how many values there are, and their sum without signs."""
-    return output.size, float(np.abs(output).sum())

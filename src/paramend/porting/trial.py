@@ -73,7 +73,10 @@ def _pairings(plan: PortPlan) -> Iterator[dict[str, str]]:
 def _proven(plan: PortPlan, random: Model, given: dict[str, Any], order: dict[Path, int]) -> Proof | None:
     """The proof of a plan whose questions are answered; a false one if no answers prove it."""
     target, source, proof = plan.target, plan.source, None
-    for answers in _answers(plan):
+    # The likeliest first; that on flattenings comes from values.
+    open_ = {path: ways for path, (_, ways) in plan.questions.items() if len(ways) > 1}
+    every = itertools.product(*([(path, way) for way in ways] for path, ways in open_.items()))
+    for answers in itertools.islice(every, _MOST):
         for path, steps in answers:
             plan.choose(path, steps)
         made = _unflattened(plan, random, given, order)
@@ -92,12 +95,6 @@ def _calls(model: Model, inputs: Any, side: str) -> list[Call]:
             hint="the module: a torch, NNX or Equinox module, or linen_module.bind(variables)",
         )
     return calls(model.root, inputs)
-
-
-def _answers(plan: PortPlan) -> Iterator[tuple[tuple[str, Any], ...]]:
-    """All answers to all questions, the likeliest first; that on flattenings comes from values."""
-    open_ = {path: ways for path, (_, ways) in plan.questions.items() if len(ways) > 1}
-    return itertools.islice(itertools.product(*([(path, way) for way in ways] for path, ways in open_.items())), _MOST)
 
 
 def _unflattened(plan: PortPlan, source: Model, given: dict[str, Any], order: dict[Path, int]) -> Any:
