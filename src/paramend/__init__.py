@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from paramend.freezing.freeze import value_and_grad as value_and_grad
     from paramend.grafting.graft import graft as graft
     from paramend.grafting.graft import graft_ as graft_
-    from paramend.grafting.inserting import insert as insert
+    from paramend.grafting.parts import insert as insert
     from paramend.grafting.parts import part as part
     from paramend.grafting.states.verbs import graft_opt_state as graft_opt_state
     from paramend.grafting.states.verbs import graft_optimizer_ as graft_optimizer_
@@ -128,8 +128,7 @@ _LATER = {
         "paramend.selectors.selector": ("Selector", "SelectorLike", "sel"),
         "paramend.leaves.rules": ("Codec",),
         "paramend.leaves.specs": ("Spec",),
-        "paramend.grafting.inserting": ("insert",),
-        "paramend.grafting.parts": ("part",),
+        "paramend.grafting.parts": ("insert", "part"),
         "paramend.mapping.joining": ("concat", "interleave", "split"),
         "paramend.mapping.layout": ("Layout", "layout", "layouts"),
         "paramend.mapping.report": ("LayoutReport",),

@@ -15,9 +15,8 @@ from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.reduced import Reduced
 from paramend.leaves.specs import AnyTree
 from paramend.mapping.report import LayoutReport, Moved
-from paramend.merging.choices import changed, settings_of
 from paramend.merging.matching import Matched, Missing, Models, Stats
-from paramend.merging.methods import METHODS, method_of
+from paramend.merging.methods import METHODS, changed, method_of, settings_of
 from paramend.merging.reduction import Merging, Vector
 from paramend.merging.settings import Convention, Settings
 from paramend.reports import wording

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from paramend.mapping.steps import Step, read_step
-from paramend.porting.kinds import Shape
+from paramend.porting.forms import Shape
 from paramend.porting.matching import Pair
 
 _CONVOLUTIONS = ("conv", "conv_transpose")

@@ -7,7 +7,7 @@ from functools import cache
 from typing import NamedTuple, TypeAlias
 
 from paramend.errors import SpecMismatch
-from paramend.porting.kinds import Move, Path, Shaped, moves
+from paramend.porting.forms import Move, Path, Shaped, moves
 from paramend.porting.models import Unit
 
 Order: TypeAlias = Mapping[Path, int]

@@ -11,9 +11,8 @@ from paramend.leaves.leaves import Editable, keys_of
 from paramend.leaves.paths import labels, text_of
 from paramend.leaves.specs import Spec
 from paramend.porting.calls import Call
-from paramend.porting.forms import FORMS, NESTED, PARAMETER, Form
+from paramend.porting.forms import FORMS, NESTED, PARAMETER, Form, Path, Shaped
 from paramend.porting.frameworks import is_linen
-from paramend.porting.kinds import Path, Shaped
 from paramend.trees.tree import Tree
 from paramend.trees.walks import containers
 

@@ -9,7 +9,7 @@ from paramend.errors import BadArgument, NoMatch
 from paramend.mapping.layout import Layout
 from paramend.mapping.steps import Step, read_step
 from paramend.porting.flattening import Flat, Flattening, Layer, flattenings
-from paramend.porting.kinds import Move, Path
+from paramend.porting.forms import Move, Path
 from paramend.porting.matching import Order, Pair, match
 from paramend.porting.models import Model, Unit
 from paramend.selectors.renames import captures, pieces

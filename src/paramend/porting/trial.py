@@ -17,8 +17,8 @@ from paramend.leaves.leaves import Editable
 from paramend.mapping.layout import Layout
 from paramend.porting.calls import Call, calls
 from paramend.porting.flattening import Flat
+from paramend.porting.forms import Path
 from paramend.porting.frameworks import copied, float64, rebound, runs
-from paramend.porting.kinds import Path
 from paramend.porting.matching import Pair
 from paramend.porting.models import Model
 from paramend.porting.plan import PortPlan, Renames, Rules

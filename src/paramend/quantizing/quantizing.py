@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from paramend.anatomy.beside import EMBEDDINGS, HEADS
-from paramend.anatomy.recoding import quantised
+from paramend.anatomy.quantization import quantised
 from paramend.arrays.registry import backend, to_numpy
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.edits.call import explained

@@ -17,8 +17,7 @@ import numpy as np
 from paramend.arrays.registry import backend
 from paramend.errors import BadArgument
 from paramend.freezing.places import dtype_of, named
-from paramend.grafting.report import GraftReport, GraftRow
-from paramend.grafting.states.refusals import refuse_misfits
+from paramend.grafting.report import GraftReport, GraftRow, refuse_misfits
 from paramend.leaves.paths import write_path
 from paramend.leaves.specs import Spec
 from paramend.reports import wording

@@ -9,8 +9,7 @@ from paramend.errors import BadArgument, Unsupported
 from paramend.grafting import engine
 from paramend.grafting.numbers import Counted
 from paramend.grafting.options import Options, Unused
-from paramend.grafting.report import GraftReport
-from paramend.grafting.states.refusals import refuse_left
+from paramend.grafting.report import GraftReport, refuse_left
 from paramend.grafting.states.widened import widened, widened_torch
 from paramend.leaves.specs import AnyTree
 from paramend.reports.wording import described
@@ -262,9 +261,9 @@ def _by_name_(
             f"the earlier state is neither a torch optimizer nor the state dict of one, but {described(old)}",
             hint="pm.graft_optimizer_(optimizer, old), or old.state_dict() as it was saved",
         )
-    from paramend.grafting.states import carry_torch  # imports torch
+    from paramend.grafting.states import graft_torch  # imports torch
 
-    return carry_torch.carry_optimizer_(optimizer, old, modules, names, unused)
+    return graft_torch.carry_optimizer_(optimizer, old, modules, names, unused)
 
 
 def _wider_(optimizer: Any, old: Any, report: Widths, modules: tuple[Any, Any], unused: Unused) -> GraftReport:
