@@ -120,12 +120,9 @@ class Body:
             run = self.stack.run
             return [(*run.parent, run.piece(number)) for number in self.stack.blocks]
         own = [(leaf.path, at) for leaf in self.leaves.values() for at, piece in enumerate(leaf.path) if piece in MTP]
-        after = [
-            path[: at + n + 1] for path, at in own for n in (1, 2) if number_of((*path, "", "")[at + n]) is not None
-        ]
-        return sorted(dict.fromkeys(after), key=lambda path: int(path[-1])) or sorted(
-            {path[: at + 1] for path, at in own}
-        )
+        after = [path[: i + n + 1] for path, i in own for n in (1, 2) if number_of((*path, "", "")[i + n]) is not None]
+        numbered = sorted(dict.fromkeys(after), key=lambda path: int(path[-1]))
+        return numbered or sorted({path[: at + 1] for path, at in own})
 
 
 def _told(body: Body) -> Iterator[list[str]]:

@@ -344,9 +344,8 @@ def _refuse_numbers(section: Section, kind: str, move: Move) -> None:
         return
     n, m = move.n, len(move.sources)
     for key, value in section.part.items():
-        kind_of = (
-            None if key in _COUNTS or key in section.done or move.holds(section.place, key) else _told(key, value, n)
-        )
+        known = key in _COUNTS or key in section.done or move.holds(section.place, key)
+        kind_of = None if known else _told(key, value, n)
         if kind_of is None:
             continue
         before = [kind_of(layer, n) for layer in range(n)]

@@ -109,9 +109,8 @@ def names(entry: str, module: str) -> bool:
     if f"{module}.".startswith(f"{entry}.") or module.endswith(f".{entry}"):
         return True
     parts = module.split(".")
-    return not set("*?[").isdisjoint(entry) and any(
-        fnmatchcase(".".join(parts[:stop]), entry) for stop in range(len(parts), 0, -1)
-    )
+    above = (".".join(parts[:stop]) for stop in range(len(parts), 0, -1))
+    return not set("*?[").isdisjoint(entry) and any(fnmatchcase(each, entry) for each in above)
 
 
 def texts_of(value: object) -> list[str]:
@@ -241,9 +240,8 @@ def quantised(
         if isinstance(old.get(key), list):
             old[key] = [entry for entry in old[key] if entry not in modules]
     if "dynamic" in old:
-        old["dynamic"] = {
-            key: old["dynamic"][key] for key in old["dynamic"] if key[3:-1] not in map(re.escape, modules)
-        }
+        gone = [re.escape(each) for each in modules]
+        old["dynamic"] = {key: value for key, value in old["dynamic"].items() if key[3:-1] not in gone}
     for module in modules:
         if entry := named_by(old, module):
             raise Unsupported(f"{entry!r} in {CONFIG} says that {module} is not quantised", hint="pm.config")

@@ -220,9 +220,7 @@ def _generalised(pairs: Sequence[_Pair], source: Shapes, target: Shapes, wanted:
             return {}
         for number, path in moved.items():
             found.setdefault(names[number], pieces(path))
-    astray = {
-        path for path, new in found.items() if wanted.get(path, new) != new or (path not in wanted and new in target)
-    }
+    astray = {p for p, new in found.items() if wanted.get(p, new) != new or (p not in wanted and new in target)}
     first = dict(pair.rule() for pair in pairs if any(path in astray or path not in found for path in pair.members))
     astray -= {path for pair in pairs for path in pair.members}
     # No exact rule keeps a leaf that already agrees and would be sent astray.

@@ -13,7 +13,7 @@ from paramend.errors import BadArgument, GraftRefused, Unsupported
 from paramend.grafting import ways
 from paramend.grafting.numbers import Counted, counts
 from paramend.grafting.options import KINDS, Options, listed
-from paramend.grafting.plan import GraftPlan, Move
+from paramend.grafting.plan import GraftPlan, Move, abstract
 from paramend.grafting.quantized import check_groups
 from paramend.grafting.report import GraftReport
 from paramend.leaves.leaves import Editable, Leaves
@@ -138,11 +138,8 @@ def _converted(value: Any, dtype: str) -> Any:
 
 def refuse_abstract(tree: Tree, given: Mapping[int, Any], report: GraftReport) -> None:
     """Raise if leaves of a tree have no values and are given none."""
-    left = [
-        n
-        for n in tree.index.numbers
-        if tree.ties.get(n, n) not in given and backend(tree.read(n)).abstract(tree.read(n))
-    ]
+    units = ((n, tree.ties.get(n, n)) for n in tree.index.numbers)
+    left = [n for n, unit in units if unit not in given and abstract(tree, n)]
     if left:
         lines = [Line((tree.index.path(number),), (str(tree.spec(number)),)) for number in left]
         raise GraftRefused(listed("abstract", lines), report=report, hint=ways.ADVICE["abstract"])

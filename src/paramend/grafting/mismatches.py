@@ -48,9 +48,8 @@ def overlapping(place: str, old: Shape, new: Shape) -> Meeting:
     if place == "tile":
         if 0 in old:
             raise SpecMismatch("there is nothing to repeat")
-        repeats = " and ".join(
-            f"{a} → {b} on axis {axis}" for axis, (a, b) in enumerate(zip(old, new, strict=True)) if a != b
-        )
+        both = enumerate(zip(old, new, strict=True))
+        repeats = " and ".join(f"{a} → {b} on axis {axis}" for axis, (a, b) in both if a != b)
         return Meeting(f"tiled {repeats}", math.prod(new), partial(_tiled, shape=new), kind=place)
     if place == "corner":
         corner = tuple(slice(0, size) for size in common)
@@ -67,9 +66,8 @@ def _middle(size: int, part: int) -> slice:
 
 
 def _written(region: Region, shape: Shape) -> str:
-    parts = (
-        ":" if part == slice(0, size) else f"{part.start}:{part.stop}" for part, size in zip(region, shape, strict=True)
-    )
+    both = zip(region, shape, strict=True)
+    parts = (":" if part == slice(0, size) else f"{part.start}:{part.stop}" for part, size in both)
     return f"[{', '.join(parts)}]"
 
 

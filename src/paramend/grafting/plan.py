@@ -365,9 +365,7 @@ class GraftPlan:
         rows = {name: moved[name] + self.rows[name] for name in PARTS}
         for name in ("copied", "fresh", "mismatched"):
             rows[name].sort(key=lambda row: places[row.path])
-        return GraftReport(
-            rows["copied"], rows["fresh"], rows["mismatched"], rows["unused"], refused=bool(self.cases), ends=None
-        )
+        return GraftReport(rows["copied"], rows["fresh"], rows["mismatched"], rows["unused"], refused=bool(self.cases))
 
 
 def _sentence(error: ParamendError) -> str:

@@ -73,9 +73,8 @@ def calls(leaves: Leaves, layers: list[Names], rules: Rules, where: str, *, stri
 
 def check_values(leaves: Leaves, numbers: Iterable[int]) -> None:
     """Refuse to make a layer the identity by leaves of quantised weights."""
-    quantized.check_values(
-        leaves, numbers, "cannot be set in an identity layer", "identity=None copies layers as they are"
-    )
+    way = "identity=None copies layers as they are"
+    quantized.check_values(leaves, numbers, "cannot be set in an identity layer", way)
 
 
 def call(value: float, index: Any = None) -> Call:

@@ -159,9 +159,8 @@ class _Upcycling:
         new["num_key_value_heads"] = config.get("num_key_value_heads") or config.get("num_attention_heads")
         new |= {key: self.inner if value == "I" else value for key, value in family.says.items()}
         if config.get("architectures"):
-            new["architectures"] = [
-                family.stems[1] + each.removeprefix(family.stems[0]) for each in config["architectures"]
-            ]
+            old, now = family.stems
+            new["architectures"] = [now + each.removeprefix(old) for each in config["architectures"]]
         if family.kind == "qwen3_moe":
             new["use_sliding_window"] = _slides(config)
         return new

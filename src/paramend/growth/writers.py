@@ -193,10 +193,8 @@ def _units(torch: Any, block: Any, call: _Call) -> list[_Unit]:
             hook.remove()
     units: list[_Unit] = []
     for name, module in order:
-        own = [
-            (f"{name}.{leaf}" if name else leaf, parameter)
-            for leaf, parameter in module.named_parameters(recurse=False)
-        ]
+        held = module.named_parameters(recurse=False)
+        own = [(f"{name}.{leaf}" if name else leaf, parameter) for leaf, parameter in held]
         gain = _gain(torch, module, inputs[name])
         whole = all(parameter.ndim <= 2 and leaf.rpartition(".")[2] in ("weight", "bias") for leaf, parameter in own)
         pairs = [(path, gain if path.endswith("weight") else 0.0) for path, _ in own]

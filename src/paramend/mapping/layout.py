@@ -344,9 +344,8 @@ def _group(
         for key in family:
             new = _numbered(target, dict(zip(counted, key, strict=True)))
             targets.append((keys(new_paths(new)[numbers[0]]), family[key]))
-    rows = [
-        Moved(_text(path, leaves.index.separator), origin.spec, str(origin), tuple(paths)) for path, origin in targets
-    ]
+    mark, of = leaves.index.separator, tuple(paths)
+    rows = [Moved(_text(path, mark), origin.spec, str(origin), of) for path, origin in targets]
     make = partial(_values, rule, slots, said)
     return Group(numbers, tuple(path for path, _ in targets), make), rows
 

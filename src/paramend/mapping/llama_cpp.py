@@ -154,9 +154,8 @@ def tokens_of(checkpoint: Any, config: Mapping[str, Any]) -> tuple[dict[str, Any
         what = f"its model is {model.get('type')}, not BPE" if table else "there is no tokenizer.json"
         return {}, (f"no tokens are written: {what}",)
     added = {entry["id"]: entry for entry in table.get("added_tokens") or ()}
-    tokens = {number: token for token, number in model["vocab"].items()} | {
-        n: one["content"] for n, one in added.items()
-    }
+    tokens = {number: token for token, number in model["vocab"].items()}
+    tokens |= {number: each["content"] for number, each in added.items()}
     size = max([config.get("vocab_size") or 0, *(number + 1 for number in tokens)])
     merges = [each if isinstance(each, str) else " ".join(each) for each in model.get("merges") or ()]
     pieces = bool(model.get("byte_fallback"))  # as sentencepiece has them, with bytes as tokens of their own
@@ -176,9 +175,8 @@ def tokens_of(checkpoint: Any, config: Mapping[str, Any]) -> tuple[dict[str, Any
         )
     else:
         keys |= {"pre": _cut(table), "merges": merges}
-    return {_PREFIX + key: value for key, value in keys.items()} | dict(
-        _special(checkpoint, config, options, tokens)
-    ), ()
+    keys = {_PREFIX + key: value for key, value in keys.items()}
+    return keys | dict(_special(checkpoint, config, options, tokens)), ()
 
 
 def _kind(token: str | None, added: Mapping[str, Any] | None, model: Mapping[str, Any], *, pieces: bool) -> int:

@@ -203,9 +203,7 @@ class Destinations:
     def tie(self) -> tuple[int, int | None, bool] | None:
         """The embedding that the head shares its weight with, the leaf of the head if there is one, and whether that is
         known: a head that is not here may never have been. None if nothing is shared."""
-        numbers = [
-            [self.weight(each) for each in self.modules if each and each[-1] in names] for names in (_ROWS, HEADS)
-        ]
+        numbers = [[self.weight(one) for one in self.modules if one and one[-1] in names] for names in (_ROWS, HEADS)]
         embedding, head = (next((number for number in each if number is not None), None) for each in numbers)
         if embedding is None:
             return None

@@ -306,9 +306,8 @@ class _Folding:
 
 def _same(one: Origin, other: Origin) -> bool:
     ranges = one.ranges() if one.spec == other.spec else [(0, 0)]
-    return one.spec == other.spec and all(
-        one.read_range(*each).tobytes() == other.read_range(*each).tobytes() for each in ranges
-    )
+    same = (one.read_range(*each).tobytes() == other.read_range(*each).tobytes() for each in ranges)
+    return one.spec == other.spec and all(same)
 
 
 def _with_rows(base: Origin, rows: Sequence[int], values: Origin) -> Origin:

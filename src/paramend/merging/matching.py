@@ -46,9 +46,8 @@ class Models:
         paths = [path_of(getattr(model, "path", "")) for model in self.all]
         if len({path.resolve() for path in paths}) == len(paths):
             self.names = list(map(str, paths))
-            self.short = (
-                [path.name for path in paths] if len({path.name for path in paths}) == len(paths) else self.short
-            )
+            short = [path.name for path in paths]
+            self.short = short if len({*short}) == len(paths) else self.short
 
     def match(self, missing: Missing = "error", stats: Stats | None = None, only: Sequence[int] = ()) -> Matched:
         """The leaves that are one; `only` some of the host, if these are given."""

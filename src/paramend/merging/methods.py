@@ -121,10 +121,8 @@ METHODS: dict[str, Method] = {
 def method_of(how: str) -> Method:
     """The row of a method; `BadArgument` if there is none."""
     if how not in METHODS:
-        near = wording.closest(how, METHODS, limit=1)
-        raise BadArgument(
-            f"{how!r} is not a merge method: {', '.join(METHODS)}", hint=f'how="{(near or ["linear"])[0]}"'
-        )
+        near = wording.closest(how, METHODS, limit=1) or ["linear"]
+        raise BadArgument(f"{how!r} is not a merge method: {', '.join(METHODS)}", hint=f'how="{near[0]}"')
     return METHODS[how]
 
 

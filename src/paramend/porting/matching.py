@@ -77,10 +77,8 @@ def _ways(sources: tuple[Shaped, ...], targets: tuple[Shaped, ...]) -> Ways:
 
 def _rare(way: Way, source: Unit, target: Unit) -> bool:
     """Whether a weight is taken as (in, out), as GPT-2 holds it, without a class that says so."""
-    return any(
-        shaped.form.classes == {"Conv1D"} and not unit.kind
-        for shaped, unit in ((way.source, source), (way.target, target))
-    )
+    both = (way.source, source), (way.target, target)
+    return any(shaped.form.classes == {"Conv1D"} and not unit.kind for shaped, unit in both)
 
 
 def match(

@@ -289,9 +289,8 @@ class PortPlan:
             sources, steps = sources + twins, [Step("untie", {}), *steps]
         if len(theirs) == 1 and (twins := self._twins(self.target, theirs[0])):
             targets, steps = targets + twins, [*steps, Step("tie", {})]
-        return {"from": _one(sources), "to": _one(targets)} | (
-            {"do": [step.to_data() for step in steps]} if steps else {}
-        )
+        do = {"do": [step.to_data() for step in steps]} if steps else {}
+        return {"from": _one(sources), "to": _one(targets)} | do
 
     def _twins(self, model: Model, number: int) -> list[str]:
         twins = [*model.leaves.twins(number), *(self.copies.get(number, ()) if model is self.source else ())]

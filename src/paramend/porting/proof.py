@@ -48,11 +48,8 @@ def _views(source: Values, shape: tuple[int, ...], turned: Collection[Move] | No
     """The ways to see the source's array in the shape of the target's."""
     if source.size == np.prod(shape) and (turned is None or _squeezed(source.shape) == _squeezed(shape)):
         yield source.reshape(shape)
-    views = (
-        [np.moveaxis(source, *move) for move in MOVES if turned is None or move in turned]
-        if 3 <= source.ndim <= 5
-        else []
-    )
+    some = MOVES if 3 <= source.ndim <= 5 else ()
+    views = [np.moveaxis(source, *move) for move in some if turned is None or move in turned]
     views += [source.swapaxes(0, 1)] if turned is None and source.ndim == 3 else []
     yield from (each for each in views if each.shape == shape)
 
@@ -265,9 +262,8 @@ def _compare_layers(proof: Proof, ours: list[Call], theirs: list[Call], pairs: P
         shapes = (one.outputs[0].shape, other.outputs[0].shape)
         found = _apart(one.outputs, other.outputs, _least(one.inputs))
         inputs = _apart(one.inputs, other.inputs)[1] <= proof.tolerance
-        row = ProofRow(
-            one.path, other.path, (one.kind, other.kind), shapes, *found, found[1] <= proof.tolerance, inputs
-        )
+        agrees = found[1] <= proof.tolerance
+        row = ProofRow(one.path, other.path, (one.kind, other.kind), shapes, *found, agrees, inputs)
         if all(each.agrees for each in proof.layers):
             between = (*ours[last[0] + 1 : i], *theirs[last[1] + 1 : j])
             proof.before = tuple(f"{call.path}: {call.kind}" for call in between if not call.composite)

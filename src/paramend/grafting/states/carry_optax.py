@@ -175,9 +175,7 @@ def without_wrappers(path: Path) -> Path:
 
 def _kinds(leaves: list[Leaf]) -> dict[Path, frozenset[Path]]:
     """The fields of each record, which tell its kind."""
-    return {
-        record: frozenset(fields) for record, fields in _grouped((leaf.record, leaf.field) for leaf in leaves).items()
-    }
+    return {record: frozenset(each) for record, each in _grouped((leaf.record, leaf.field) for leaf in leaves).items()}
 
 
 def _grouped(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, list[Any]]:

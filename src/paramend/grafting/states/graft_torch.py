@@ -73,16 +73,14 @@ def graft_optimizer_(
             elif (here := as_tensor(name, made[name])) is not None:
                 old_value = as_tensor(name, value)
                 corner = old_value is not None and here.shape != old_value.shape
-                (done.mismatched if corner else done.copied).append(
-                    state_row(path, name, here, "copied", link.source, old_value)
-                )
+                rows = done.mismatched if corner else done.copied
+                rows.append(state_row(path, name, here, "copied", link.source, old_value))
         new[parameter] = made
     for path, state in states.items():
         for name, value in state.items() if path not in carried else ():
             if isinstance(value, torch.Tensor):
-                done.unused.append(
-                    state_row(path, name, value, "its parameter goes nowhere, or is not in this optimizer")
-                )
+                why = "its parameter goes nowhere, or is not in this optimizer"
+                done.unused.append(state_row(path, name, value, why))
     done.refused = bool(problems or (homeless and unused == "error"))
     if done.refused and not problems:
         raise GraftRefused(
@@ -317,9 +315,8 @@ def carry_optimizer_(
     did = "copied by order" if keys == list(range(len(keys))) else "copied"
     for key, (parameter, group), source in zip(_written(keys), new, found, strict=True):
         if source is None or not source.state:
-            report.fresh.append(
-                state_row((key,), "", parameter, "starts in its first step (nothing in the earlier state)")
-            )
+            did_not = "starts in its first step (nothing in the earlier state)"
+            report.fresh.append(state_row((key,), "", parameter, did_not))
         elif not of_all:
             optimizer.state[parameter] = made = _copied(source.state, parameter, group)
             for entry, value in _tensors(made):
