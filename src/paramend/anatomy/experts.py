@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from paramend.anatomy.counts import EXPERTS, Pieces
 from paramend.anatomy.entries import Names, words
-from paramend.anatomy.sections import SENSES, counted, part_at
+from paramend.anatomy.sections import counted, part_at, parts_in, senses
 from paramend.errors import SpecMismatch, Unsupported
 from paramend.leaves.groups import Named
 from paramend.leaves.paths import number_of
@@ -233,13 +233,11 @@ def renumbered(values: Any, ids: Mapping[Pieces, Sequence[int]], count: int) -> 
     return values
 
 
-def _said(config: Mapping[str, Any], above: Pieces = ()) -> Iterator[tuple[Pieces, int]]:
+def _said(config: Mapping[str, Any]) -> Iterator[tuple[Pieces, int]]:
     """Where a configuration counts experts, and how many."""
-    counts = (set(_numbers(config.get(key))) for key in EXPERTS)
-    yield from ((above, count.pop()) for count in counts if len(count) == 1)
-    for key, part in config.items():
-        if isinstance(part, Mapping) and not any(word in key for word in SENSES):
-            yield from _said(part, (*above, key))
+    for place, part in parts_in(config):
+        counts = () if senses(place) else (set(_numbers(part.get(key))) for key in EXPERTS)
+        yield from ((place, count.pop()) for count in counts if len(count) == 1)
 
 
 def _modules(leaves: Named) -> dict[Pieces, dict[int, str]]:

@@ -9,7 +9,7 @@ from typing import Any
 from paramend.anatomy.entries import CYCLES, LISTS, NAMING, OTHERS, entries, entry_of, moved
 from paramend.anatomy.moves import Move, check_places
 from paramend.anatomy.schedules import COMMON, FULL, LAST_FULL, SCHEDULES, Schedule, schedules_of
-from paramend.anatomy.sections import BLOCKS, COUNTS, SENSES, SIDES, counts_of, kind_at, part_at, sections_of, side_of
+from paramend.anatomy.sections import BLOCKS, COUNTS, SIDES, counts_of, kind_at, part_at, sections_of, senses, side_of
 from paramend.errors import BadArgument, Unsupported
 
 # Keys that scale layers by their number or by the number of layers: a copy would get another scale than its source.
@@ -331,7 +331,7 @@ def renamed(told: Mapping[str, Any], move: Move) -> dict[str, Any]:
 
 def _tell_features(config: Mapping[str, Any], section: Section, move: Move) -> None:
     """Tell of numbers of layers whose outputs other parts of the model read: which they should be is not known."""
-    sense = any(word in "/".join(move.where) for word in SENSES)
+    sense = senses(move.where)
     held = {**section.part, **(config if section.place and sense else {})}
     told = [key for key in _FEATURES if held.get(key) and key not in section.done and not move.holds((), key)]
     for key in told if not move.trivial else ():

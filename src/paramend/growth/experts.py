@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar, cast
 import numpy as np
 
 from paramend.anatomy.experts import SHARES, Block, Mixture, experts_of, groups_of, recounted, renumbered
-from paramend.anatomy.sections import SENSES
+from paramend.anatomy.sections import senses
 from paramend.edits import hands
 from paramend.edits.moves import whole_numbers
 from paramend.edits.plan import call
@@ -242,7 +242,7 @@ def _names(block: Block) -> list[int | str | None]:
 
 def _part(block: Block) -> tuple[tuple[str, ...], bool]:
     """What a mixture is a part of: the path of the layers, and whether these are for images or sound."""
-    return block.layers, any(word in piece for piece in block.path for word in SENSES)
+    return block.layers, senses(block.path)
 
 
 def _check_groups(config: Mapping[str, Any], mixture: Mixture, ids: Sequence[int], times: int) -> None:
