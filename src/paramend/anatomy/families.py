@@ -129,9 +129,8 @@ def find(modules: set[str], model_type: str | None = None, name: str | None = No
         rows = [family for family in FAMILIES if model_type in family.model_types]
     elif not rows:
         near = wording.closest(name, NAMES, limit=1)
-        raise BadArgument(
-            f"{name!r} is not a known family: {', '.join(NAMES)}", hint=f'identity="{(near or NAMES)[0]}"'
-        )
+        why = f"{name!r} is not a known family: {', '.join(NAMES)}"
+        raise BadArgument(why, hint=f'identity="{(near or NAMES)[0]}"')
     fitting = [family for family in rows or FAMILIES if family.fits(modules)]
     if not rows:
         fitting = [family for family in fitting if family.by_name or family.refused]

@@ -125,9 +125,8 @@ def followed(config: Mapping[str, Any], move: Move) -> tuple[dict[str, Any], lis
             part = part_at(new, above)
             part[key] = value
         except (KeyError, TypeError):
-            raise BadArgument(
-                f"config={name!r}: the configuration has no part {'.'.join(above)!r}", hint=f"config={{{key!r}: ...}}"
-            ) from None
+            why = f"config={name!r}: the configuration has no part {'.'.join(above)!r}"
+            raise BadArgument(why, hint=f"config={{{key!r}: ...}}") from None
         said.append(f"{'.'.join((*above, key))}: {value}, as given")
     return new, said
 
@@ -153,17 +152,13 @@ def _refuse(part: Mapping[str, Any], kind: str, move: Move) -> None:
             )
     pair = part.get("qkv_multipliers")
     if isinstance(pair, list) and len(pair) == 2 and pair[0] != pair[1] and not move.holds((), "qkv_multipliers"):
-        raise Unsupported(
-            f"the configuration has qkv_multipliers={pair}: widths of layers are interpolated by their numbers",
-            hint='config={"qkv_multipliers": [...]}, with one for each layer of the outcome',
-        )
+        said = f"the configuration has qkv_multipliers={pair}: widths of layers are interpolated by their numbers"
+        raise Unsupported(said, hint='config={"qkv_multipliers": [...]}, with one for each layer of the outcome')
     why, leaf = BOUND.get(kind, ("", ""))
     held = leaf and any(leaf in path for layer in move.leaves or () for path in layer)
     if why and not held and move.given is None:
-        raise Unsupported(
-            f"{kind}: {why}, so a layer would compute something else in another position",
-            hint="config={} moves the layers all the same",
-        )
+        said = f"{kind}: {why}, so a layer would compute something else in another position"
+        raise Unsupported(said, hint="config={} moves the layers all the same")
 
 
 def _cannot(what: str, says: str, value: Any) -> Unsupported:
@@ -251,10 +246,8 @@ def _follow_entries(section: Section, move: Move) -> None:
             new = moved(value, how, move.sources, n)
         except IndexError:
             key = ".".join((*section.place, *path))
-            raise Unsupported(
-                f"the configuration says {key}: {value}, and the outcome has not all of these layers",
-                hint=f"config={{{key!r}: [...]}}, the layers that are read in the outcome",
-            ) from None
+            why = f"the configuration says {key}: {value}, and the outcome has not all of these layers"
+            raise Unsupported(why, hint=f"config={{{key!r}: [...]}}, the layers that are read in the outcome") from None
         if name == "kv_source_layers":
             new = list(range(len(move.sources)))
         if new != value:
@@ -277,10 +270,8 @@ def _follow_stages(section: Section, move: Move) -> None:
             continue
         new = [stage if stage in ("stem", 0) else read(last.get(_stage(stage) - 1, -2) + 1) for stage in old]
         if any(_stage(stage) < 0 for stage in new):
-            raise Unsupported(
-                f"the configuration says {key}: {old}, and the outcome has not all of these layers",
-                hint=f"config={{{key!r}: {old[-1:]}}}, the layers that are read in the outcome",
-            )
+            why = f"the configuration says {key}: {old}, and the outcome has not all of these layers"
+            raise Unsupported(why, hint=f"config={{{key!r}: {old[-1:]}}}, the layers that are read in the outcome")
         if new != old:
             section.set((key,), new)
 
@@ -372,10 +363,8 @@ def _told(key: str, value: Any, n: int) -> Callable[[int, int], int] | None:
 def _refuse_last(section: Section, kind: str) -> None:
     types = section.part.get("layer_types")
     if kind in LAST_FULL and types and types[-1] != FULL:
-        raise Unsupported(
-            f"the last layer of the outcome would be of {types[-1]}, and {kind} makes the last one full_attention",
-            hint="an order that ends with a layer of full attention",
-        )
+        why = f"the last layer of the outcome would be of {types[-1]}, and {kind} makes the last one full_attention"
+        raise Unsupported(why, hint="an order that ends with a layer of full attention")
 
 
 def _period(key: str, value: Any, n: int) -> int:

@@ -232,10 +232,8 @@ def quantised(
     differ = [key for key, value in wanted.items() if old.get(key) != value]
     if differ:
         there, here = (", ".join(f"{key}: {part.get(key)}" for key in differ) for part in (old, wanted))
-        raise Unsupported(
-            f"{CONFIG} says {there}, and {scheme} is written as {here}: a model is quantised in one way",
-            hint="pm.dequantize(model) first, or simulate=True",
-        )
+        why = f"{CONFIG} says {there}, and {scheme} is written as {here}: a model is quantised in one way"
+        raise Unsupported(why, hint="pm.dequantize(model) first, or simulate=True")
     for key in IGNORE:
         if isinstance(old.get(key), list):
             old[key] = [entry for entry in old[key] if entry not in modules]

@@ -28,10 +28,8 @@ from paramend.trees.tree import Tree
 def assign(tree: Tree, new: dict[int, Any]) -> None:
     """Assign all values to their leaves; if one of them fails, restore those before it."""
     for number, first in tree.apart(new).items():
-        raise Unsupported(
-            f"{tree.index.path(first)} and {tree.index.path(number)} are one array, which cannot take two values",
-            hint="pm.graft returns a new tree: params, report = pm.graft(params, source)",
-        )
+        why = f"{tree.index.path(first)} and {tree.index.path(number)} are one array, which cannot take two values"
+        raise Unsupported(why, hint="pm.graft returns a new tree: params, report = pm.graft(params, source)")
     old: dict[int, Any] = {}
     try:
         for number in list(new):
@@ -150,10 +148,8 @@ def planned(target: Leaves, source: Leaves, options: Options) -> GraftPlan:
     for tree, name in ((target, "your model"), (source, "the source")):
         if len(tree.index.numbers) == len(counts(tree)):
             what, meant = barren(tree.root) if isinstance(tree, Tree) else ("", "")
-            raise BadArgument(
-                f"{name} holds no arrays{what and f': it is {what}'}",
-                hint=f"pass {meant}" if meant else "pm.graft(target, source): the model first",
-            )
+            why = f"{name} holds no arrays{what and f': it is {what}'}"
+            raise BadArgument(why, hint=f"pass {meant}" if meant else "pm.graft(target, source): the model first")
     plan = GraftPlan(target, source, options)
     check_groups(plan)
     if not plan.cases:

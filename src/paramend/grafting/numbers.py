@@ -109,10 +109,8 @@ class Counted(Tree):
             super().in_place(number)
         elif number not in self.boxes and not isinstance(self._holders[number][0], dict | list):
             kind = type(self.values[number]).__name__
-            raise Unsupported(
-                f"{self.index.path(number)} cannot change in place: a Python {kind} never does, nor what holds it",
-                hint="pm.graft returns a new tree: tree, report = pm.graft(target, source)",
-            )
+            why = f"{self.index.path(number)} cannot change in place: a Python {kind} never does, nor what holds it"
+            raise Unsupported(why, hint="pm.graft returns a new tree: tree, report = pm.graft(target, source)")
 
     def assign(self, number: int, value: Any) -> None:
         if number not in self.counts or number in self.boxes:

@@ -163,11 +163,8 @@ def refuse_left(report: GraftReport, unused: str) -> None:
     """Raise if something of the earlier state is left over and must not be."""
     if report.unused and unused == "error":
         report.refused = True
-        raise GraftRefused(
-            f"the earlier state has leaves with no place here: {wording.listing([row.path for row in report.unused])}",
-            report=report,
-            hint='unused="ok" leaves it behind',
-        )
+        why = f"the earlier state has leaves with no place here: {wording.listing([row.path for row in report.unused])}"
+        raise GraftRefused(why, report=report, hint='unused="ok" leaves it behind')
 
 
 def refuse_misfits(wrong: Sequence[str], hint: str) -> None:

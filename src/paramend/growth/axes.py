@@ -201,10 +201,8 @@ def _family(config: Mapping[str, Any]) -> Family:
     found = next((row for row in FAMILIES if kind in row.models), None)
     if found is None:
         known = [model for row in FAMILIES for model in row.models]
-        raise BadArgument(
-            f"which axes a {kind!r} model has is not known; known are {', '.join(known)}",
-            hint='a layer of any tree: pm.widen(tree, features={"params/Dense_0": 16})',
-        )
+        why = f"which axes a {kind!r} model has is not known; known are {', '.join(known)}"
+        raise BadArgument(why, hint='a layer of any tree: pm.widen(tree, features={"params/Dense_0": 16})')
     return found
 
 
@@ -262,11 +260,8 @@ def _check_left(leaves: Leaves, number: int, row: str | None, sizes: Mapping[str
     """Raise for a leaf whose axes are not known, or which is not one of floats: masks and frequencies stay."""
     spec, pieces = leaves.spec(number), leaves.index.pieces(number)
     if row is not None:
-        raise Unsupported(
-            f"{leaves.index.path(number)} is {spec}, which cannot be widened", hint="pm.at(model, ...).cast(...) first"
-        )
+        why = f"{leaves.index.path(number)} is {spec}, which cannot be widened"
+        raise Unsupported(why, hint="pm.at(model, ...).cast(...) first")
     if spec.kind == "float" and pieces[-1] not in ("inv_freq", "masked_bias") and spec.ndim:
-        raise BadArgument(
-            f"which axes {leaves.index.path(number)} {spec} has is not known",
-            hint=f"{wording.listing([f'{name}: {size}' for name, size in sizes.items()])} are known",
-        )
+        why = f"which axes {leaves.index.path(number)} {spec} has is not known"
+        raise BadArgument(why, hint=f"{wording.listing([f'{name}: {size}' for name, size in sizes.items()])} are known")

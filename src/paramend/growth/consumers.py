@@ -90,9 +90,8 @@ def axes_of(leaves: Leaves, features: Mapping[str, Any]) -> Axes:
         norms_of = followers or _norms(leaves, layers, layer, reader, size)
         strange = [one for one in (layer, reader, *norms_of) if one.grouped] or others
         if strange:
-            raise Unsupported(
-                f"how {_shown(strange[0])} sees the features of {text} is not known", hint="another layer"
-            )
+            why = f"how {_shown(strange[0])} sees the features of {text} is not known"
+            raise Unsupported(why, hint="another layer")
         for norm in norms_of:
             for number in norm.leaves.values():
                 _put(uses, leaves, number, -1, Use(((text, 1),)))

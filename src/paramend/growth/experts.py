@@ -119,18 +119,15 @@ class Experts(Generic[T]):
             where = self._where(block)
             if block.unknown:
                 names = wording.listing([index.path(number) for number in block.unknown], 3)
-                raise Unsupported(
-                    f"it is not known which axis of {names} counts the experts of {where}",
-                    hint=f'pm.dequantize(model, "{where}{index.separator}**") if they are quantised',
-                )
+                why = f"it is not known which axis of {names} counts the experts of {where}"
+                raise Unsupported(why, hint=f'pm.dequantize(model, "{where}{index.separator}**") if they are quantised')
             if not block.router:
                 raise Unsupported(f"the router of {where} is not here, or is of an unknown kind")
         parts = {_part(block): block for block in self.mixture.blocks if not block.predicts}
         if len(parts) > 1 and {path[-2:-1] for path, _ in parts} != {("encoder",), ("decoder",)}:
             paths = list(map(self._where, parts.values()))
-            raise Unsupported(
-                f"{wording.listing(paths)} are experts of several parts of the model", hint="pm.part(model, selector)"
-            )
+            why = f"{wording.listing(paths)} are experts of several parts of the model"
+            raise Unsupported(why, hint="pm.part(model, selector)")
 
     def _where(self, block: Block) -> str:
         index = self._configured.leaves.index
@@ -253,9 +250,8 @@ def _check_groups(config: Mapping[str, Any], mixture: Mixture, ids: Sequence[int
     size, new = mixture.count // groups.count, len(ids) // groups.count
     chunks = [{one // size for one in ids[at : at + new]} for at in range(0, len(ids), new)] if new else []
     if len(ids) % groups.count or sorted(map(sorted, chunks)) != [[group] for group in range(groups.count)]:
-        raise BadArgument(
-            f"there are {groups.count} groups of {size} experts: the same number of each, group by group, must stay"
-        )
+        why = f"there are {groups.count} groups of {size} experts: the same number of each, group by group, must stay"
+        raise BadArgument(why)
     top = (mixture.top_k or 1) * times
     if new < groups.least:
         raise BadArgument(f"{groups.count} groups would have {new} experts each and are compared by {groups.least}")

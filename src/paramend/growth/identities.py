@@ -58,11 +58,8 @@ def calls(leaves: Leaves, layers: list[Names], rules: Rules, where: str, *, stri
         if strict and not numbers:
             have = [leaves.index.path(n)[len(where) + 1 :] for n in leaves_below(layers)]
             near = wording.closest(text, [*families.NAMES, *have], limit=1) or have[:1]
-            raise NoMatch(
-                f"identity={text!r} matches none of the leaves of {where}, which has {wording.listing(have, 6)}",
-                hint="\n      ".join(f'identity="{name}"' for name in near),
-                near=near,
-            )
+            why = f"identity={text!r} matches none of the leaves of {where}, which has {wording.listing(have, 6)}"
+            raise NoMatch(why, hint="\n      ".join(f'identity="{name}"' for name in near), near=near)
         for number in numbers:
             found[number] = call(value)
     if not found:

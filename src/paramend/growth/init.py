@@ -119,10 +119,8 @@ def zero(tree: T, scheme: str) -> T:
     chosen = [n for n in found if row.size is None or memory.spec(n).size <= row.size]
     if not chosen:
         looked = wording.listing(row.selectors) or "several numbered norms in one block, such as bn1 and bn2"
-        raise NoMatch(
-            f'no leaf of this tree has a name that the scheme "{scheme}" knows: {looked}',
-            hint='pm.at(tree, "**/gate").zero() works for any name',
-        )
+        why = f'no leaf of this tree has a name that the scheme "{scheme}" knows: {looked}'
+        raise NoMatch(why, hint='pm.at(tree, "**/gate").zero() works for any name')
     return memory.edited(dict.fromkeys(chosen, Call(OPS["zero"])))  # type: ignore[no-any-return]
 
 
@@ -212,10 +210,8 @@ def fixup(tree: T, *, layers: str | Sequence[str], head: str | None = None) -> T
     for path, found in blocks.items():
         weights = [n for n in found if memory.spec(n).ndim >= 2]
         if len(weights) < 2:
-            raise Unsupported(
-                f"{path} has {wording.plural(len(weights), 'weight')}, and Fixup scales blocks of two or more",
-                hint=f'pm.at(tree, "{path}/**").zero()',
-            )
+            why = f"{path} has {wording.plural(len(weights), 'weight')}, and Fixup scales blocks of two or more"
+            raise Unsupported(why, hint=f'pm.at(tree, "{path}/**").zero()')
         scale = len(blocks) ** (-1 / (2 * len(weights) - 2))
         calls |= dict.fromkeys((n for n in found if memory.spec(n).size > 1), Call(OPS["zero"]))
         calls |= dict.fromkeys(weights[:-1], Call(OPS["multiply"], {"value": scale}))
@@ -260,10 +256,8 @@ def zero_(layer: "torch.nn.Module") -> None:
         lazy = hasattr(parameter, "materialize")
         why = "it has no shape yet (a lazy layer)" if lazy else backend(parameter).refusal(parameter)
         if why:
-            raise Unsupported(
-                f"{name} cannot become zero: {why}",
-                hint='first layer.to_empty(device="cpu"), or run a batch through a lazy layer',
-            )
+            said = f"{name} cannot become zero: {why}"
+            raise Unsupported(said, hint='first layer.to_empty(device="cpu"), or run a batch through a lazy layer')
     for parameter in parameters.values():
         parameter.detach().zero_()  # the same storage, outside the graph; autograd still sees the change
 
@@ -284,18 +278,14 @@ def _refuse_computed(name: str, module: Any) -> None:
     where = f"{type(module).__name__}{f' {name!r}' if name else ''}"
     of = f'dict(layer.named_modules())["{name}"]' if name else "layer"
     for tensor in getattr(module, "parametrizations", ()):
-        raise Unsupported(
-            f"the {tensor} of {where} is parametrized: it is computed from other parameters",
-            hint=f'first torch.nn.utils.parametrize.remove_parametrizations({of}, "{tensor}")',
-        )
+        why = f"the {tensor} of {where} is parametrized: it is computed from other parameters"
+        raise Unsupported(why, hint=f'first torch.nn.utils.parametrize.remove_parametrizations({of}, "{tensor}")')
     for hook in module._forward_pre_hooks.values():
         way_out = _WAYS_OUT.get(type(hook).__module__.removeprefix("torch.nn.utils."))
         if way_out:
             tensor = getattr(hook, "name", None) or getattr(hook, "_tensor_name", "weight")
-            raise Unsupported(
-                f"the {tensor} of {where} is computed from other parameters by {type(hook).__name__}",
-                hint=f'first {way_out}({of}, "{tensor}")',
-            )
+            why = f"the {tensor} of {where} is computed from other parameters by {type(hook).__name__}"
+            raise Unsupported(why, hint=f'first {way_out}({of}, "{tensor}")')
 
 
 _WAYS_OUT = {

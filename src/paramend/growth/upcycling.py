@@ -88,10 +88,8 @@ def upcycle(
     """
     configured = Configured(model)
     if not configured.config:
-        raise BadArgument(
-            "a model becomes a mixture with its configuration, and this one has none",
-            hint='pm.upcycle(pm.open("model/"), experts=8, top_k=2)',
-        )
+        why = "a model becomes a mixture with its configuration, and this one has none"
+        raise BadArgument(why, hint='pm.upcycle(pm.open("model/"), experts=8, top_k=2)')
     if not (type(experts) is type(top_k) is int and 1 <= top_k <= experts):
         raise BadArgument(f"top_k={top_k!r} of experts={experts!r} cannot be chosen", hint="experts=8, top_k=2")
     if not (isinstance(drop, int | float) and 0 <= drop <= 1):

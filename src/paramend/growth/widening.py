@@ -127,10 +127,8 @@ def widen_(
 def _planned(tree: Any, sizes: Mapping[str, int | None], features: Mapping[str, int] | None, method: Method) -> "Work":
     wanted: dict[str, int] = {axis: size for axis, size in sizes.items() if size is not None}
     if bool(wanted) == bool(features):
-        raise BadArgument(
-            "widen takes lengths of the axes of a model, or of features of layers",
-            hint='pm.widen(tree, features={"params/Dense_0": 16}), or pm.widen(model, mlp=4096)',
-        )
+        why = "widen takes lengths of the axes of a model, or of features of layers"
+        raise BadArgument(why, hint='pm.widen(tree, features={"params/Dense_0": 16}), or pm.widen(model, mlp=4096)')
     if method not in METHODS:
         raise BadArgument(f"method={method!r} is not one of {', '.join(METHODS)}", hint='method="tile"')
     for axis, size in {**wanted, **(features or {})}.items():

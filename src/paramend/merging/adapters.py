@@ -171,10 +171,8 @@ class Adapter:
 def _ruled(leaves: Editable, rule: Sequence[str]) -> dict[int, tuple[str, Pieces, str]]:
     """The leaves that a rule names, each with what it is, the module and the leaf that it changes."""
     if isinstance(rule, str) or len(rule) != 3:
-        raise BadArgument(
-            f"rule={rule!r} is not three paths: of A, of B and of the leaf that they change",
-            hint='rule=("**/lora_a", "**/lora_b", "**/kernel")',
-        )
+        why = f"rule={rule!r} is not three paths: of A, of B and of the leaf that they change"
+        raise BadArgument(why, hint='rule=("**/lora_a", "**/lora_b", "**/kernel")')
     found: dict[int, tuple[str, Pieces, str]] = {}
     for role, path in zip("ab", rule, strict=False):
         for number, moved in rename(path, rule[2]).over(leaves.index).items():

@@ -51,10 +51,8 @@ class Model:
         self.root = root  # what the user gave
         self.bound = is_linen(root)
         if self.bound and root.scope is None:
-            raise BadArgument(
-                "a linen module holds no parameters",
-                hint="module.bind(variables), where variables = module.init(key, x)",
-            )
+            why = "a linen module holds no parameters"
+            raise BadArgument(why, hint="module.bind(variables), where variables = module.init(key, x)")
         # The tree of its leaves: the variables of a bound linen module, else `root`.
         self.tree = root.variables if self.bound else root
         self.leaves: Any = root if isinstance(root, Editable) else Tree(self.tree)

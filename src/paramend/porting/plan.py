@@ -42,9 +42,8 @@ class PortPlan:
         self._steps = {target.text(number): do for path, do in steps.items() for number in resolve(path, target.leaves)}
         self.left: list[Unit] = []  # units of the source that `rename` leaves behind
         if not isinstance(rename, Mapping | None) or not all(isinstance(old, str) for old in rename or ()):
-            raise BadArgument(
-                f"rename={rename!r} is not a dict of paths", hint='rename={"layer/of/source": "layer/of/target"}'
-            )
+            why = f"rename={rename!r} is not a dict of paths"
+            raise BadArgument(why, hint='rename={"layer/of/source": "layer/of/target"}')
         renamed = self._renamed(rename or {})
         sources = [unit for unit in source.units if unit not in self.left]
         self.notes: dict[str, str] = {}  # target path → what was assumed
@@ -348,8 +347,7 @@ def _read_rules(rules: Rules | None) -> tuple[list[Mapping[str, Any]], dict[str,
         return [], {path: [read_step(step) for step in steps] for path, steps in rules.items()}
     listed = isinstance(rules, list | tuple)
     if not listed or not all(isinstance(rule, Mapping) and {"from", "to"} <= rule.keys() for rule in rules):
-        raise BadArgument(
-            f"rules={rules!r} is not a list of rules", hint='[{"from": "fc.weight", "to": "fc/kernel", "do": [...]}]'
-        )
+        why = f"rules={rules!r} is not a list of rules"
+        raise BadArgument(why, hint='[{"from": "fc.weight", "to": "fc/kernel", "do": [...]}]')
     steps = {_listed(rule["to"])[0]: [read_step(step) for step in rule.get("do") or ()] for rule in rules}
     return list(rules), steps

@@ -90,10 +90,8 @@ def _proven(plan: PortPlan, random: Model, given: dict[str, Any], order: dict[Pa
 
 def _calls(model: Model, inputs: Any, side: str) -> list[Call]:
     if not callable(model.root):
-        raise BadArgument(
-            f"prove= runs both models, and the {side} is parameters alone",
-            hint="the module: a torch, NNX or Equinox module, or linen_module.bind(variables)",
-        )
+        why = f"prove= runs both models, and the {side} is parameters alone"
+        raise BadArgument(why, hint="the module: a torch, NNX or Equinox module, or linen_module.bind(variables)")
     return calls(model.root, inputs)
 
 

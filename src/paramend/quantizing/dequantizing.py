@@ -98,10 +98,8 @@ def selected(weights: Weights, selector: SelectorLike) -> list[int]:
     found = twins & weights.groups.keys()
     if not found:
         near = [weights.index.path(number) for number in weights.groups][:1]
-        raise NoMatch(
-            f"{selector!r} names {wording.plural(len(twins), 'leaf', 'leaves')}, none of which is quantised",
-            hint=f'"{near[0]}"' if near else "",
-        )
+        why = f"{selector!r} names {wording.plural(len(twins), 'leaf', 'leaves')}, none of which is quantised"
+        raise NoMatch(why, hint=f'"{near[0]}"' if near else "")
     return weights.index.ordered(found)
 
 

@@ -259,10 +259,8 @@ def picked(tree: Leaves, layers: str) -> tuple[str, dict[int, int] | None]:
     said, found = layers_of(tree.index, layers)
     texts = {said.with_number(one) for one in found}
     if len(texts) > 1:
-        raise BadArgument(
-            f"layers={layers!r} matches {wording.listing(sorted(texts))}",
-            hint=f'layers="{min(texts)}", one after the other',
-        )
+        why = f"layers={layers!r} matches {wording.listing(sorted(texts))}"
+        raise BadArgument(why, hint=f'layers="{min(texts)}", one after the other')
     places: dict[int, int] = {}
     for one in found:
         which: dict[int | None, int] = {one.numbers[position]: place for place, position in enumerate(said.pick(one))}
@@ -352,15 +350,11 @@ def checked(tree: Leaves, members: Sequence[Member], layers: str) -> list[list[M
             if len(specs) > 1:
                 differ.append(f"{name} is " + ", ".join(f"{spec} in layer {layer}" for spec, layer in specs.items()))
     if wrong:
-        raise BadArgument(
-            f"the layers {layers} do not hold the same leaves:\n  " + "\n  ".join(wrong[:16]),
-            hint=f"pm.at(tree, {layers + '/**'!r}).paths lists them",
-        )
+        why = f"the layers {layers} do not hold the same leaves:\n  " + "\n  ".join(wrong[:16])
+        raise BadArgument(why, hint=f"pm.at(tree, {layers + '/**'!r}).paths lists them")
     if differ:
-        raise SpecMismatch(
-            f"the layers {layers} differ:\n  " + "\n  ".join(differ[:16]),
-            hint="stack only layers of equal specs, one stack for each spec",
-        )
+        said = f"the layers {layers} differ:\n  " + "\n  ".join(differ[:16])
+        raise SpecMismatch(said, hint="stack only layers of equal specs, one stack for each spec")
     return [[found[i] for i in range(len(found))] for rests in stacks.values() for found in rests.values()]
 
 
@@ -374,10 +368,8 @@ def depths_of(tree: Leaves, members: Sequence[Member], axes: Mapping[Path, int])
     for found in sizes.values():
         if len(found) > 1:
             said = "; ".join(f"{size} in {wording.listing(paths, 2)}" for size, paths in found.items())
-            raise BadArgument(
-                f"the leaves of one stack hold different numbers of layers: {said}",
-                hint="axis=1, or like=params of the model with the wanted layers",
-            )
+            why = f"the leaves of one stack hold different numbers of layers: {said}"
+            raise BadArgument(why, hint="axis=1, or like=params of the model with the wanted layers")
         if 0 in found:
             raise BadArgument("a stack without layers cannot be unstacked", hint='pm.at(tree, "layers/**").delete()')
     return {stack: next(iter(found)) for stack, found in sizes.items()}

@@ -43,15 +43,11 @@ def graft_state(target: Counted, source: Any, report: GraftReport, unused: str) 
     source = _read(source)
     work = _Work(target, source, Survey.of(target), Survey.of(source))
     if not work.ours.roots:
-        raise Unsupported(
-            f"{wording.described(target.root)} is not an optimizer state, as optax or NNX build them",
-            hint="state, report = pm.graft_opt_state(tx.init(params), old_state, report)",
-        )
+        why = f"{wording.described(target.root)} is not an optimizer state, as optax or NNX build them"
+        raise Unsupported(why, hint="state, report = pm.graft_opt_state(tx.init(params), old_state, report)")
     if work.holds_parameters:
-        raise BadArgument(
-            "this holds the parameters as well as the optimizer's state",
-            hint="pm.graft(state, old_state, rename=...) grafts both",
-        )
+        why = "this holds the parameters as well as the optimizer's state"
+        raise BadArgument(why, hint="pm.graft(state, old_state, rename=...) grafts both")
     return work.follow(Links(report), Options(unused=unused), work.ours.outside, work.theirs.outside)
 
 

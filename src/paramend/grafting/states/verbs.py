@@ -128,10 +128,8 @@ def _refuse_barren(*states: Any) -> None:
 
 def _by_path(state: Any, old_state: Any, unused: "Unused", mismatch: str) -> tuple[Any, GraftReport]:
     if mismatch not in ("error", "keep"):
-        raise BadArgument(
-            f"mismatch={mismatch!r} is neither 'error' nor 'keep'",
-            hint='pm.graft_opt_state(state, old_state, mismatch="keep")',
-        )
+        why = f"mismatch={mismatch!r} is neither 'error' nor 'keep'"
+        raise BadArgument(why, hint='pm.graft_opt_state(state, old_state, mismatch="keep")')
     need("optax", extra="jax", to="graft an optimizer state")
     from paramend.grafting.states import carry_optax  # imports jax
     from paramend.grafting.states.moments import Survey
@@ -139,16 +137,12 @@ def _by_path(state: Any, old_state: Any, unused: "Unused", mismatch: str) -> tup
     _refuse_barren(state, old_state)
     tree = Tree(state)
     if hasattr(tree.root, "opt_state"):
-        raise Unsupported(
-            f"{described(state)} changes in place, and holds more than a state",
-            hint="pm.graft_optimizer_(optimizer, old_optimizer)",
-        )
+        why = f"{described(state)} changes in place, and holds more than a state"
+        raise Unsupported(why, hint="pm.graft_optimizer_(optimizer, old_optimizer)")
     survey = Survey.of(tree)
     if tree.values and not survey.roots:
-        raise Unsupported(
-            f"{described(state)} is not an optimizer state, as optax builds them",
-            hint="state, report = pm.graft_opt_state(tx.init(params), old_state)",
-        )
+        why = f"{described(state)} is not an optimizer state, as optax builds them"
+        raise Unsupported(why, hint="state, report = pm.graft_opt_state(tx.init(params), old_state)")
     new, report = carry_optax.carried(state, old_state, {*survey.parameters, *survey.absent}, mismatch)
     refuse_left(report, unused)
     return new, report
@@ -252,15 +246,11 @@ def _by_name_(
         if carry_nnx.is_optimizer(optimizer):
             return carry_nnx.carry_optimizer_(optimizer, old, unused)
     if not hasattr(optimizer, "param_groups") or isinstance(optimizer, type):
-        raise Unsupported(
-            f"graft_optimizer_ takes an optimizer of torch or NNX, and this is {described(optimizer)}",
-            hint="for optax: state, report = pm.graft_opt_state(tx.init(params), old_state)",
-        )
+        why = f"graft_optimizer_ takes an optimizer of torch or NNX, and this is {described(optimizer)}"
+        raise Unsupported(why, hint="for optax: state, report = pm.graft_opt_state(tx.init(params), old_state)")
     if not hasattr(old, "param_groups") and not (isinstance(old, dict) and {"state", "param_groups"} <= old.keys()):
-        raise Unsupported(
-            f"the earlier state is neither a torch optimizer nor the state dict of one, but {described(old)}",
-            hint="pm.graft_optimizer_(optimizer, old), or old.state_dict() as it was saved",
-        )
+        why = f"the earlier state is neither a torch optimizer nor the state dict of one, but {described(old)}"
+        raise Unsupported(why, hint="pm.graft_optimizer_(optimizer, old), or old.state_dict() as it was saved")
     from paramend.grafting.states import graft_torch  # imports torch
 
     return graft_torch.carry_optimizer_(optimizer, old, modules, names, unused)
