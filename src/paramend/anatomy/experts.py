@@ -149,10 +149,8 @@ def experts_of(leaves: Named, config: Mapping[str, Any] | None = None) -> Mixtur
             raise SpecMismatch(f"{'.'.join(path)} has {wording.plural(found, 'expert')}, and {others} {count}")
     places = tuple(dict.fromkeys(place for place, each in said if each == count))
     section = part_at(config, places[0]) if places else {}
-    blocks = tuple(
-        _block(leaves, path, inside, count, section.get("zero_expert_num") or 0, dict(counted(config)))
-        for path, (_, inside) in counts.items()
-    )
+    zeros, ends = section.get("zero_expert_num") or 0, dict(counted(config))
+    blocks = tuple(_block(leaves, path, inside, count, zeros, ends) for path, (_, inside) in counts.items())
     kind = section.get("model_type") or config.get("model_type") or ""
     tops = [each for key in TOP_K for each in _numbers(section.get(key))]
     return Mixture(count, max(tops, default=None), _storage(leaves, blocks), places, kind, blocks)
@@ -266,11 +264,9 @@ def _count(leaves: Named, inside: Mapping[int, str]) -> int:
             raise SpecMismatch(f"{leaves.index.path(min(inside))} is of experts numbered {numbers}")
         return len(own)
     rows = any(map(_ROWS.fullmatch, inside.values()))
-    shapes = (
-        leaves.spec(number).shape
-        for number, name in inside.items()
-        if (_ROUTER if rows else _ALL).fullmatch(name) and leaves.spec(number).ndim > 2 - rows
-    )
+    pattern = _ROUTER if rows else _ALL
+    specs = (leaves.spec(number) for number, name in inside.items() if pattern.fullmatch(name))
+    shapes = (spec.shape for spec in specs if spec.ndim > 2 - rows)
     return min((shape[0] for shape in shapes), default=0)
 
 

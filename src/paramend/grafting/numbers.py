@@ -214,11 +214,7 @@ def is_state(kind: type) -> bool:
 
 def with_numbers(source: Any, target: Leaves) -> Any:
     """A checkpoint with the numbers in its file for which a tree in memory may have a place."""
-    wanted = {
-        target.index.pieces(n)[-1]
-        for n in target.index.numbers
-        if n in counts(target) or (isinstance(target, Tree) and target.spec(n).shape == ())
-    }
+    wanted = {target.index.pieces(n)[-1] for n in target.index.numbers if target.spec(n).shape == ()}
     names = {pieces_of(path): value for path, value in source.metadata.items() if type(value) in _NUMBERS}
     names = {path: value for path, value in names.items() if path[-1:] and path[-1] in wanted}
     if not names:

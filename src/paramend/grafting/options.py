@@ -68,11 +68,8 @@ class Options:
     def given(self) -> dict[str, Any]:
         """The options that differ from the defaults, by name."""
         found = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "in_place"}
-        return {
-            name: value
-            for name, value in found.items()
-            if value and not (isinstance(value, str) and value == getattr(_DEFAULTS, name))
-        }
+        usual = {name for name, value in found.items() if isinstance(value, str) and value == getattr(_DEFAULTS, name)}
+        return {name: value for name, value in found.items() if value and name not in usual}
 
     def call(self, **changes: Any) -> str:
         """The call with these options and some changes, as code."""

@@ -58,10 +58,8 @@ class Rebuilder:
         named = list(keys or range(len(children)))
         if ELIDED in named:
             return kind.close(node, [self.rebuilt(child, path) for child in children])
-        entries = [
-            _Entry(key, self.rebuilt(child, (*path, *map(text_of, labels(key)))))
-            for key, child in zip(named, children, strict=True)
-        ]
+        pairs = list(zip(named, children, strict=True))
+        entries = [_Entry(key, self.rebuilt(each, (*path, *map(text_of, labels(key))))) for key, each in pairs]
         if not any(self._place(path, key) for key in named):
             return kind.close(node, [entry.child for entry in entries])
         order = list(node) if isinstance(node, Mapping) and len(node) == len(named) else named

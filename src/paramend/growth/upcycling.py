@@ -210,10 +210,8 @@ class _Upcycling:
             return list(values)
         site = path, "experts", str(number)
         units = np.sort(generator(self.seed, Site(site)).permutation(self.inner)[: self.redrawn])
-        return [
-            _redrawn(value, units, axis, self.seed, (*site, role))
-            for value, role, axis in zip(values, _ROLES, (0, 0, 1), strict=True)
-        ]
+        rows = zip(values, _ROLES, (0, 0, 1), strict=True)
+        return [_redrawn(value, units, axis, self.seed, (*site, role)) for value, role, axis in rows]
 
 
 def _slides(config: Mapping[str, Any]) -> bool:

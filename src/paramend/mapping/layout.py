@@ -149,14 +149,9 @@ class Layout:
             raise BadArgument(f"{what}: there is no key {unknown[0]!r}", hint=near[0] if near else ", ".join(known))
         if data.get("version") != VERSION:
             raise BadArgument(f"{what}: {data.get('version')!r} is not a known version", hint=f"version: {VERSION}")
-        return cls(
-            data.get("rules") or (),
-            name=str(data.get("name") or ""),
-            rest=data.get("rest", "error"),
-            models=data.get("models") or (),
-            drop=data.get("drop") or (),
-            stored=data.get("stored"),
-        )
+        lists = {key: data.get(key) or () for key in ("models", "drop")}
+        name, rest = str(data.get("name") or ""), data.get("rest", "error")
+        return cls(data.get("rules") or (), name=name, rest=rest, stored=data.get("stored"), **lists)
 
     def save(self, path: str | Path) -> None:
         """Write the layout into a YAML file."""

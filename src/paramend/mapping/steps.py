@@ -371,10 +371,8 @@ def _sum(bundle: Bundle, args: Data, count: int) -> Bundle:
     groups = args.get("groups", [list(range(len(bundle)))])
     if sum(map(len, groups)) + len(args.get("zero", ())) != len(bundle):
         raise BadArgument(f"sum: groups {groups} are not those of {len(bundle)} leaves")
-    return [
-        {key: hands.add(parts) for key, parts in _abreast("sum", [bundle[place] for place in group]).items()}
-        for group in groups
-    ]
+    parts = (_abreast("sum", [bundle[place] for place in group]) for group in groups)
+    return [{key: hands.add(each) for key, each in family.items()} for family in parts]
 
 
 def _check_zero(bundle: Bundle, args: Data) -> None:

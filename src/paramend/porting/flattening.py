@@ -23,11 +23,9 @@ class Flat(NamedTuple):
         """The steps from a matrix (outputs, inputs) or a vector with channels first to one with channels last."""
         at = self.axis if len(shape) == 2 else 0
         parts = (*shape[:at], self.channels, shape[at] // self.channels, *shape[at + 1 :])
-        return [
-            read_step({"reshape": {"shape": list(parts), "back": list(shape)}}),
-            read_step({"transpose": list(range(len(parts)))[::-1]}),
-            read_step({"reshape": {"shape": list(shape[::-1]), "back": list(parts[::-1])}}),
-        ]
+        inner = {"reshape": {"shape": list(parts), "back": list(shape)}}
+        outer = {"reshape": {"shape": list(shape[::-1]), "back": list(parts[::-1])}}
+        return [*map(read_step, (inner, {"transpose": [*range(len(parts))[::-1]]}, outer))]
 
 
 @dataclass(frozen=True, eq=False)

@@ -61,11 +61,8 @@ def tried(
 
 def _pairings(plan: PortPlan) -> Iterator[dict[str, str]]:
     """The ways to pair what is in doubt, as renames."""
-    rows = [
-        [list(zip(ours, other, strict=True)) for other in itertools.permutations(theirs)]
-        for ours, theirs in plan.doubtful
-        if len(ours) == len(theirs) <= 4
-    ]
+    pairs = [(ours, theirs) for ours, theirs in plan.doubtful if len(ours) == len(theirs) <= 4]
+    rows = [[list(zip(ours, each, strict=True)) for each in itertools.permutations(theirs)] for ours, theirs in pairs]
     for chosen in itertools.islice(itertools.product(*rows), _MOST):
         yield {"/".join(a.path): "/".join(b.path) for pairs in chosen for a, b in pairs}
 
@@ -108,10 +105,8 @@ def _unflattened(plan: PortPlan, source: Model, given: dict[str, Any], order: di
     theirs, ours = calls(source.root, given["source"]), calls(made, given["target"])
     makers: list[Pair] = []  # a dense layer, and the norms after it
     for pair in called:
-        one, other = (
-            _input(model, path, found)
-            for model, path, found in ((plan.target, pair.target.path, ours), (plan.source, pair.source.path, theirs))
-        )
+        sides = (plan.target, pair.target.path, ours), (plan.source, pair.source.path, theirs)
+        one, other = (_input(*side) for side in sides)
         if one is None or other is None:
             continue
         one, other = (other, one) if last else (one, other)

@@ -67,15 +67,9 @@ def dequantize(
     kept += [group for group in groups_of(leaves) if group.payload not in weights.groups]
     found = {number: weights.weight(number) for number in chosen}
     tree, said = floated(leaves, found, kept, dict.fromkeys(chosen, name))
-    rows = tuple(
-        Coded(
-            weight.path,
-            weight.scheme,
-            Spec(weight.spec.shape, name or weight.spec.dtype),
-            tuple(map(leaves.index.path, weight.group.numbers)),
-        )
-        for weight in found.values()
-    )
+    specs = {number: Spec(each.spec.shape, name or each.spec.dtype) for number, each in found.items()}
+    stored = {number: tuple(map(leaves.index.path, each.group.numbers)) for number, each in found.items()}
+    rows = tuple(Coded(each.path, each.scheme, specs[n], stored[n]) for n, each in found.items())
     others = len(weights.index.numbers) - len(rows) - len(kept)
     return cast(T, tree), QuantizeReport("dequantised", rows, named(leaves, kept), others, said)
 

@@ -125,10 +125,8 @@ class _Work:
 
     def plan_of_rest(self, options: Options) -> GraftPlan:
         """The plan of a graft of everything outside the states; rules may be written for the parameters alone."""
-        rest, other = (
-            _flat_part(tree, self.arrays(tree, survey))
-            for tree, survey in ((self.target, self.ours), (self.source, self.theirs))
-        )
+        both = (self.target, self.ours), (self.source, self.theirs)
+        rest, other = (_flat_part(tree, self.arrays(tree, survey)) for tree, survey in both)
         ours = prefix_of(set(self.ours.outside), self.ours.parameters) or ()
         theirs = prefix_of(set(self.theirs.outside), self.theirs.parameters) or ours
         rename: dict[str, str | None] = {}

@@ -49,10 +49,8 @@ def widened_torch(old: Any, report: Widths, module: Any) -> dict[str, Any]:
     states: dict[int, dict[str, Any]] = {}
     places = iter(range(len(names)))
     numbers = [[next(places) for _ in group["params"]] for group in groups]
-    named = [
-        {**group, "params": mine, "param_names": [names[place] for place in mine]}
-        for group, mine in zip(groups, numbers, strict=True)
-    ]
+    pairs = zip(groups, numbers, strict=True)
+    named = [{**group, "params": mine, "param_names": [names[place] for place in mine]} for group, mine in pairs]
     for place, entry in enumerate(entries(old)):
         grown = report.growths.get(tuple(str(names[place]).split(".")))
         states[place] = {key: _moment(key, value, grown) for key, value in entry.state.items()}
