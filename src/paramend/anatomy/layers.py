@@ -15,12 +15,9 @@ from paramend.errors import BadArgument, Unsupported
 # Keys that scale layers by their number or by the number of layers: a copy would get another scale than its source.
 SCALED: Mapping[str, str] = {
     "scale_attn_by_inverse_layer_idx": "the scores of layer i are divided by i + 1",
-    "use_deepnorm": "residuals are scaled by the number of layers",
-    "deepnorm": "residuals are scaled by the number of layers",
+    **dict.fromkeys(("use_deepnorm", "deepnorm", "depth_scaled_init"), "residuals are scaled by the number of layers"),
     "scale_depth": "residuals are divided by the root of the number of layers",
-    "layernorm_scaling": "the norm of layer i is divided by the root of i",
-    "layer_norm_scaling": "the norm of layer i is divided by the root of i",
-    "depth_scaled_init": "residuals are scaled by the number of layers",
+    **dict.fromkeys(("layernorm_scaling", "layer_norm_scaling"), "the norm of layer i is divided by the root of i"),
     "use_mup": "scales depend on the number of layers",
     "num_kv_shared_layers": "the last layers read the cache of others, counted from the end",
     "hidden_size_per_layer_input": "an embedding beside the layers holds columns for each of them",
@@ -34,6 +31,7 @@ _DEFAULTS: Mapping[tuple[str, str], Any] = {
     ("gemma4_text", "hidden_size_per_layer_input"): 256,
     ("minicpm3", "scale_depth"): 1.4,
 }
+_DECAYS = "the decay of linear attention depends on the number of its layer"
 # Families in which a layer computes something else under another number, each with the leaf that would store it.
 BOUND: Mapping[str, tuple[str, str]] = {
     "diffllama": ("the differential attention of layer i starts from 0.8 - 0.6 exp(-0.3 i)", ""),
@@ -43,13 +41,10 @@ BOUND: Mapping[str, tuple[str, str]] = {
     "hrm_text": ("its layers are run in cycles, by their numbers", ""),
     "idefics": ("cross attention stands before every k-th layer", ""),
     "inkling2_loop_text": ("some layers are run several times, by their numbers", ""),
-    "bailing_moe_linear": ("the decay of linear attention depends on the number of its layer", ""),
-    "minimax": ("the decay of linear attention depends on the number of its layer", "slope_rate"),
-    "minimax_m1": ("the decay of linear attention depends on the number of its layer", ""),
-    "minimax_text_01": ("the decay of linear attention depends on the number of its layer", ""),
+    **dict.fromkeys(("bailing_moe_linear", "minimax_m1", "minimax_text_01"), (_DECAYS, "")),
+    "minimax": (_DECAYS, "slope_rate"),
     "neomme": ("windows and residuals depend on the numbers of layers", ""),
-    "zamba": ("layers share blocks, one after the other", ""),
-    "zamba2": ("layers share blocks, one after the other", ""),
+    **dict.fromkeys(("zamba", "zamba2"), ("layers share blocks, one after the other", "")),
 }
 # Keys that name layers whose outputs other parts of a model read.
 _FEATURES = ("vision_feature_layer", "feature_layer", "out_indices", "backbone_out_indices", "extract_layers")

@@ -53,12 +53,6 @@ def graft_opt_state(
     - Counts, schedules and injected hyperparameters go on. So does the step of `until=` and `since=`; it is 0 if the
       earlier state had none.
 
-    A moment belongs to the record of fields that it is in, wherever that is in a chain: `mu`, `nu` and `count` are
-    together, as in Adam, in one place of each state.
-
-    A count goes on for fresh parameters too: Adam then no longer corrects their young moments, and their first update
-    is (1 - b1) / sqrt(1 - b2) times the rate: 3.2 times it for b2=0.999, 0.4 times for b2=0.95.
-
     Args:
         state: the state to start warm, from `tx.init(params)` of the new parameters: of optax, also under `pm.freeze`,
             or an `nnx.Optimizer`.
@@ -88,13 +82,6 @@ def graft_opt_state(
     >>> state, report = graft_opt_state(tx.init(params), old_state, report)
     >>> state[0].mu["b"], state[0].mu["c"], int(state[0].count)
     (Array([0.1, 0.1], dtype=float32), Array([0., 0., 0.], dtype=float32), 1)
-
-    >>> from paramend.freezing.freeze import freeze
-    >>> frozen = freeze(tx, "b")
-    >>> _, old_state = frozen.update(new, frozen.init(new), new)
-    >>> thawed, report = graft_opt_state(tx.init(new), old_state)
-    >>> thawed[0].count.tolist(), thawed[0].mu["b"].tolist(), bool((thawed[0].mu["c"] > 0).all())
-    (1, [0.0, 0.0], True)
     """
     Options(unused=unused or "error")  # checks it
     if isinstance(report, Widths):
@@ -207,14 +194,6 @@ def graft_optimizer_(
     >>> new = torch.optim.AdamW(big.parameters(), lr=1e-4)
     >>> print(graft_optimizer_(new, old, report).headline())
     graft: 6 of 8 leaves copied, 14 of 17 parameters; 0 leaves of the source unused
-
-    >>> head = torch.optim.AdamW(big[1].parameters(), lr=0.5)
-    >>> big(torch.ones(1, 2)).sum().backward()
-    >>> head.step()
-    >>> new = torch.optim.AdamW(big.parameters())
-    >>> _ = graft_optimizer_(new, head)
-    >>> [int(state["step"]) for state in new.state.values()], new.param_groups[0]["lr"]
-    ([1, 1], 0.5)
     """
     Options(unused=unused or "error")  # checks it
     if isinstance(report, Widths):
