@@ -177,7 +177,7 @@ def _planned(tree: Counted, source: Leaves, options: Options) -> tuple[dict[int,
 
         done = graft_whole(tree, leaves, options)
         if done is not None:
-            engine.refuse_abstract(tree, done.values, done.report)
-            return done.values, done.report
+            engine.refuse_abstract(tree, *done)
+            return done
     plan = engine.planned(tree, leaves, options)
     return engine.values(plan), plan.report()

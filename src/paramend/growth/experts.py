@@ -9,12 +9,13 @@ import numpy as np
 from paramend.anatomy.experts import SHARES, Block, Mixture, experts_of, groups_of, recounted, renumbered
 from paramend.anatomy.sections import senses
 from paramend.edits import hands
+from paramend.edits.decoding import keys
 from paramend.edits.moves import whole_numbers
 from paramend.edits.plan import call
 from paramend.errors import BadArgument, NoMatch, OutOfRange, Unsupported
 from paramend.formats.jsontext import CONFIG
 from paramend.growth import numbered
-from paramend.growth.configured import Configured, copied, keys
+from paramend.growth.configured import Configured, copied
 from paramend.growth.mixtures import ExpertsReport
 from paramend.leaves.leaves import Group
 from paramend.leaves.paths import number_of, write_path

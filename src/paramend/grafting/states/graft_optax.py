@@ -6,7 +6,7 @@ moments of one parameter in one record (`mu` and `nu` of Adam) are carried toget
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -30,12 +30,7 @@ from paramend.trees.tree import Tree
 _ANEW = "tx.init(params) starts anew"
 
 
-@dataclass
-class Grafted:
-    """The result of a graft: the new leaves by number, and the report."""
-
-    values: dict[int, Any]
-    report: GraftReport
+Grafted: TypeAlias = tuple[dict[int, Any], GraftReport]  # the new leaves by number, and the report
 
 
 def graft_state(target: Counted, source: Any, report: GraftReport, unused: str) -> Grafted:
@@ -65,10 +60,10 @@ def graft_whole(target: Counted, source: Any, options: Options) -> Grafted | Non
     new, report = values(plan), plan.report()
     numbers = numbers_of(target)
     places = {number: numbers[plan.target.index.pieces(number)] for number in plan.target.index.numbers}
-    done = work.follow(Links(report), options, (), ())
+    states, told = work.follow(Links(report), options, (), ())
     for name in PARTS:
-        getattr(report, name).extend(getattr(done.report, name))
-    return Grafted({**{places[n]: value for n, value in new.items()}, **done.values}, report)
+        getattr(report, name).extend(getattr(told, name))
+    return {places[n]: value for n, value in new.items()} | states, report
 
 
 @dataclass
@@ -229,7 +224,7 @@ class _Work:
             if leaf.place not in used:
                 spec, path = _spec(leaf.value), write_path(leaf.path)
                 report.unused.append(GraftRow.of(path, spec, _left(leaf, arrived), path, spec))
-        return Grafted(found, report)
+        return found, report
 
 
 def _spec(value: Any) -> Spec:

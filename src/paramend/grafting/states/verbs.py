@@ -100,9 +100,9 @@ def graft_opt_state(
     tree = Counted(state)
     from paramend.grafting.states.graft_optax import graft_state  # imports jax
 
-    done = graft_state(tree, engine.leaves_of(old_state), report, unused)
-    engine.refuse_abstract(tree, done.values, done.report)
-    return tree.with_leaves(done.values), done.report
+    new, done = graft_state(tree, engine.leaves_of(old_state), report, unused)
+    engine.refuse_abstract(tree, new, done)
+    return tree.with_leaves(new), done
 
 
 def _refuse_barren(*states: Any) -> None:
@@ -211,9 +211,9 @@ def graft_optimizer_(
     tree = Counted(optimizer)
     from paramend.grafting.states.graft_optax import graft_state  # imports jax
 
-    done = graft_state(tree, engine.leaves_of(old), report, unused)
-    engine.put_in(tree, done.values)
-    return done.report
+    values, done = graft_state(tree, engine.leaves_of(old), report, unused)
+    engine.put_in(tree, values)
+    return done
 
 
 def _by_name_(
