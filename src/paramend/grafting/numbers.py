@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from paramend.errors import Unsupported
-from paramend.grafting.links import pieces_of
+from paramend.grafting.report import pieces_of
 from paramend.leaves.leaves import Index, Layered, Leaves, uncollected
 from paramend.leaves.paths import Names, text_of
 from paramend.leaves.specs import Spec

@@ -264,7 +264,8 @@ class PortPlan:
     def _flat_steps(self, pair: Pair, move: Move, flat: Flat) -> list[Step]:
         back = self.channels_last(self.source)
         side, name = (pair.source, move.sources[0]) if back else (pair.target, move.targets[0])
-        steps = flat.steps((self.source if back else self.target).spec(side.leaves[name]).shape[::-1])
+        leaves = (self.source if back else self.target).leaves
+        steps = flat.steps(leaves.spec(side.leaves[name]).shape[::-1])
         return [step.inverse() for step in reversed(steps)] if back else steps
 
     def choose(self, path: str, steps: Sequence[Step]) -> None:

@@ -106,7 +106,7 @@ def _why(plan: PortPlan, number: int) -> str:
 
 
 def _row(model: Model, number: int, did: str) -> GraftRow:
-    return GraftRow.of(model.text(number), model.spec(number), did)
+    return GraftRow.of(model.text(number), model.leaves.spec(number), did)
 
 
 def _said(step: Mapping[str, Any]) -> str:

@@ -13,12 +13,11 @@ import numpy as np
 from paramend.arrays.registry import backend
 from paramend.errors import BadArgument, GraftRefused, Unsupported
 from paramend.grafting.engine import planned, values
-from paramend.grafting.links import Link, Links, Path
 from paramend.grafting.mismatches import overlapping
 from paramend.grafting.numbers import Counted
 from paramend.grafting.options import Options
 from paramend.grafting.plan import GraftPlan, Move
-from paramend.grafting.report import PARTS, GraftReport, GraftRow
+from paramend.grafting.report import PARTS, GraftReport, GraftRow, Link, Links, Path
 from paramend.grafting.states.carry_optax import Leaf, Sources
 from paramend.grafting.states.moments import OWN, States, Survey, numbers_of, prefix_of
 from paramend.leaves.paths import write_path

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from paramend.errors import BadArgument, GraftRefused, Unsupported
-from paramend.grafting.links import Link, Links, Path
-from paramend.grafting.report import GraftReport, GraftRow, refuse_left, refuse_misfits
+from paramend.grafting.report import GraftReport, GraftRow, Link, Links, Path, refuse_left, refuse_misfits
 from paramend.leaves.specs import Spec, dtype_name
 from paramend.reports import wording
 from paramend.trees.tree import Tree

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from paramend.grafting.links import Path, without
+from paramend.grafting.report import Path, without
 from paramend.grafting.states.carry_optax import Leaf, split, without_wrappers
 from paramend.leaves.paths import labels, text_of
 from paramend.trees.kind import ELIDED
