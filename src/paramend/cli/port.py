@@ -85,9 +85,11 @@ def _save(
 
     if out is None and not dry_run:
         raise click.UsageError("-o OUT is needed.")
-    if given.pop("record"):
-        raise click.UsageError("--record is for checkpoints: SOURCE is a model in memory.")
+    if given["record"] or given["workers"] or given["resume"] or given["engine"] != "processes":
+        raise click.UsageError(
+            "--record, --workers, --engine and --resume are for checkpoints: SOURCE is a model in memory."
+        )
     if not dry_run:
         tree = made.variables if hasattr(made, "unbind") else made
-        _ui.say(save(tree, out or "", **given).summary)
+        _ui.say(save(tree, out or "", force=given["force"]).summary)
     _ui.tell(report, page=html, as_json=as_json)
