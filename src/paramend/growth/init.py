@@ -36,21 +36,13 @@ Layer = TypeVar("Layer", bound="torch.nn.Module")
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """A way to make an added part contribute nothing at first.
-
-    Attributes:
-        name: its name.
-        says: what becomes zero.
-        selectors: selectors of the names in use; those that match nothing are skipped.
-        alive: what receives a gradient, and when.
-        size: the most scalars that such a leaf may have; None for any.
-    """
+    """A way to make an added part contribute nothing at first."""
 
     name: str
-    says: str
-    selectors: tuple[str, ...]
-    alive: str
-    size: int | None = None
+    says: str  # what becomes zero
+    selectors: tuple[str, ...]  # selectors of the names in use; those that match nothing are skipped
+    alive: str  # what receives a gradient, and when
+    size: int | None = None  # the most scalars that such a leaf may have; None for any
 
 
 SCHEMES: dict[str, Scheme] = {

@@ -23,22 +23,14 @@ from paramend.trees.walks import containers
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of a module.
+    """One call of a module."""
 
-    Attributes:
-        path: the module: the keys with which the paths of its leaves begin, for linen those after the collection.
-        kind: the name of its class.
-        inputs: the arrays among its arguments, those in containers too, with floats as float64.
-        outputs: the arrays that it returned. Both are empty if JAX traced it, as in a scan; it is then noted once.
-        composite: whether it called other modules.
-        module: the module.
-    """
-
-    path: str
-    kind: str
-    inputs: tuple[Values, ...]
+    path: str  # the module: the keys with which the paths of its leaves begin, for linen those after the collection
+    kind: str  # the name of its class
+    inputs: tuple[Values, ...]  # the arrays among its arguments, those in containers too, with floats as float64
+    # The arrays that it returned. Both are empty if JAX traced it, as in a scan; it is then noted once.
     outputs: tuple[Values, ...]
-    composite: bool = False
+    composite: bool = False  # whether it called other modules
     module: Any = field(default=None, repr=False, compare=False)
 
     @property
