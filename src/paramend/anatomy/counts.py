@@ -76,11 +76,7 @@ def numbered(paths: Iterable[Pieces], ends: Mapping[Pieces, int]) -> dict[Pieces
 
 
 def retyped(config: Mapping[str, Any], before: Sequence[str], after: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """A new configuration after leaves got other dtypes, and what is to be said of it.
-
-    >>> retyped({"torch_dtype": "float32"}, ["float32", "int64"], ["bfloat16", "int64"])
-    ({'torch_dtype': 'bfloat16'}, ['config.json: torch_dtype: float32 -> bfloat16'])
-    """
+    """A new configuration after leaves got other dtypes, and what is to be said of it."""
     new = copy.deepcopy(dict(config))
     said: list[str] = []
     changed = Counter(now for was, now in zip(before, after, strict=True) if was != now)

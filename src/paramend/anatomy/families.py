@@ -165,11 +165,7 @@ def _unknown(modules: set[str], model_type: str | None, name: str | None, rows: 
 
 
 def values(family: Family) -> Mapping[str, float]:
-    """The leaves of a layer that make it the identity, as selectors relative to the layer, with their values.
-
-    >>> values(FAMILIES[2])["post_attention_layernorm/{weight,kernel,scale}"]
-    -1.0
-    """
+    """The leaves of a layer that make it the identity, as selectors relative to the layer, with their values."""
     found: dict[str, float] = {}
     for writer in family.writers:
         path = writer.replace(".", "/")

@@ -138,11 +138,7 @@ def _check_alike(leaves: Leaves, found: Numbered, text: str) -> None:
 
 
 def _longest(layers: Sequence[object]) -> tuple[int, int]:
-    """Where the longest run of equal entries starts and ends.
-
-    >>> _longest("abbbc")
-    (1, 4)
-    """
+    """Where the longest run of equal entries starts and ends."""
     sizes = [len(list(run)) for _, run in groupby(layers)]
     place = sizes.index(max(sizes))
     return sum(sizes[:place]), sum(sizes[: place + 1])
@@ -200,11 +196,7 @@ def shared(leaves: Leaves, runs: Sequence[Layers]) -> set[int]:
 
 
 def renumbered(path: Sequence[Label], at: int, text: str) -> tuple[Label, ...]:
-    """A path with one piece replaced.
-
-    >>> renumbered(("layers", "0", "w"), 1, "5")
-    ('layers', '5', 'w')
-    """
+    """A path with one piece replaced."""
     label = path[at]
     new: Label = label._replace(text=text) if isinstance(label, Part) else text
     return (*path[:at], new, *path[at + 1 :])

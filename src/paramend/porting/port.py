@@ -77,10 +77,7 @@ def port_(
 
     Args:
         module: what to change.
-        source: as in `port`.
-        rename: as in `port`.
-        rules: as in `port`.
-        prove: as in `port`.
+        source, rename, rules, prove: as in `port`.
 
     Raises:
         PortRefused: as in `port`. Nothing was changed.

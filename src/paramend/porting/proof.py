@@ -311,11 +311,7 @@ _WORDS = {
 
 
 def family(kind: str) -> str:
-    """What kind of layer a class is, by its name.
-
-    >>> family("Conv2d"), family("LinearGeneral"), family("Block")
-    ('conv', 'dense', 'block')
-    """
+    """What kind of layer a class is, by its name."""
     name = kind.lower()
     return next((family for word, family in _WORDS.items() if word in name), name)
 

@@ -99,8 +99,7 @@ def unstack_layers(tree: T, stack: str, *, into: str, axis: int = 0, like: AnyTr
     """The tree with the layers of a stack under numbered names: the inverse of `stack_layers`.
 
     Args:
-        tree: nested dicts, FrozenDict, an NNX State, a train state, a state dict; or a checkpoint opened by `pm.open`:
-            then the result is a checkpoint, written by its `.save(out)`.
+        tree: as in `stack_layers`.
         stack: the path of the stack: `"params/layers"`. With wildcards, as in `"**/layers"`, several stacks.
         into: the path of the layers, with the same wildcards and a number: `"params/layers_<n>"`. A number that is a
             whole key, as in `"layers/<n>"` or `"layers[*]"`, makes a list; in an NNX State, which has no lists, int
@@ -109,14 +108,12 @@ def unstack_layers(tree: T, stack: str, *, into: str, axis: int = 0, like: AnyTr
         like: a tree or a checkpoint with the wanted layers: its shapes determine the axis, and `axis` is ignored.
 
     Returns:
-        A new tree of the same containers. Leaves outside the stack are the same objects. A checkpoint is read only when
-        it is saved, in bounded memory; along axis 0 its bytes are copied by the kernel.
+        A new tree of the same containers, as `stack_layers` makes it.
 
     Raises:
         NoMatch: there is no such stack.
         BadArgument: the leaves of a stack hold different numbers of layers, or no axis fits.
-        RenameClash: something is already at a new path.
-        Unsupported: the tree is a module, whose class determines what it holds.
+        RenameClash, Unsupported: as in `stack_layers`.
 
     >>> scanned = {"layers": {"w": np.zeros((2, 2, 3))}, "head": np.ones(3)}
     >>> unrolled = unstack_layers(scanned, "layers", into="layers_<n>")

@@ -195,11 +195,7 @@ def _paths(node: Any, path: Path, absent: set[Path], depth: int, above: set[int]
 
 
 def prefix_of(known: set[Path], paths: Iterable[Path], near: Path = ()) -> Path | None:
-    """The prefix below which most of these paths are known; of several, the one with most in common with `near`.
-
-    >>> prefix_of({("params", "a", "w"), ("params", "b", "w")}, [("a", "w"), ("b", "w")])
-    ('params',)
-    """
+    """The prefix below which most of these paths are known; of several, the one with most in common with `near`."""
     wanted = sorted(paths, key=len)[-64:]
     for rest in reversed(wanted):
         found: dict[Path, tuple[int, int]] = {}
