@@ -13,11 +13,7 @@ from paramend.reports import wording
 Pieces = tuple[str, ...]
 # Keys that count the experts of a layer.
 EXPERTS = (
-    "num_experts",
-    "num_local_experts",
-    "n_routed_experts",
-    "moe_num_experts",
-    "num_routed_experts",
+    *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"),
     "expert_count",
 )
 _DTYPES = ("torch_dtype", "dtype")

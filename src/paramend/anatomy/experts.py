@@ -25,20 +25,16 @@ TOP_K = (
 
 # Families by what becomes of the weights with which outputs of experts are added, where each expert is there m times
 # and m times as many are chosen. In sum they stay where they are normalised, or the shares of a softmax.
-_SUMMED = words(
-    """
+_SUMMED = words("""
     mixtral qwen2_moe qwen3_moe qwen3_next qwen3_vl_moe qwen3_vl_moe_text qwen3_5_moe qwen3_5_moe_text olmoe flex_olmo
     gpt_oss granitemoe granitemoehybrid granitemoeshared jamba jetmoe minimax minimax_m2 ernie4_5_moe hunyuan_v1_moe
     aria_text gemma4 gemma4_text deepseek_v2 deepseek_v4 afmoe hy_v3 laguna mistral4
-    """
-)
+""")
 # Here they are the scores of a sigmoid, normalised if the configuration says so, times a factor.
-_SCORED = words(
-    """
+_SCORED = words("""
     deepseek_v3 deepseek_v32 dots1 glm4_moe glm4_moe_lite glm4v_moe glm4v_moe_text glm_moe_dsa exaone_moe solar_open
     mimo_v2_flash nemotron_h lfm2_moe axk1 bailing_hybrid kimi_linear
-    """
-)
+""")
 # Here biases are added to the shares of a softmax, which become smaller.
 SHARES = ("ernie4_5_moe",)
 _NORMED, _FACTOR = ("norm_topk_prob", "moe_renormalize"), "routed_scaling_factor"

@@ -20,11 +20,9 @@ _DIGITS = "0123456789"
 # Leaf that makes its module a layer → the axis that it writes to, and the one that it reads from; None where it reads
 # places of a table.
 _LAYERS: Mapping[str, tuple[int, int | None]] = {
-    "kernel": (-1, -2),
-    "w": (-1, -2),
+    **dict.fromkeys(("kernel", "w"), (-1, -2)),
     "weight": (0, 1),
-    "embedding": (-1, None),
-    "embeddings": (-1, None),
+    **dict.fromkeys(("embedding", "embeddings"), (-1, None)),
 }
 _STATISTICS = {"mean", "var", "running_mean", "running_var", "average"}
 _PLAIN = Family((), norm="layer")

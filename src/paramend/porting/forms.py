@@ -196,14 +196,8 @@ NESTED = tuple(form for form in FORMS if any("/" in name for name in form.names)
 
 
 # A part with these axes is of this kind.
-_NDIM = {
-    "linear": (2, 99),
-    "conv": (3, 5),
-    "conv_transpose": (3, 5),
-    "embedding": (2, 2),
-    "norm": (1, 3),
-    "prelu": (0, 1),
-}
+_NDIM = {"linear": (2, 99), "conv": (3, 5), "conv_transpose": (3, 5), "embedding": (2, 2)}
+_NDIM |= {"norm": (1, 3), "prelu": (0, 1)}
 
 
 @dataclass(frozen=True)
