@@ -38,8 +38,11 @@ _ENDS: Mapping[Pieces, str] = {
         "B": ("lora_B/weight", "lora_up/weight", "lora/up/weight"),
         "a": ("lora/lora_a", "lora_a"),
         "b": ("lora/lora_b", "lora_b"),
-        "bias": ("lora_B/bias",), "alpha": ("alpha",), "tokens": ("token_adapter/trainable_tokens_delta",),
-        "rows A": ("lora_embedding_A",), "rows B": ("lora_embedding_B",),
+        "bias": ("lora_B/bias",),
+        "alpha": ("alpha",),
+        "tokens": ("token_adapter/trainable_tokens_delta",),
+        "rows A": ("lora_embedding_A",),
+        "rows B": ("lora_embedding_B",),
         "magnitude": ("lora_magnitude_vector", "lora_magnitude_vector/weight"),
     }.items()
     for end in ends
