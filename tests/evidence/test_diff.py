@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import flax.linen as nn
 import jax
@@ -374,7 +375,7 @@ def test_figures_are_those_of_the_definitions(dtype, size, data):
         gap.merge(other)
     finally:
         distances._RUN = before
-    found = gap.distance().to_dict()
+    found = asdict(gap.distance())
     for name, value in naive(a, b).items():
         if name in ("relative_l2", "cosine") and value not in (None, math.inf):
             assert_close(found[name], value, terms=3 * size, scale=max(1.0, value))

@@ -10,6 +10,7 @@ from paramend.demo.folder import workplace
 from paramend.demo.patient import prepare
 from paramend.demo.step import DemoStep, Outcome, command_in
 from paramend.demo.steps import STEPS
+from paramend.reports.fields import picked
 
 EPOCHS = 30
 NEXT = (
@@ -36,20 +37,10 @@ class TourRow:
 
     def to_dict(self) -> dict[str, Any]:
         """The row as data that JSON can hold."""
-        outcome = self.outcome
-        return {
-            "number": self.number,
-            "name": self.step.name,
-            "title": self.step.title,
-            "code": self.code,
-            "changed": list(outcome.changed),
-            "leaves": outcome.leaves,
-            "accuracy": {"before": outcome.before, "after": outcome.after},
-            "claims": dict(outcome.claims),
-            "held": self.held,
-            "detail": list(outcome.detail),
-            "seconds": round(self.seconds, 3),
-        }
+        did = "number", "step.name", "step.title", "code", "outcome.changed", "outcome.leaves"
+        accuracy = {"accuracy": picked(self.outcome, "before", "after")}
+        held = picked(self, "outcome.claims", "held", "outcome.detail")
+        return picked(self, *did) | accuracy | held | {"seconds": round(self.seconds, 3)}
 
 
 @dataclass(frozen=True)
@@ -74,15 +65,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as data that JSON can hold."""
-        return {
-            "folder": str(self.folder),
-            "seed": self.seed,
-            "held": self.held,
-            "steps": [row.to_dict() for row in self.rows],
-            "files": list(self.files),
-            "next": self.next,
-            "seconds": round(self.seconds, 3),
-        }
+        rows = picked(self, "seed", "held", "rows as steps", "files", "next")
+        return {"folder": str(self.folder), **rows, "seconds": round(self.seconds, 3)}
 
 
 def tour(

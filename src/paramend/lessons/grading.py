@@ -3,8 +3,8 @@
 import textwrap
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from paramend.errors import BadArgument
 from paramend.lessons.catalogue import find
 from paramend.lessons.lesson import Case, Lesson, Mistake, Solve
 from paramend.lessons.observation import Observation, differences, sketch
+from paramend.reports.fields import fields_of, picked
 from paramend.reports.wording import plural
 
 
@@ -42,6 +43,8 @@ class Likeness:
         everywhere: whether it does on all inputs, not only on some of those that failed.
     """
 
+    _data: ClassVar = ("mistake.name", "mistake.why", "on", "everywhere")
+
     mistake: Mistake
     on: tuple[int, ...]
     everywhere: bool
@@ -70,18 +73,7 @@ class Grade:
 
     def to_dict(self) -> dict[str, Any]:
         """The verdict as plain data, ready for JSON."""
-        return {
-            "lesson": self.lesson,
-            "passed": self.passed,
-            "trials": self.trials,
-            "inputs": self.inputs,
-            "failures": [asdict(failure) for failure in self.failures],
-            "likeness": [
-                {"name": one.mistake.name, "why": one.mistake.why, "on": list(one.on), "everywhere": one.everywhere}
-                for one in self.likeness
-            ],
-            "unseen": self.unseen,
-        }
+        return picked(self, *fields_of(self))
 
     def __str__(self) -> str:
         inputs = plural(self.inputs, "input")
