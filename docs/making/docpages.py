@@ -16,7 +16,7 @@ from paramend.edits.arguments import DEFINITIONS
 from paramend.edits.ops import OPS
 from paramend.formats.registry import FORMATS
 from paramend.journal import records
-from paramend.mapping import shelf
+from paramend.mapping import layout as shelf
 from paramend.recipes.verbs import VERBS
 
 PACKAGE = Path(paramend.__file__).parent

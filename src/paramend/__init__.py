@@ -37,10 +37,8 @@ if TYPE_CHECKING:
     from paramend.freezing.freeze import value_and_grad as value_and_grad
     from paramend.grafting.graft import graft as graft
     from paramend.grafting.graft import graft_ as graft_
-    from paramend.grafting.inserting import insert as insert
+    from paramend.grafting.parts import insert as insert
     from paramend.grafting.parts import part as part
-    from paramend.grafting.states.verbs import carry_opt_state as carry_opt_state
-    from paramend.grafting.states.verbs import carry_optimizer_ as carry_optimizer_
     from paramend.grafting.states.verbs import graft_opt_state as graft_opt_state
     from paramend.grafting.states.verbs import graft_optimizer_ as graft_optimizer_
     from paramend.growth import depth as depth
@@ -48,13 +46,13 @@ if TYPE_CHECKING:
     from paramend.growth.deepening import deepen as deepen
     from paramend.growth.deepening import deepen_ as deepen_
     from paramend.growth.experts import experts as experts
+    from paramend.growth.init import init_zero_ as init_zero_
     from paramend.growth.liveness import check_live as check_live
     from paramend.growth.narrowing import narrow as narrow
     from paramend.growth.upcycling import upcycle as upcycle
     from paramend.growth.widening import widen as widen
     from paramend.growth.widening import widen_ as widen_
     from paramend.growth.writers import residual_writers as residual_writers
-    from paramend.growth.zeroing import init_zero_ as init_zero_
     from paramend.journal.undo import history as history
     from paramend.journal.undo import undo as undo
     from paramend.leaves.rules import Codec as Codec
@@ -63,9 +61,9 @@ if TYPE_CHECKING:
     from paramend.mapping.joining import interleave as interleave
     from paramend.mapping.joining import split as split
     from paramend.mapping.layout import Layout as Layout
+    from paramend.mapping.layout import layout as layout
+    from paramend.mapping.layout import layouts as layouts
     from paramend.mapping.report import LayoutReport as LayoutReport
-    from paramend.mapping.shelf import layout as layout
-    from paramend.mapping.shelf import layouts as layouts
     from paramend.merging.extracting import extract as extract
     from paramend.merging.folding import fold as fold
     from paramend.merging.merge import merge as merge
@@ -110,12 +108,7 @@ _LATER = {
             "value_and_grad",
         ),
         "paramend.grafting.graft": ("graft", "graft_"),
-        "paramend.grafting.states.verbs": (
-            "carry_opt_state",
-            "carry_optimizer_",
-            "graft_opt_state",
-            "graft_optimizer_",
-        ),
+        "paramend.grafting.states.verbs": ("graft_opt_state", "graft_optimizer_"),
         "paramend.evidence.stats": ("stats",),
         "paramend.growth.deepening": ("deepen", "deepen_"),
         "paramend.growth.experts": ("experts",),
@@ -124,7 +117,7 @@ _LATER = {
         "paramend.growth.upcycling": ("upcycle",),
         "paramend.growth.widening": ("widen", "widen_"),
         "paramend.growth.writers": ("residual_writers",),
-        "paramend.growth.zeroing": ("init_zero_",),
+        "paramend.growth.init": ("init_zero_",),
         "paramend.checkpoints.patching": ("patch",),
         "paramend.porting.proof": ("prove",),
         "paramend.quantizing.dequantizing": ("dequantize",),
@@ -135,12 +128,10 @@ _LATER = {
         "paramend.selectors.selector": ("Selector", "SelectorLike", "sel"),
         "paramend.leaves.rules": ("Codec",),
         "paramend.leaves.specs": ("Spec",),
-        "paramend.grafting.inserting": ("insert",),
-        "paramend.grafting.parts": ("part",),
+        "paramend.grafting.parts": ("insert", "part"),
         "paramend.mapping.joining": ("concat", "interleave", "split"),
-        "paramend.mapping.layout": ("Layout",),
+        "paramend.mapping.layout": ("Layout", "layout", "layouts"),
         "paramend.mapping.report": ("LayoutReport",),
-        "paramend.mapping.shelf": ("layout", "layouts"),
         "paramend.merging.extracting": ("extract",),
         "paramend.merging.folding": ("fold",),
         "paramend.merging.merge": ("merge",),

@@ -9,7 +9,7 @@ from typing import Any
 from paramend.anatomy.entries import CYCLES, LISTS, NAMING, OTHERS, entries, entry_of, moved
 from paramend.anatomy.moves import Move, check_places
 from paramend.anatomy.schedules import COMMON, FULL, LAST_FULL, SCHEDULES, Schedule, schedules_of
-from paramend.anatomy.sections import BLOCKS, COUNTS, SENSES, SIDES, counts_of, kind_at, part_at, sections_of, side_of
+from paramend.anatomy.sections import BLOCKS, COUNTS, SIDES, counts_of, kind_at, part_at, sections_of, senses, side_of
 from paramend.errors import BadArgument, Unsupported
 
 # Keys that scale layers by their number or by the number of layers: a copy would get another scale than its source.
@@ -66,22 +66,16 @@ _ELSE = re.compile(
 
 @dataclass
 class Section:
-    """One section that counts the layers, while it is adapted.
+    """One section that counts the layers, while it is adapted."""
 
-    Attributes:
-        place: the keys that lead to it.
-        kinds: for each old layer, all that the configuration says of it alone.
-        done: the keys that follow already.
-    """
-
-    place: tuple[str, ...]
+    place: tuple[str, ...]  # the keys that lead to it
     part: dict[str, Any]
     said: list[str] = field(default_factory=list)
+    # For each old layer, all that the configuration says of it alone.
     kinds: list[list[object]] = field(default_factory=list)
-    done: set[str] = field(default_factory=set)
+    done: set[str] = field(default_factory=set)  # the keys that follow already
 
     def set(self, path: Sequence[str], value: Any, says: str = "") -> None:
-        """Enter a value, and tell of it."""
         part_at(self.part, path[:-1])[path[-1]] = value
         self.done.add(path[-1])
         self.tell(f"{'.'.join(path)}: {says or value}")
@@ -96,10 +90,6 @@ class Section:
 
 def followed(config: Mapping[str, Any], move: Move) -> tuple[dict[str, Any], list[str]]:
     """A new configuration of the model that a move of layers makes, and what changed.
-
-    Raises:
-        Unsupported: a layer would be of another kind in its new place, and the configuration cannot say otherwise.
-        BadArgument: a given key leads into a part that is not there.
 
     >>> config = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
     >>> followed(config, Move(("layers",), (0, 1, 1), 2))[1]
@@ -183,9 +173,6 @@ def _cannot(what: str, says: str, value: Any) -> Unsupported:
     )
 
 
-# ---- kinds that are told by the number ---------------------------------------------------------------------------
-
-
 def _follow_schedules(section: Section, kind: str, move: Move) -> None:
     _follow_sparse(section, move)
     _follow_attention_types(section, move)
@@ -243,9 +230,6 @@ def _follow_attention_types(section: Section, move: Move) -> None:
         section.set(("attention_types",), [[[kinds[source] for source in move.sources], 1]], "written out")
 
 
-# ---- what is said layer by layer ---------------------------------------------------------------------------------
-
-
 def _follow_entries(section: Section, move: Move) -> None:
     n, done = move.n, section.done | set(move.given or ())
     for path, how in list(entries(section.part, n, move.blocks)):
@@ -259,7 +243,8 @@ def _follow_entries(section: Section, move: Move) -> None:
                 "known whether each is for one layer",
                 hint=f"config={{'{'.'.join((*section.place, *path))}': [...]}}, its value in the outcome",
             )
-        section.note([_plain(entry_of(value, how, layer)) for layer in range(n)])
+        said = [entry_of(value, how, layer) for layer in range(n)]
+        section.note([repr(one) if isinstance(one, list | dict) else one for one in said])
         if name == "kv_source_layers" and list(value) != list(range(n)):
             raise _cannot(f"{name}={value}", "layers read the cache of others", {name: [...]})
         try:
@@ -304,10 +289,6 @@ def _stage(stage: Any) -> int:
     return int(str(stage).removeprefix("stage").replace("stem", "0"))
 
 
-def _plain(value: Any) -> object:
-    return repr(value) if isinstance(value, list | dict) else value
-
-
 def _follow_names(config: dict[str, Any], section: Section, move: Move, said: list[str]) -> None:
     """Names of modules in quantised layers, and those of the blocks after them, follow."""
     names = move.names()
@@ -350,14 +331,11 @@ def renamed(told: Mapping[str, Any], move: Move) -> dict[str, Any]:
 
 def _tell_features(config: Mapping[str, Any], section: Section, move: Move) -> None:
     """Tell of numbers of layers whose outputs other parts of the model read: which they should be is not known."""
-    sense = any(word in "/".join(move.where) for word in SENSES)
+    sense = senses(move.where)
     held = {**section.part, **(config if section.place and sense else {})}
     told = [key for key in _FEATURES if held.get(key) and key not in section.done and not move.holds((), key)]
     for key in told if not move.trivial else ():
         section.tell(f"{key}: {held[key]}, not changed: other parts read the outputs of these layers")
-
-
-# ---- what is not known -------------------------------------------------------------------------------------------
 
 
 def _refuse_numbers(section: Section, kind: str, move: Move) -> None:
@@ -366,9 +344,8 @@ def _refuse_numbers(section: Section, kind: str, move: Move) -> None:
         return
     n, m = move.n, len(move.sources)
     for key, value in section.part.items():
-        kind_of = (
-            None if key in _COUNTS or key in section.done or move.holds(section.place, key) else _told(key, value, n)
-        )
+        known = key in _COUNTS or key in section.done or move.holds(section.place, key)
+        kind_of = None if known else _told(key, value, n)
         if kind_of is None:
             continue
         before = [kind_of(layer, n) for layer in range(n)]

@@ -16,7 +16,7 @@ from paramend.cli.stack import rewrite
 from paramend.cli.writing import carry_out, edit_checkpoint, write_made
 from paramend.errors import GraftRefused
 from paramend.formats.registry import writable
-from paramend.grafting import inserting, parts
+from paramend.grafting import parts
 from paramend.grafting.options import Dtype, Mismatch, Missing, Place, Unused
 
 
@@ -155,7 +155,7 @@ def insert(
     with open_checkpoint(source) as donor:
 
         def inserted(old: Checkpoint) -> Checkpoint:
-            return inserting.insert(old, donor, selector, rename=rename)[0]
+            return parts.insert(old, donor, selector, rename=rename)[0]
 
         if in_place:
             edit_checkpoint(target, inserted, in_place=True, **options)

@@ -79,26 +79,17 @@ def _opened(text: str, stack: ExitStack) -> tuple[Any, Any]:
 
 
 def _save(
-    made: Any,
-    report: Any,
-    *,
-    out: str | None,
-    dry_run: bool,
-    as_json: bool,
-    html: Path | None,
-    force: bool,
-    max_shard_size: str | None,
-    engine: str,
-    **given: Any,
+    made: Any, report: Any, *, out: str | None, dry_run: bool, as_json: bool, html: Path | None, **given: Any
 ) -> None:
     from paramend.checkpoints.whole import save  # most ports are from files
 
     if out is None and not dry_run:
         raise click.UsageError("-o OUT is needed.")
-    for name, asked in {**given, "engine": engine != "processes"}.items():
-        if asked:
-            raise click.UsageError(f"--{name} is for checkpoints: SOURCE is a model in memory.")
+    if given["record"] or given["workers"] or given["resume"] or given["engine"] != "processes":
+        raise click.UsageError(
+            "--record, --workers, --engine and --resume are for checkpoints: SOURCE is a model in memory."
+        )
     if not dry_run:
         tree = made.variables if hasattr(made, "unbind") else made
-        _ui.say(save(tree, out or "", force=force, max_shard_size=max_shard_size).summary)
+        _ui.say(save(tree, out or "", force=given["force"], max_shard_size=given["max_shard_size"]).summary)
     _ui.tell(report, page=html, as_json=as_json)

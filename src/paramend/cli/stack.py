@@ -198,7 +198,7 @@ def layout(layout: str, path: Path, back: bool, numbers: Sequence[str], **option
     is unreadable or damaged, or OUT cannot be written.
     """
     from paramend.mapping.layout import Layout  # the other commands here have no rules
-    from paramend.mapping.shelf import layout as named_layout
+    from paramend.mapping.layout import layout as named_layout
 
     rules = Layout.load(layout) if layout.endswith((".yaml", ".yml", ".json")) else named_layout(layout)
     given = dict(map(_number, numbers))

@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from paramend.anatomy import recoding
+from paramend.anatomy import quantization
 from paramend.anatomy.counts import retyped
 from paramend.anatomy.documents import document_of
 from paramend.anatomy.quantization import FILES
@@ -109,7 +109,7 @@ def _configured(
     values: Mapping[str, Any],
 ) -> dict[str, Any] | None:
     """What a file beside the weights holds then; None if nothing."""
-    new = recoding.dequantised(file, values, gone, floats, left=left)
+    new = quantization.dequantised(file, values, gone, floats, left=left)
     return new if new is None or file != CONFIG or not dtypes[1] else retyped(new, *dtypes)[0]
 
 
@@ -137,7 +137,7 @@ def renamed(tree: Any, moved: Mapping[str, str]) -> Any:
         tree: the tree.
         moved: every module → its name then.
     """
-    return followed(tree, partial(recoding.renamed, moved=moved))[0]
+    return followed(tree, partial(quantization.renamed, moved=moved))[0]
 
 
 def followed(tree: Any, change: Change) -> tuple[Any, tuple[str, ...]]:

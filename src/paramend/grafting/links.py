@@ -16,31 +16,20 @@ _pieces = re.compile(r"[/.]").split
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """Where the values of one parameter came from.
+    """Where the values of one parameter came from."""
 
-    Attributes:
-        source: the path of the parameter that it continues, or None if it does not continue one.
-        corner: whether it continues only in the common corner.
-        did: what was done, in words.
-    """
-
-    source: Path | None
-    corner: bool
-    did: str
+    source: Path | None  # the path of the parameter that it continues, or None if it does not continue one
+    corner: bool  # whether it continues only in the common corner
+    did: str  # what was done, in words
     shape: tuple[int, ...]
     source_shape: tuple[int, ...] | None
 
 
 class Links:
-    """What a report says about each parameter.
-
-    Attributes:
-        targets: path in the target → its link.
-        sources: the paths in the source.
-    """
+    """What a report says about each parameter."""
 
     def __init__(self, report: GraftReport) -> None:
-        self.targets: dict[Path, Link] = {}
+        self.targets: dict[Path, Link] = {}  # path in the target → its link
         for corner, rows in ((False, report.copied), (True, report.mismatched), (False, report.fresh)):
             for row in rows:
                 # What the other ways to fit a shape mean for a moment is not known here.
@@ -49,7 +38,7 @@ class Links:
                 link = Link(source, corner, row.did, row.shape, row.source_shape)
                 self.targets.setdefault(pieces_of(row.path), link)
         theirs = (*report.copied, *report.mismatched, *report.unused)
-        self.sources = {pieces_of(row.source) for row in theirs if row.source is not None}
+        self.sources = {pieces_of(row.source) for row in theirs if row.source is not None}  # the paths in the source
 
 
 def without(paths: Iterable[Path], prefix: Path) -> set[Path]:

@@ -1,8 +1,10 @@
 """The report of a graft: which leaves were copied and which not."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from paramend.errors import GraftRefused, SpecMismatch
 from paramend.leaves.codecs.encoding import Misfit
 from paramend.leaves.specs import Spec
 from paramend.pages.page import Page
@@ -163,3 +165,25 @@ def _line(row: GraftRow) -> Line:
     both = str(spec) if source in (None, spec) else f"{spec} ◄─ {source}"
     paths = (row.path,) if row.source in (None, row.path) else (row.path, str(row.source))
     return Line(paths, (both, row.outcome), spec.size)
+
+
+_SHOWN = 16
+
+
+def refuse_left(report: GraftReport, unused: str) -> None:
+    """Raise if something of the earlier state is left over and must not be."""
+    if report.unused and unused == "error":
+        report.refused = True
+        raise GraftRefused(
+            f"the earlier state has leaves with no place here: {wording.listing([row.path for row in report.unused])}",
+            report=report,
+            hint='unused="ok" leaves it behind',
+        )
+
+
+def refuse_misfits(wrong: Sequence[str], hint: str) -> None:
+    """Raise if moments, of which each line tells one, do not have the shapes of their parameters."""
+    if wrong:
+        more = [f"and {len(wrong) - _SHOWN:,} more"] if len(wrong) > _SHOWN else []
+        count = wording.plural(len(wrong), "moment does", "moments do")
+        raise SpecMismatch("\n  ".join([f"{count} not fit the parameters:", *wrong[:_SHOWN], *more]), hint=hint)

@@ -60,13 +60,7 @@ def _trailing(piece: str) -> int:
 
 
 def axes_of(leaves: Leaves, features: Mapping[str, Any]) -> Axes:
-    """The axes of a tree that layers write to: the name of each is the path of its layer.
-
-    Raises:
-        NoMatch: there is no such layer.
-        BadArgument: a path names no layer, or no layer follows.
-        Unsupported: the next layer does not read what this one writes.
-    """
+    """The axes of a tree that layers write to: the name of each is the path of its layer."""
     layers = _layers(leaves)
     chain = [layer for layer in layers if layer.main]
     sizes: dict[str, int] = {}
@@ -159,9 +153,6 @@ def _shown(layer: _Layer) -> str:
 def _norms(leaves: Leaves, layers: list[_Layer], layer: _Layer, reader: _Layer, size: int) -> list[_Layer]:
     """The modules that scale the features one by one: in modules of torch those between a layer and its reader. Trees
     of JAX may have lost the order; there norms are paired with the layers beside them that write as many features.
-
-    Raises:
-        BadArgument: the choice is ambiguous.
     """
     alike = [one for one in layers if not one.main and _sizes(leaves, one) in ({(size,)}, {(size,), ()})]
     if leaves.index.separator == ".":

@@ -90,9 +90,6 @@ class Order:
 def order_of(what: "Order | Iterable[int]", count: int) -> Order:
     """The order that a user gave, for a model of `count` layers; negative numbers count from the end.
 
-    Raises:
-        BadArgument: it is for another number of layers, or names layers that do not exist.
-
     >>> order_of([0, -1], 3)
     pm.depth.Order([0, 2], identity=[], of=3)
     """

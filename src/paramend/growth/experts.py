@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar, cast
 import numpy as np
 
 from paramend.anatomy.experts import SHARES, Block, Mixture, experts_of, groups_of, recounted, renumbered
-from paramend.anatomy.sections import SENSES
+from paramend.anatomy.sections import senses
 from paramend.edits import hands
 from paramend.edits.moves import whole_numbers
 from paramend.edits.plan import call
@@ -137,7 +137,6 @@ class Experts(Generic[T]):
         return write_path(index.paths[next(iter(block.along or block.own))][: len(block.path)], index.separator)
 
     def _chosen(self, ids: Ids) -> list[list[int]]:
-        """The experts of each mixture."""
         blocks = self.mixture.blocks
         if not isinstance(ids, Mapping):
             return [self._read(ids, "ids")] * len(blocks)
@@ -192,21 +191,17 @@ class Experts(Generic[T]):
             return dict(renumbered(own, of, mixture.count))
 
         if times > 1 and mixture.model_type in SHARES:
-            model = model.edited(dict.fromkeys(self._biases(), call("multiply", {"value": 1 / times})))
+            # What is added to the scores of experts, where these are chosen.
+            every, pieces = (n for block in mixture.blocks for n in block.along), model.leaves.index.pieces
+            biases = [number for number in every if pieces(number)[-1].endswith("e_score_correction_bias")]
+            model = model.edited(dict.fromkeys(biases, call("multiply", {"value": 1 / times})))
         groups = [group for block in mixture.blocks for group in self._groups(block, of[block.path])]
         new, changed = model.remade(groups, change)
         layers = {self._where(block): tuple(of[block.path]) for block in mixture.blocks}
         told = (*changed, *_warned(mixture.count, count, times))
         return cast(T, new), ExpertsReport(did, mixture.count, count, layers, said=told)
 
-    def _biases(self) -> Iterator[int]:
-        """The leaves that are added to the scores of experts, where these are chosen."""
-        index = self._configured.leaves.index
-        every = (number for block in self.mixture.blocks for number in block.along)
-        return (number for number in every if index.pieces(number)[-1].endswith("e_score_correction_bias"))
-
     def _groups(self, block: Block, ids: list[int]) -> Iterator[Group]:
-        """What becomes of the leaves of a mixture."""
         leaves, count = self._configured.leaves, self.mixture.count
         if ids == list(range(count)):
             return
@@ -247,7 +242,7 @@ def _names(block: Block) -> list[int | str | None]:
 
 def _part(block: Block) -> tuple[tuple[str, ...], bool]:
     """What a mixture is a part of: the path of the layers, and whether these are for images or sound."""
-    return block.layers, any(word in piece for piece in block.path for word in SENSES)
+    return block.layers, senses(block.path)
 
 
 def _check_groups(config: Mapping[str, Any], mixture: Mixture, ids: Sequence[int], times: int) -> None:

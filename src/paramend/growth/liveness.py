@@ -149,7 +149,6 @@ def _jax_steps(params: Any, loss: Callable[[Any], Any], steps: int) -> tuple[dic
         for number, known in list(first.items()):
             if known is None and bool((theirs.read(number) != 0).any()):
                 first[number] = step
-        now = Memory(now).with_leaves(
-            {n: (x := Memory(now).read(n)) - (_RATE * theirs.read(n)).astype(x.dtype) for n in first}
-        )
+        old = Memory(now)
+        now = old.with_leaves({n: (x := old.read(n)) - (_RATE * theirs.read(n)).astype(x.dtype) for n in first})
     return first, tree

@@ -105,7 +105,6 @@ class _Choice:
         self._norms: dict[tuple[str, int | None], Array] = {}
 
     def places(self) -> dict[tuple[str, int | None], list[int]]:
-        """Axis and layer → the places that stay."""
         for axis in self.keep:
             if not self.axes.has(axis):
                 raise BadArgument(f"{axis!r}: the model has no such axis")
@@ -119,7 +118,6 @@ class _Choice:
         return found
 
     def _groups(self) -> dict[tuple[str, int | None], list[int]]:
-        """Heads, in whole groups."""
         heads, groups = self.axes.sizes["heads"], self.axes.sizes["kv_heads"]
         size, layers = heads // groups, self._layers("heads")
         if {"heads", "kv_heads"} <= self.keep.keys():
@@ -178,7 +176,6 @@ class _Choice:
         return [list(map(int, row)) for row in np.broadcast_to(np.atleast_2d(rows), (layers, rows.shape[-1]))]
 
     def _layers(self, axis: str) -> list[int | None]:
-        """The layers whose leaves have an axis."""
         some = (number for number, uses in self.axes.uses.items() if any(axis in dict(use.parts) for use in uses))
         found = {layer_of(self.work.leaves.index.pieces(number)) for number in some}
         return sorted(found, key=lambda layer: -1 if layer is None else layer)
@@ -194,7 +191,6 @@ class _Choice:
         return found
 
     def _scores(self, axis: str) -> Array:
-        """The scores of the places of an axis, layer by layer."""
         given = self._given(axis)
         if given is not None:
             return given

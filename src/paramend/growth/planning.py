@@ -80,7 +80,6 @@ class DepthPlan:
 
     @cached_property
     def moves(self) -> list[Move]:
-        """How the layers of each run move, for a configuration."""
         return [self._move(run) for run in self.runs]
 
     def _move(self, run: Layers) -> Move:

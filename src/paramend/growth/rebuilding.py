@@ -44,8 +44,6 @@ class Rebuilder:
         self.shared = shared(tree, runs)
         self.made: dict[tuple[int | None, Any], Any] = {}
 
-    # ---- trees ---------------------------------------------------------------------------------------------
-
     def rebuilt(self, node: Any, path: Pieces = ()) -> Any:
         """A new tree; subtrees that contain no layers are the same objects."""
         kind = find_kind(node)
@@ -141,15 +139,12 @@ class Rebuilder:
             return kind.close(node, [self._fresh(child, None) for child in kind.open(node)[1]])
         return copied(node)
 
-    # ---- modules -------------------------------------------------------------------------------------------
-
     def check(self) -> None:
         """Refuse a module whose layers cannot be rearranged, before anything changes."""
         for run in self.runs:
             _items(run, _descend(self.tree.root, run.parent))
 
     def rebuild_(self, module: Any) -> None:
-        """Rearrange the layers of a torch or NNX module in place."""
         for run in self.runs:
             self._rearrange_(module, run, _descend(module, run.parent))
 

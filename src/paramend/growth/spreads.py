@@ -23,12 +23,7 @@ _EPS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", 
 
 
 def spreads_of(axes: Axes, wanted: Mapping[str, int], method: Method) -> dict[tuple[str, int | None], Spread]:
-    """The index maps of the axes that become longer.
-
-    Raises:
-        BadArgument: the model has no such axis, or it would be shorter, or heads and groups do not fit.
-        Unsupported: the method cannot keep what the norms of the model see.
-    """
+    """The index maps of the axes that become longer."""
     new = {axis: size for axis, size in wanted.items() if size != axes.sizes.get(axis)}
     for axis, size in new.items():
         old = axes.sizes.get(axis)
@@ -177,12 +172,7 @@ def seen(spreads: Spreads) -> float:
 
 
 def configured(axes: Axes, config: Mapping[str, Any], spreads: Spreads) -> dict[str, Any]:
-    """The configuration with the new lengths.
-
-    Raises:
-        BadArgument: the family has no way to say the size of a head.
-        Unsupported: it has none to say how small numbers norms add.
-    """
+    """The configuration with the new lengths."""
     new = {**axes.sizes, **{axis: len(each.places) for (axis, _), each in spreads.items()}}
     made = dict(config)
     for axis, keys in KEYS.items():

@@ -16,10 +16,9 @@ from paramend.errors import BadArgument, CannotRead, NoMatch, ParamendError
 from paramend.leaves.leaves import Editable, Group
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.paths import labels, text_of, write_path
-from paramend.mapping.bundles import Bundle
 from paramend.mapping.numbers import Numbers, read_config
 from paramend.mapping.report import LayoutReport, Moved
-from paramend.mapping.steps import Step, read_step
+from paramend.mapping.steps import Bundle, Step, read_step
 from paramend.reports import wording
 from paramend.selectors.grammar import captures_of
 from paramend.selectors.patterns import parse
@@ -345,9 +344,8 @@ def _group(
         for key in family:
             new = _numbered(target, dict(zip(counted, key, strict=True)))
             targets.append((keys(new_paths(new)[numbers[0]]), family[key]))
-    rows = [
-        Moved(_text(path, leaves.index.separator), origin.spec, str(origin), tuple(paths)) for path, origin in targets
-    ]
+    mark, of = leaves.index.separator, tuple(paths)
+    rows = [Moved(_text(path, mark), origin.spec, str(origin), of) for path, origin in targets]
     make = partial(_values, rule, slots, said)
     return Group(numbers, tuple(path for path, _ in targets), make), rows
 
@@ -383,7 +381,6 @@ def _values(rule: Rule, slots: Sequence[Slot], paths: str, values: Sequence[Any]
 
 
 def _modules(leaves: Editable, groups: Sequence[Group]) -> dict[str, str]:
-    """The modules of leaves, and what those that move whole are called then."""
     moved = {module: module for module in modules(leaves, leaves.index.numbers)}
     for group in groups:
         if len(group.numbers) == len(group.paths) == 1:
@@ -413,3 +410,31 @@ def _refuse_companions(leaves: Editable, taken: Mapping[int, Rule], kept: Sequen
             f"{wording.listing(lost, 4)} would stay behind, where no module is any more",
             hint="a rule for them: scales, biases and adapters go through the same map",
         )
+
+
+_SHELF = Path(__file__).parent / "shipped"
+
+
+def layouts() -> list[str]:
+    """The names of the layouts that ship, sorted; `pm.layout(name)` opens one.
+
+    >>> "mixtral_4_to_5" in pm.layouts()
+    True
+    """
+    return sorted(path.stem for path in _SHELF.glob("*.yaml"))
+
+
+def layout(name: str) -> Layout:
+    """A layout that ships.
+
+    Raises:
+        LookupError: there is none of that name; the message names near ones.
+
+    >>> pm.layout("mixtral_4_to_5")
+    <layout mixtral_4_to_5: 3 rules>
+    """
+    if name not in layouts():
+        near = wording.closest(name, layouts()) or [known for known in layouts() if name in known]
+        hint = wording.listing(near) if near else "pm.layouts() lists those that ship; pm.Layout.load(path) reads yours"
+        raise NoMatch(f"there is no layout {name!r}", hint=hint)
+    return Layout.load(_SHELF / f"{name}.yaml")

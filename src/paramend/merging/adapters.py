@@ -135,11 +135,9 @@ class Adapter:
             write_file(temporary / CONFIG, json.dumps(self.config, indent=2, sort_keys=True).encode() + b"\n")
 
     def origin(self, number: int) -> Origin:
-        """Where the values of a leaf come from."""
         return origin_of(self.leaves, number)
 
     def paths(self, terms: Iterable[Term]) -> list[str]:
-        """The paths of the leaves of some terms."""
         return [self.leaves.index.path(number) for term in terms for number in term.roles.values()]
 
     def said(self, key: str, default: Any = None) -> Any:
@@ -200,13 +198,7 @@ def _role(pieces: Pieces) -> tuple[str, Pieces, str]:
 
 
 def adapter(given: AnyTree, rule: Sequence[str] | None = None) -> Adapter:
-    """An adapter from its path, or from a tree.
-
-    Raises:
-        CannotRead: there is no such file, or no configuration beside weights that need one.
-        BadCheckpoint: a file is damaged.
-        Unsupported: it is not a LoRA, or one whose terms depend on more than its tensors.
-    """
+    """An adapter from its path, or from a tree."""
     if isinstance(given, Adapter):
         return given
     leaves, config = given, None

@@ -137,7 +137,6 @@ class _Part:
 
     @property
     def target(self) -> str:
-        """What the configuration calls it."""
         return f"{self.module}.{self.parameter}" if self.parameter else self.module
 
 
@@ -160,7 +159,6 @@ def _experts_first(bases: Destinations, spec: Spec) -> bool | None:
 
 
 def _part(bases: Destinations, number: int, added: Array, rank: int | None, energy: float | None) -> _Part:
-    """The terms of what was added to a leaf."""
     spec, (*module, name) = bases.leaves.spec(number), bases.leaves.index.pieces(number)
     path, last, sides = ".".join(module), module[-1], ("lora_A.weight", "lora_B.weight")
     # Routers of experts are parameters of a module of their own, not linear layers.

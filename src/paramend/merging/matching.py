@@ -25,45 +25,32 @@ _VOCABULARY = {*EMBEDDINGS, *HEADS}
 
 @dataclass(slots=True)
 class Matched:
-    """What becomes of the leaves of several models.
+    """What becomes of the leaves of several models."""
 
-    Attributes:
-        merged: number in the host → the number in each model, that in the base last.
-        averaged: those of them that are statistics, of which the mean is taken.
-        extra: the leaves that the host lacks: the model, and the number in it.
-    """
-
+    # Number in the host → the number in each model, that in the base last.
     merged: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    averaged: set[int] = field(default_factory=set)
+    averaged: set[int] = field(default_factory=set)  # those of them that are statistics, of which the mean is taken
+    # The leaves that the host lacks: the model, and the number in it.
     extra: list[tuple[Editable, int]] = field(default_factory=list)
 
 
 class Models:
-    """Models that are merged: those that count, and the base last if there is one.
-
-    Attributes:
-        names: what messages call them: the paths of checkpoints, if all have different ones.
-        short: the same without folders, for expressions and records.
-    """
+    """Models that are merged: those that count, and the base last if there is one."""
 
     def __init__(self, host: Editable, models: Sequence[Editable], base: Editable | None) -> None:
         self.host, self.all = host, [*models, *([] if base is None else [base])]
+        # What messages call them: the paths of checkpoints, if all have different ones.
         self.names = [f"model {at + 1}" for at in range(len(models))] + ([] if base is None else ["the base"])
+        # The same without folders, for expressions and records.
         self.short = [name.removeprefix("the ") for name in self.names]
         paths = [path_of(getattr(model, "path", "")) for model in self.all]
         if len({path.resolve() for path in paths}) == len(paths):
             self.names = list(map(str, paths))
-            self.short = (
-                [path.name for path in paths] if len({path.name for path in paths}) == len(paths) else self.short
-            )
+            short = [path.name for path in paths]
+            self.short = short if len({*short}) == len(paths) else self.short
 
     def match(self, missing: Missing = "error", stats: Stats | None = None, only: Sequence[int] = ()) -> Matched:
-        """The leaves that are one; `only` some of the host, if these are given.
-
-        Raises:
-            Quantized: a model has quantised weights that are taken for several leaves.
-            SpecMismatch: leaves cannot be merged; the message lists them all.
-        """
+        """The leaves that are one; `only` some of the host, if these are given."""
         for model in self.all:
             check_values(model, model.index.numbers, "cannot be merged", "pm.dequantize(model) makes floats of it")
         found, problems, hints = Matched(), [], []
@@ -118,7 +105,8 @@ class Models:
             return self._misshapen(first, specs)
         if len(kinds) > 1:
             return f"has dtypes of several kinds: {self._said([spec.dtype for spec in specs])}", ""
-        if (statistic and worded) or (kinds == {"float"} and not statistic) or self._same(numbers):
+        fine = worded if statistic else kinds == {"float"}
+        if fine or _alike(*zip(self.all, numbers, strict=True)):
             return "", ""
         if statistic:
             hint = 'stats="first" takes statistics of batches from the first model, stats="mean" their mean'
@@ -150,10 +138,6 @@ class Models:
 
     def _said(self, each: Sequence[str]) -> str:
         return wording.listing([f"{what} in {name}" for what, name in zip(each, self.names, strict=True)])
-
-    def _same(self, numbers: Sequence[int]) -> bool:
-        """Whether a leaf is the same in all models."""
-        return _alike(*zip(self.all, numbers, strict=True))
 
 
 def _alike(*leaves: tuple[Editable, int]) -> bool:

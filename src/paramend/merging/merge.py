@@ -3,9 +3,8 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast, get_args
 
-from paramend.checkpoints.assemble import Pick, assemble
+from paramend.checkpoints.assemble import exchanged
 from paramend.checkpoints.checkpoint import Checkpoint
-from paramend.checkpoints.gathering import ties_of
 from paramend.edits.memory import Memory, editable, valued
 from paramend.edits.plan import call
 from paramend.edits.structure import enter
@@ -16,9 +15,8 @@ from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.reduced import Reduced
 from paramend.leaves.specs import AnyTree
 from paramend.mapping.report import LayoutReport, Moved
-from paramend.merging.choices import changed, settings_of
 from paramend.merging.matching import Matched, Missing, Models, Stats
-from paramend.merging.methods import METHODS, method_of
+from paramend.merging.methods import METHODS, changed, method_of, settings_of
 from paramend.merging.reduction import Merging, Vector
 from paramend.merging.settings import Convention, Settings
 from paramend.reports import wording
@@ -167,10 +165,7 @@ def finished(
     tree = host.edited({n: call("cast", {"dtype": dtype}) for n, dtype in dtypes.items()}) if dtypes else host
     tree = tree.edited({n: call("set", {"value": new}) for n, new in ones.items()})
     if extra and lazy:
-        picks: list[Pick] = [(tree.index.paths[n], (tree, n)) for n in tree.index.numbers]
-        picks += [(other.index.paths[number], other.expression(number)) for other, number in extra]
-        ties = ties_of(tree.ties, {n: [place] for place, n in enumerate(tree.index.numbers)})
-        return assemble(tree, picks, ties=ties), report
+        return exchanged(tree, {}, [(each.index.paths[n], each.expression(n)) for each, n in extra]), report
     if extra:
         entries = [(keys_of(other.index.paths[number]), other.fetch(number)) for other, number in extra]
         return enter(cast(Memory, editable(tree)), entries), report

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from paramend.mapping.steps import Step, read_step
-from paramend.porting.kinds import Shape
+from paramend.porting.forms import Shape
 from paramend.porting.matching import Pair
 
 _CONVOLUTIONS = ("conv", "conv_transpose")
@@ -42,12 +42,10 @@ class Layer:
 
     @property
     def taken(self) -> int:
-        """How many features or channels it takes."""
         return self.shape[1] * self.groups if self.kind == "conv" else self.shape[self.kind == "linear"]
 
     @property
     def made(self) -> int:
-        """How many it makes."""
         return self.shape[1] * self.groups if self.kind == "conv_transpose" else self.shape[0]
 
 

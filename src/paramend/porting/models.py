@@ -10,10 +10,9 @@ from paramend.errors import BadArgument
 from paramend.leaves.leaves import Editable, keys_of
 from paramend.leaves.paths import labels, text_of
 from paramend.leaves.specs import Spec
-from paramend.porting.forms import FORMS, NESTED, PARAMETER, Form
+from paramend.porting.calls import Call
+from paramend.porting.forms import FORMS, NESTED, PARAMETER, Form, Path, Shaped
 from paramend.porting.frameworks import is_linen
-from paramend.porting.kinds import Path, Shaped
-from paramend.porting.recorder import Call
 from paramend.trees.tree import Tree
 from paramend.trees.walks import containers
 
@@ -127,7 +126,6 @@ class Model:
         return sorted(units, key=lambda unit: min(rank[number] for number in unit.leaves.values()))
 
     def simple(self, unit: Unit) -> list[Unit]:
-        """A unit of several modules as a unit for each."""
         below: dict[Path, dict[str, int]] = {}
         for name, number in unit.leaves.items():
             *above, last = name.split("/")
@@ -181,7 +179,6 @@ class Model:
         return bool(kind) and not names.isdisjoint(form.classes)
 
     def spec(self, number: int) -> Spec:
-        """Shape and dtype of a leaf."""
         found: Spec = self.leaves.spec(number)
         return found
 
@@ -212,7 +209,6 @@ class Model:
         return "" if any("/" in key or "." in key for path in keys for key in path) else "nested"
 
     def flat(self) -> dict[str, Any]:
-        """The leaves by name, which a layout can take whatever held them."""
         return {self.leaves.index.name(number): self.leaves.read(number) for number in self.leaves.index.numbers}
 
 

@@ -9,7 +9,7 @@ from paramend.errors import BadArgument, NoMatch
 from paramend.mapping.layout import Layout
 from paramend.mapping.steps import Step, read_step
 from paramend.porting.flattening import Flat, Flattening, Layer, flattenings
-from paramend.porting.kinds import Move, Path
+from paramend.porting.forms import Move, Path
 from paramend.porting.matching import Order, Pair, match
 from paramend.porting.models import Model, Unit
 from paramend.selectors.renames import captures, pieces
@@ -71,8 +71,6 @@ class PortPlan:
         """Whether all leaves of a unit are second names of others, or copies."""
         copies = {n for each in self.copies.values() for n in each} if model is self.source else set()
         return all(n in copies or model.leaves.ties.get(n, n) != n for n in unit.leaves.values())
-
-    # -- who goes where
 
     def _renamed(self, rename: Renames) -> dict[Unit, Unit]:
         """The pairs that the user gave, by name and by rule."""
@@ -149,8 +147,6 @@ class PortPlan:
             if first is not None:
                 self.copies.setdefault(first, []).append(number)
         return len(self.copies) > before
-
-    # -- how it is stored
 
     def _look_closer(self) -> None:
         """Find what the names leave open: square leaves, transposed convolutions, what comes after a flattening."""
@@ -273,18 +269,13 @@ class PortPlan:
         return [step.inverse() for step in reversed(steps)] if back else steps
 
     def choose(self, path: str, steps: Sequence[Step]) -> None:
-        """Answer a question."""
         self.questions.pop(path, None)
         self._steps[path] = list(steps)
 
-    # -- telling
-
     def rules(self) -> list[dict[str, Any]]:
-        """The rules of the layout."""
         return [self.rule(pair, move) for pair in self.pairs for move in pair.moves]
 
     def rule(self, pair: Pair, move: Move) -> dict[str, Any]:
-        """One rule."""
         ours = [pair.source.leaves[name] for name in move.sources]
         theirs = [pair.target.leaves[name] for name in move.targets]
         targets = [self.target.text(number) for number in theirs]
@@ -298,9 +289,8 @@ class PortPlan:
             sources, steps = sources + twins, [Step("untie", {}), *steps]
         if len(theirs) == 1 and (twins := self._twins(self.target, theirs[0])):
             targets, steps = targets + twins, [*steps, Step("tie", {})]
-        return {"from": _one(sources), "to": _one(targets)} | (
-            {"do": [step.to_data() for step in steps]} if steps else {}
-        )
+        do = {"do": [step.to_data() for step in steps]} if steps else {}
+        return {"from": _one(sources), "to": _one(targets)} | do
 
     def _twins(self, model: Model, number: int) -> list[str]:
         twins = [*model.leaves.twins(number), *(self.copies.get(number, ()) if model is self.source else ())]
@@ -311,7 +301,6 @@ class PortPlan:
         return [model.text(n) for n in twins if n != number and n not in paired]
 
     def layout(self) -> Layout:
-        """The layout of the port."""
         behind = [self.source.text(number) for number in self.left_behind()]
         stored = {"from": self.source.stored, "to": self.target.stored}
         return Layout(self.rules(), name="port", drop=behind, stored={k: how for k, how in stored.items() if how})

@@ -24,12 +24,7 @@ T = TypeVar("T")
 
 
 def port(
-    target: T,
-    source: AnyTree,
-    *,
-    rename: Renames | None = None,
-    rules: Rules | None = None,
-    prove: object = None,
+    target: T, source: AnyTree, *, rename: Renames | None = None, rules: Rules | None = None, prove: object = None
 ) -> tuple[T, PortReport]:
     """The target with the parameters of a source of another framework, and a report.
 

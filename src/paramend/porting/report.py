@@ -75,11 +75,8 @@ def reported(plan: PortPlan, told: GraftReport, layout: Layout | None = None, pr
     copied = []
     for row in told.copied:
         source, steps, by = made.get(row.path, (str(row.source), "", ""))
-        said = (
-            (steps, f"by {by}", row.did.removeprefix("copied, ") * ("cast" in row.did))
-            if steps
-            else (row.did, f"by {by}")
-        )
+        cast = row.did.removeprefix("copied, ") * ("cast" in row.did)
+        said = (steps, f"by {by}", cast) if steps else (row.did, f"by {by}")
         copied.append(replace(row, source=source, did="; ".join(filter(None, said))))
     unused = [*told.unused, *(_row(plan.source, number, _why(plan, number)) for number in plan.left_behind())]
     lone = [number for unit in plan.lone[1] for number in unit.leaves.values()]

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from paramend.porting.kinds import Path
+from paramend.porting.forms import Path
 from paramend.trees.lookup import is_torch_module
 
 Value = Any  # numbers, or pairs of them for each axis

@@ -221,13 +221,13 @@ def part(tree: Any, given: Given, donors: Donors) -> Any:
 )
 def insert(tree: Any, given: Given, donors: Donors) -> Any:
     """Leaves of another checkpoint, which are not there, come in."""
-    from paramend.grafting import inserting  # as above
+    from paramend.grafting import parts  # as above
 
     name = given["from"]
     donor = donors.open(name)
     if not isinstance(donor, Checkpoint):
         raise BadArgument(f"{name} holds one array, without a name", hint='pm.save({"w": array}, "new.safetensors")')
-    return inserting.insert(tree, donor, _selector(given), rename=given.get("rename"))[0]
+    return parts.insert(tree, donor, _selector(given), rename=given.get("rename"))[0]
 
 
 _enter(

@@ -39,12 +39,7 @@ class Grafted:
 
 
 def graft_state(target: Counted, source: Any, report: GraftReport, unused: str) -> Grafted:
-    """A state whose moments follow the parameters as the report of their graft says.
-
-    Raises:
-        GraftRefused: the states are of different optimizers, or the report does not cover all parameters.
-        Unsupported: the target is not a state.
-    """
+    """A state whose moments follow the parameters as the report of their graft says."""
     source = _read(source)
     work = _Work(target, source, Survey.of(target), Survey.of(source))
     if not work.ours.roots:
@@ -61,11 +56,7 @@ def graft_state(target: Counted, source: Any, report: GraftReport, unused: str) 
 
 
 def graft_whole(target: Counted, source: Any, options: Options) -> Grafted | None:
-    """A graft of a tree with optimizer states in it, or None if the source has nothing for these.
-
-    Raises:
-        GraftRefused: the two do not fit.
-    """
+    """A graft of a tree with optimizer states in it, or None if the source has nothing for these."""
     ours = Survey.of(target)
     typed = isinstance(source, Tree) and Survey.of(source).fields
     if not typed and not any(ours.is_state(source.index.pieces(number)) for number in source.index.numbers):
@@ -118,8 +109,6 @@ class _Work:
             return prefix_of(set(self.ours.outside), self.ours.parameters) is not None
         return any(self.target.spec(number).shape for number in self.arrays(self.target, self.ours).values())
 
-    # -- the parameters
-
     def report_of_moments(self, options: Options) -> GraftReport:
         """The report of a graft of the parameters, made from their moments, since the parameters are not here."""
         if self.from_file:
@@ -156,13 +145,10 @@ class _Work:
         return planned(rest, other, replace(options, rename=rename or None))
 
     def arrays(self, tree: Tree, survey: Survey) -> dict[Path, int]:
-        """The leaves outside the states, in their order."""
         numbers = {tree.index.pieces(number): number for number in tree.index.numbers}
         skipped = self.from_file and survey is self.theirs
         outside = (path for path in survey.outside if not (skipped and self.ours.is_state(path)))
         return {path: numbers[path] for path in outside if path in numbers}
-
-    # -- the states
 
     def follow(self, links: Links, options: Options, ours: Sequence[Path], theirs: Sequence[Path]) -> Grafted:
         """The states, with what the earlier ones have for them; numbers outside the states, at the paths `ours` and
@@ -301,7 +287,6 @@ def _together(pairs: Iterable[_Pair]) -> None:
 
 
 def _read(source: Any) -> Counted:
-    """A tree in memory; a checkpoint is read."""
     if isinstance(source, Counted):
         return source
     read = getattr(source, "bare", source.read)

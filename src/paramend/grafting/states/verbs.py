@@ -1,6 +1,5 @@
 """Optimizer states that follow a model: by the report of a graft, or by the names of their parameters."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
@@ -10,8 +9,7 @@ from paramend.errors import BadArgument, Unsupported
 from paramend.grafting import engine
 from paramend.grafting.numbers import Counted
 from paramend.grafting.options import Options, Unused
-from paramend.grafting.report import GraftReport
-from paramend.grafting.states.refusals import refuse_left
+from paramend.grafting.report import GraftReport, refuse_left
 from paramend.grafting.states.widened import widened, widened_torch
 from paramend.leaves.specs import AnyTree
 from paramend.reports.wording import described
@@ -19,12 +17,10 @@ from paramend.resize.widths import Widths
 from paramend.trees.tree import Tree
 
 if TYPE_CHECKING:
-    import optax
     import torch
     from flax import nnx
 
 T = TypeVar("T")
-Optimizer = TypeVar("Optimizer", bound="torch.optim.Optimizer | nnx.Optimizer[Any]")
 Carried: TypeAlias = Literal["error", "keep"]
 
 
@@ -131,7 +127,6 @@ def _refuse_barren(*states: Any) -> None:
 
 
 def _by_path(state: Any, old_state: Any, unused: "Unused", mismatch: str) -> tuple[Any, GraftReport]:
-    """A state with what an earlier one has under the same names, and the report."""
     if mismatch not in ("error", "keep"):
         raise BadArgument(
             f"mismatch={mismatch!r} is neither 'error' nor 'keep'",
@@ -266,13 +261,12 @@ def _by_name_(
             f"the earlier state is neither a torch optimizer nor the state dict of one, but {described(old)}",
             hint="pm.graft_optimizer_(optimizer, old), or old.state_dict() as it was saved",
         )
-    from paramend.grafting.states import carry_torch  # imports torch
+    from paramend.grafting.states import graft_torch  # imports torch
 
-    return carry_torch.carry_optimizer_(optimizer, old, modules, names, unused)
+    return graft_torch.carry_optimizer_(optimizer, old, modules, names, unused)
 
 
 def _wider_(optimizer: Any, old: Any, report: Widths, modules: tuple[Any, Any], unused: Unused) -> GraftReport:
-    """The report, after an optimizer has taken over moments of parameters that were not as wide."""
     if not hasattr(optimizer, "param_groups"):
         return _by_name_(optimizer, widened(old, report), modules, None, unused)
     ends = (None, None) if report.ends is None else (report.ends.target, report.ends.source)
@@ -282,44 +276,3 @@ def _wider_(optimizer: Any, old: Any, report: Widths, modules: tuple[Any, Any], 
     for group, mine in zip(optimizer.param_groups, settings, strict=True):
         group.update(mine)
     return done
-
-
-def carry_opt_state(
-    tx: "optax.GradientTransformation", params: AnyTree, state: AnyTree, *, mismatch: Carried = "error"
-) -> AnyTree:
-    """Deprecated: `pm.graft_opt_state(tx.init(params), state)`, which also returns a report.
-
-    >>> import optax, warnings
-    >>> with warnings.catch_warnings(action="ignore"):
-    ...     carry_opt_state(optax.sgd(0.1), {"w": np.ones(2)}, ())
-    (EmptyState(), EmptyState())
-    """
-    call = "pm.graft_opt_state(tx.init(params), state)"
-    warnings.warn(f"pm.carry_opt_state(tx, params, state) is now {call}", DeprecationWarning, stacklevel=2)
-    if isinstance(tx, type) or not all(callable(getattr(tx, verb, None)) for verb in ("init", "update")):
-        raise Unsupported(
-            f"carry_opt_state takes an optax transformation, which has `init` and `update`; this is {described(tx)}",
-            hint=call,
-        )
-    return graft_opt_state(tx.init(params), state, mismatch=mismatch)[0]
-
-
-def carry_optimizer_(
-    optimizer: Optimizer,
-    old: "torch.optim.Optimizer | nnx.Optimizer[Any] | Mapping[str, object]",
-    *,
-    module: "torch.nn.Module | None" = None,
-    names: Sequence[str] | None = None,
-) -> Optimizer:
-    """Deprecated: `pm.graft_optimizer_(optimizer, old)`, which returns a report and not the optimizer.
-
-    >>> import torch, warnings
-    >>> one, other = (torch.optim.SGD([torch.ones(2)], lr=lr) for lr in (0.1, 0.2))
-    >>> with warnings.catch_warnings(action="ignore"):
-    ...     carry_optimizer_(one, other).param_groups[0]["lr"]
-    0.2
-    """
-    call = "pm.graft_optimizer_(optimizer, old)"
-    warnings.warn(f"pm.carry_optimizer_(optimizer, old) is now {call}", DeprecationWarning, stacklevel=2)
-    graft_optimizer_(optimizer, old, target=module, names=names)
-    return optimizer

@@ -35,8 +35,10 @@ def widened(state: Any, report: Widths) -> Any:
 
 def widened_torch(old: Any, report: Widths, module: Any) -> dict[str, Any]:
     """The state dict of a torch optimizer, with names, and with moments of the shapes of the new parameters."""
-    from paramend.grafting.states.carry_torch import names_of  # imports torch
-    from paramend.grafting.states.graft_torch import entries
+    from paramend.grafting.states.graft_torch import (
+        entries,
+        names_of,  # imports torch
+    )
 
     _check(report)
     groups = old["param_groups"] if isinstance(old, Mapping) else old.param_groups
