@@ -13,8 +13,7 @@ import pytest
 import safetensors.numpy
 import torch
 from flax import nnx
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import paramend as pm
 from paramend.errors import BadArgument, CannotRead, NoMatch, Unsupported

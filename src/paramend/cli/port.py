@@ -15,8 +15,7 @@ from paramend.cli.opening import open_checkpoint
 from paramend.cli.options import makes, renames
 from paramend.cli.writing import write_made
 from paramend.disk.urls import path_of
-from paramend.porting.port import port as ported
-from paramend.porting.port import port_on_disk
+from paramend.porting.port import port as ported, port_on_disk
 
 _FUNCTION = re.compile(r"([\w.]+):(\w+)").fullmatch
 

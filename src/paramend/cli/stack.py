@@ -197,8 +197,10 @@ def layout(layout: str, path: Path, back: bool, numbers: Sequence[str], **option
     Exit status: 0 done; 2 there is no such layout, a leaf is taken by no rule or by two, a number is not known, a file
     is unreadable or damaged, or OUT cannot be written.
     """
-    from paramend.mapping.layout import Layout  # the other commands here have no rules
-    from paramend.mapping.layout import layout as named_layout
+    from paramend.mapping.layout import (
+        Layout,  # the other commands here have no rules
+        layout as named_layout,
+    )
 
     rules = Layout.load(layout) if layout.endswith((".yaml", ".yml", ".json")) else named_layout(layout)
     given = dict(map(_number, numbers))
