@@ -77,10 +77,6 @@ class FileChange:
     result: str
     nbytes: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """The row as data that JSON can hold."""
-        return {"name": self.name, "base": self.base, "result": self.result, "nbytes": self.nbytes}
-
 
 def name_of(keys: Keys, separator: str) -> str:
     """A path as plain text."""

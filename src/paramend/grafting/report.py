@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from paramend.errors import GraftRefused, SpecMismatch
 from paramend.leaves.codecs.encoding import Misfit
 from paramend.leaves.specs import Spec
-from paramend.pages.page import Column, Page
+from paramend.pages.page import Page
 from paramend.pages.paged import Paged
 from paramend.reports import wording
 from paramend.reports.ends import Ends
@@ -66,9 +66,29 @@ class GraftRow:
         return cls(path, source, spec.shape, shape, spec.dtype, dtype, did, fit, taken)
 
     @property
+    def spec(self) -> Spec:
+        """The shape and the dtype of the leaf at `path`."""
+        return Spec(self.shape, self.dtype)
+
+    @property
     def size(self) -> int:
         """The number of scalars of the leaf at `path`."""
-        return Spec(self.shape, self.dtype).size
+        return self.spec.size
+
+    @property
+    def origin(self) -> str:
+        """The path in the source, or ""."""
+        return self.source or ""
+
+    @property
+    def outcome(self) -> str:
+        """What was done, and what the dtype could not hold."""
+        said = [
+            self.did,
+            f"{self.overflowed:,} overflow" * bool(self.overflowed),
+            f"{self.lost:,} lost" * bool(self.lost),
+        ]
+        return "; ".join(filter(None, said))
 
 
 @dataclass(repr=False)
@@ -89,6 +109,8 @@ class GraftReport(Paged):
         ends: the two models of the graft, as long as they are alive, for `pm.graft_optimizer_`.
         encoded: floats of the source that became codes: path in the source → the scheme, and how far the codes are off.
     """
+
+    _data = ("refused", "totals", *PARTS)
 
     copied: list[GraftRow] = field(default_factory=list)
     fresh: list[GraftRow] = field(default_factory=list)
@@ -131,32 +153,21 @@ class GraftReport(Paged):
     def page(self) -> Page:
         """The target as a map, coloured by what became of each leaf, beside the unused leaves of the source."""
         rows = [(name, row) for name in PARTS for row in getattr(self, name)]
-        columns = [
-            Column("source", [row.source or "" for _, row in rows], "text"),
-            Column("did", [_line(row).cells[1] for _, row in rows], "text"),
-            Column("spec", [str(Spec(row.shape, row.dtype)) for _, row in rows], "text"),
-            *(Column(name, [getattr(row, name) for _, row in rows]) for name in ("taken", "overflowed", "lost")),
-        ]
-        paths, sizes = [row.path for _, row in rows], [row.size for _, row in rows]
-        return Page("graft", self.headline(), paths, sizes, columns, [name for name, _ in rows], "part")
+        columns = "origin as source", "outcome as did", "spec", "taken", "overflowed", "lost"
+        shown = "graft", self.headline(), [row for _, row in rows]
+        return Page.of_rows(*shown, *columns, groups=[name for name, _ in rows], group_title="part")
 
     def to_dict(self) -> dict[str, Any]:
-        rows = {name: [_plain(asdict(row)) for row in getattr(self, name)] for name in PARTS}
         encoded = {path: {"scheme": scheme, **fit.to_dict()} for path, (scheme, fit) in self.encoded.items()}
-        return {"refused": self.refused, "totals": self.totals, **rows, **({"encoded": encoded} if encoded else {})}
-
-
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in row.items()}
+        return super().to_dict() | ({"encoded": encoded} if encoded else {})
 
 
 def _line(row: GraftRow) -> Line:
-    spec = Spec(row.shape, row.dtype)
+    spec = row.spec
     source = None if row.source_shape is None else Spec(row.source_shape, row.source_dtype or "")
     both = str(spec) if source in (None, spec) else f"{spec} ◄─ {source}"
-    said = [row.did, f"{row.overflowed:,} overflow" * bool(row.overflowed), f"{row.lost:,} lost" * bool(row.lost)]
     paths = (row.path,) if row.source in (None, row.path) else (row.path, str(row.source))
-    return Line(paths, (both, "; ".join(filter(None, said))), spec.size)
+    return Line(paths, (both, row.outcome), spec.size)
 
 
 _SHOWN = 16

@@ -10,8 +10,7 @@ from typing import Any, TypeAlias
 
 from paramend.anatomy.sections import parsed
 from paramend.checkpoints.assemble import origin_of
-from paramend.checkpoints.checkpoint import Checkpoint
-from paramend.checkpoints.checkpoint import open as open_checkpoint
+from paramend.checkpoints.checkpoint import Checkpoint, open as open_checkpoint
 from paramend.checkpoints.whole import save
 from paramend.disk.io import write_file
 from paramend.disk.permissions import NEW_FOLDER, access_of, of_folder

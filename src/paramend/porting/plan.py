@@ -12,8 +12,7 @@ from paramend.porting.flattening import Flat, Flattening, Layer, flattenings
 from paramend.porting.forms import Move, Path
 from paramend.porting.matching import Order, Pair, match
 from paramend.porting.models import Model, Unit
-from paramend.selectors.renames import captures, pieces
-from paramend.selectors.renames import rename as parse_rename
+from paramend.selectors.renames import captures, pieces, rename as parse_rename
 from paramend.selectors.selector import resolve
 
 Renames: TypeAlias = Mapping[str, str | None]

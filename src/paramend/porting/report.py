@@ -13,6 +13,7 @@ from paramend.porting.plan import PortPlan
 from paramend.porting.proof import Proof
 from paramend.porting.settings import differences
 from paramend.reports import wording
+from paramend.reports.fields import picked
 from paramend.reports.report import Report
 
 
@@ -58,12 +59,8 @@ class PortReport(GraftReport):
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain dicts, lists, strings and numbers."""
-        return super().to_dict() | {
-            "warnings": list(self.warnings),
-            "unproven": list(self.unproven),
-            "layout": None if self.layout is None else self.layout.to_data(),
-            "proof": None if self.proof is None else self.proof.to_dict(),
-        }
+        layout = None if self.layout is None else self.layout.to_data()
+        return super().to_dict() | picked(self, "warnings", "unproven") | {"layout": layout} | picked(self, "proof")
 
 
 def reported(plan: PortPlan, told: GraftReport, layout: Layout | None = None, proof: Proof | None = None) -> PortReport:

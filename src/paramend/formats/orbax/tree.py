@@ -9,8 +9,7 @@ from paramend.formats.jsontext import bad
 from paramend.formats.limits import MAX_PIECES, shown
 from paramend.formats.orbax.store import read_json
 from paramend.leaves.leaves import Index
-from paramend.leaves.outlines import BOXED, Place
-from paramend.leaves.outlines import shown as shown_keys
+from paramend.leaves.outlines import BOXED, Place, shown as shown_keys
 
 Keys = tuple[str | int, ...]
 
