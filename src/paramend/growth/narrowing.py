@@ -13,8 +13,7 @@ from paramend.growth import numbered
 from paramend.growth.axes import KEYS
 from paramend.growth.deepening import deepen
 from paramend.growth.spreads import layer_of
-from paramend.growth.widening import Work
-from paramend.growth.widths import WidthReport
+from paramend.growth.widening import WidthReport, Work
 from paramend.leaves.origins.stored import Held
 from paramend.leaves.specs import AnyArray, Array
 from paramend.reports import wording

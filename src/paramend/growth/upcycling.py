@@ -13,7 +13,7 @@ from paramend.edits.moves import whole_numbers
 from paramend.errors import BadArgument, Quantized, SpecMismatch, Unsupported
 from paramend.formats.jsontext import CONFIG
 from paramend.growth.configured import Configured
-from paramend.growth.mixtures import ExpertsReport
+from paramend.growth.experts import ExpertsReport
 from paramend.leaves.groups import groups_of
 from paramend.leaves.leaves import Group, plain
 from paramend.leaves.origins.boxes import Box, shape_of

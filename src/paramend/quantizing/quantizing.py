@@ -31,8 +31,7 @@ from paramend.leaves.paths import Label, renamed, write_path
 from paramend.leaves.rules import Codec
 from paramend.leaves.schemes import WEIGHTS
 from paramend.leaves.specs import Array, Spec
-from paramend.quantizing.dequantizing import named, whole
-from paramend.quantizing.report import Coded, QuantizeReport
+from paramend.quantizing.dequantizing import Coded, QuantizeReport, named, whole
 from paramend.selectors.selector import SelectorLike, Union, resolve, sel
 
 T = TypeVar("T")
