@@ -21,18 +21,15 @@ _FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 
 
 def miscounted(
-    config: Mapping[str, Any],
-    before: Iterable[Pieces],
-    after: Iterable[Pieces],
-    ends: Mapping[Pieces, int] | None = None,
+    config: Mapping[str, Any], before: Iterable[Pieces], after: Iterable[Pieces], ends: Mapping[Pieces, int]
 ) -> list[str]:
     """What a configuration counts that the leaves of an outcome no longer have; `ends` as in `Index.layers`.
 
     >>> layers = [("layers", str(i), "w") for i in range(3)]
-    >>> miscounted({"num_hidden_layers": 3}, layers, layers[:2])
+    >>> miscounted({"num_hidden_layers": 3}, layers, layers[:2], {})
     ['config.json still says num_hidden_layers: 3, and layers has 2']
     """
-    old, new = numbered(before, ends or {}), numbered(after, ends or {})
+    old, new = numbered(before, ends), numbered(after, ends)
     said = []
     for parent, numbers in old.items():
         now = new.get(parent)

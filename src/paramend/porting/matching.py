@@ -11,6 +11,7 @@ from paramend.porting.forms import Move, Path, Shaped, moves
 from paramend.porting.models import Unit
 
 Order: TypeAlias = Mapping[Path, int]
+Orders: TypeAlias = tuple[Order, Order] | None  # of both sides, where both can run
 
 
 class Way(NamedTuple):
@@ -82,10 +83,7 @@ def _rare(way: Way, source: Unit, target: Unit) -> bool:
 
 
 def match(
-    sources: Sequence[Unit],
-    targets: Sequence[Unit],
-    renamed: Mapping[Unit, Unit],
-    order: tuple[Order, Order] | None = None,
+    sources: Sequence[Unit], targets: Sequence[Unit], renamed: Mapping[Unit, Unit], order: Orders = None
 ) -> Matching:
     """The pairs of units, `renamed` as the user gave them. Where both sides can run, `order` has the place of the first
     call of each module."""
@@ -103,7 +101,7 @@ def _left(units: Iterable[Unit], search: "_Search") -> list[Unit]:
 
 
 class _Search:
-    def __init__(self, order: tuple[Order, Order] | None) -> None:
+    def __init__(self, order: Orders) -> None:
         self.order = order
         self.found = Matching()
         self.taken: set[Unit] = set()

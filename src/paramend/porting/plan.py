@@ -10,7 +10,7 @@ from paramend.mapping.layout import Layout
 from paramend.mapping.steps import Step, read_step
 from paramend.porting.flattening import Flat, Flattening, Layer, flattenings
 from paramend.porting.forms import Move, Path
-from paramend.porting.matching import Order, Pair, match
+from paramend.porting.matching import Orders, Pair, match
 from paramend.porting.models import Model, Unit
 from paramend.selectors.renames import captures, pieces, rename as parse_rename
 from paramend.selectors.selector import resolve
@@ -29,12 +29,7 @@ class PortPlan:
     """Which leaf of a target is made of which leaves of a source."""
 
     def __init__(
-        self,
-        target: Model,
-        source: Model,
-        rename: Renames | None = None,
-        rules: Rules | None = None,
-        order: tuple[Order, Order] | None = None,
+        self, target: Model, source: Model, rename: Renames | None, rules: Rules | None, order: Orders = None
     ) -> None:
         self.target, self.source = target, source
         self._given, steps = _read_rules(rules)
@@ -58,7 +53,7 @@ class PortPlan:
         self._second_names(sources, renamed)
         self._look_closer()
 
-    def _find(self, sources: Sequence[Unit], renamed: Mapping[Unit, Unit], order: tuple[Order, Order] | None) -> None:
+    def _find(self, sources: Sequence[Unit], renamed: Mapping[Unit, Unit], order: Orders) -> None:
         """Pair the units, all but those that are second names of others."""
         ours = [unit for unit in sources if not self._second(self.source, unit)]
         theirs = [unit for unit in self.target.units if not self._second(self.target, unit)]
