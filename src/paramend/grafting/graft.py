@@ -5,7 +5,7 @@ change. So a refused graft changes nothing.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from paramend.checkpoints.files import read_by
 from paramend.checkpoints.keys import matched, numbered
@@ -18,11 +18,9 @@ from paramend.grafting.report import GraftReport, GraftRow
 from paramend.leaves.leaves import Editable, Leaves
 from paramend.leaves.specs import AnyTree, Spec
 from paramend.reports.ends import Ends
+from paramend.resize.rules import Resize
 from paramend.selectors.selector import SelectorLike
 from paramend.trees.lookup import find_kind
-
-if TYPE_CHECKING:
-    from paramend.resize.rules import Resize
 
 T = TypeVar("T")
 
@@ -35,7 +33,7 @@ def graft(
     only: SelectorLike = "**",
     mismatch: Mismatch | Mapping[Any, Mismatch] = "error",
     place: Place | Mapping[Any, Place] = "corner",
-    resize: "Mapping[Any, Resize] | None" = None,
+    resize: Mapping[Any, Resize] | None = None,
     unused: Unused = "error",
     missing: Missing = "fresh",
     dtype: Dtype = "target",
@@ -126,7 +124,7 @@ def graft_(
     only: SelectorLike = "**",
     mismatch: Mismatch | Mapping[Any, Mismatch] = "error",
     place: Place | Mapping[Any, Place] = "corner",
-    resize: "Mapping[Any, Resize] | None" = None,
+    resize: Mapping[Any, Resize] | None = None,
     unused: Unused = "error",
     missing: Missing = "fresh",
     dtype: Dtype = "target",
