@@ -151,7 +151,9 @@ def _norms(leaves: Leaves, layers: list[_Layer], layer: _Layer, reader: _Layer, 
     """The modules that scale the features one by one: in modules of torch those between a layer and its reader. Trees
     of JAX may have lost the order; there norms are paired with the layers beside them that write as many features.
     """
-    alike = [one for one in layers if not one.main and _sizes(leaves, one) in ({(size,)}, {(size,), ()})]
+    shapes = [{leaves.spec(number).shape for number in one.leaves.values()} for one in layers]
+    pairs = zip(layers, shapes, strict=True)
+    alike = [one for one, held in pairs if not one.main and held in ({(size,)}, {(size,), ()})]
     if leaves.index.separator == ".":
         return [one for one in alike if layers.index(layer) < layers.index(one) < layers.index(reader)]
     alike = [one for one in alike if one.path[:-1] == layer.path[:-1]]
@@ -166,10 +168,6 @@ def _norms(leaves: Leaves, layers: list[_Layer], layer: _Layer, reader: _Layer, 
         f"it is not known which of {wording.listing(list(map(_shown, alike)))} sees the features of {_shown(layer)}",
         hint=f'name it after the layer: features={{"{_shown(layer)}": 16, "{_shown(alike[0])}": 16}}',
     )
-
-
-def _sizes(leaves: Leaves, layer: _Layer) -> set[tuple[int, ...]]:
-    return {leaves.spec(number).shape for number in layer.leaves.values()}
 
 
 def _width(leaves: Leaves, layer: _Layer) -> int:

@@ -45,13 +45,12 @@ class Survey:
         survey._visit(tree.root, (), False, set())
         return survey
 
-    def _visit(self, node: Any, path: Path, inside: bool, above: set[int]) -> bool:
-        """Whether there are records in a node, after entering its leaves."""
+    def _visit(self, node: Any, path: Path, inside: bool, above: set[int]) -> None:
         kind = find_kind(node)
-        if kind is None or id(node) in above:
-            if kind is None:
-                self._enter(path, [path], inside)
-            return False
+        if kind is None:
+            return self._enter(path, [path], inside)
+        if id(node) in above:
+            return None
         found = is_record(type(node))
         if found and not inside:
             self.roots.append(path)
@@ -61,11 +60,10 @@ class Survey:
         for key, child in kind.entries(node):
             below[path if key is ELIDED else (*path, *map(text_of, labels(key)))] = child
         if not found and not any(_leads_to_record(child, above) for child in below.values()):
-            self._enter(path, list(_paths(node, path, self.absent, len(path), above - {id(node)})), inside)
-            return False
+            return self._enter(path, list(_paths(node, path, self.absent, len(path), above - {id(node)})), inside)
         for here, child in below.items():
             self._visit(child, here, inside, above)
-        return True
+        return None
 
     def _enter(self, path: Path, leaves: list[Path], inside: bool) -> None:
         if inside:
