@@ -387,7 +387,7 @@ def test_damaged_files(tmp_path, data, reason):
 
 
 def test_many_values(tmp_path, monkeypatch):
-    monkeypatch.setattr("paramend.formats.msgpack_parser._MAX_VALUES", 1000)
+    monkeypatch.setattr("paramend.formats.msgpack._MAX_VALUES", 1000)
     with pytest.raises(BadCheckpoint, match="more than"):
         MsgpackFile(save(tmp_path, msgpack.packb([0] * 1000)))
     with pytest.raises(CannotRead):

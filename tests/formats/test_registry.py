@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 import paramend as pm
 from paramend.errors import BadCheckpoint, CannotRead, ParamendError
-from paramend.formats.index import read_index
 from paramend.formats.registry import FORMATS, find_format, format_for, format_of, open_source
+from paramend.formats.shards import read_index
 
 
 def save(path, *names):

@@ -17,8 +17,8 @@ from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.checkpoints.files import read_by
 from paramend.deltas.checksums import Checksum, both, bytes_of, hasher
 from paramend.deltas.delta import Delta
+from paramend.deltas.manifest import BESIDE, FileChange, LeafRow, name_of
 from paramend.deltas.payload import Table, itemsize_of
-from paramend.deltas.rows import BESIDE, FileChange, LeafRow, name_of
 from paramend.disk.permissions import access_of_paths
 from paramend.edits.memory import editable
 from paramend.errors import BadArgument, Unsupported

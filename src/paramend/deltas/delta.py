@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from paramend.deltas import manifest
+from paramend.deltas.manifest import FileChange, LeafRow, name_of
 from paramend.deltas.payload import FILE, Payload, copy_all
-from paramend.deltas.rows import FileChange, LeafRow, name_of
 from paramend.disk.io import reading, release
 from paramend.disk.permissions import NEW_FILE, Access, create_file, of_folder, settle
 from paramend.disk.publishing import exists, published, there

@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from paramend.deltas.patched import Patched, whole_of
-from paramend.deltas.payload import Table, itemsize_of
-from paramend.deltas.rows import FileChange, LeafRow, by_name
-from paramend.deltas.windows import SPAN
+from paramend.deltas.manifest import FileChange, LeafRow, by_name
+from paramend.deltas.payload import SPAN, Patched, Table, itemsize_of, whole_of
 from paramend.errors import BadArgument, Unsupported
 from paramend.leaves.specs import Spec
 from paramend.reports import wording

@@ -4,6 +4,7 @@ import mmap
 import os
 import stat
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -14,7 +15,7 @@ from paramend.disk.io import Readable, get, get_into, release, status_of
 from paramend.disk.urls import Url, path_of
 from paramend.errors import BadArgument, BadCheckpoint, CannotRead
 from paramend.formats.source import Opened, check_readable, in_numpy
-from paramend.leaves.leaves import Index
+from paramend.leaves.leaves import Index, separator_of
 from paramend.leaves.origins.origin import Extent
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 from paramend.reports import wording
@@ -150,9 +151,10 @@ class FileSource(Opened):
     index: Index
     ties: Mapping[int, int] = {}  # nothing, for formats in which each leaf has one name
     rows: Sequence[Row]  # of each leaf, its spec and where its bytes are
+    holds = ""  # the pattern of such files, which the hint for a directory names
 
-    def __init__(self, path: str | os.PathLike[str], *, holds: str = "") -> None:
-        self._file = OpenFile(path, holds=holds)
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._file = OpenFile(path, holds=self.holds)
         self.path = self._file.path  # as the user gave it
         try:
             self._begin()
@@ -223,6 +225,27 @@ class FileSource(Opened):
         buffer = np.empty(spec.nbytes, np.uint8)  # a copy out of the map would leave its pages in memory
         self._file.read_into(buffer.data, start)
         return buffer.view(dtype)
+
+
+class FlatFile(FileSource):
+    """A file that is a table of names, whose descriptor may be closed until it is read again."""
+
+    rows: Sequence[Any]  # with a `name` each
+
+    @property
+    def names(self) -> list[str]:
+        return [row.name for row in self.rows]
+
+    @cached_property
+    def index(self) -> Index:  # type: ignore[override]  # made on first use
+        names = self.names
+        return Index.of_names(names, separator_of(names))
+
+    def release(self) -> None:
+        self._file.release()
+
+    def hold(self) -> None:
+        self._file.hold()
 
 
 def open_regular(path: Path, *, holds: str = "") -> Readable:

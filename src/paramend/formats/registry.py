@@ -14,10 +14,9 @@ from typing import Any
 from paramend.disk.urls import Url, path_of, unanswered
 from paramend.errors import BadCheckpoint, CannotRead, Unsupported
 from paramend.formats.files import FOREIGN, OpenFile, near
-from paramend.formats.index import is_index, read_index
-from paramend.formats.shards import open_directory
+from paramend.formats.shards import is_index, open_directory, read_index
 from paramend.formats.source import Source
-from paramend.formats.zips.archive import names_in
+from paramend.formats.zips import names_in
 from paramend.leaves.nested import unexhausted
 from paramend.reports import wording
 
@@ -333,7 +332,7 @@ def _open_folder(path: Path) -> Source:
             return row.open(path)
         names = [entry.name for entry in path.iterdir() if entry.name.startswith("shard-")]
         if names and not any(path.glob("*.index.json")):
-            from paramend.formats.dcp.sharded import is_sharded, open_sharded  # few models are in this form
+            from paramend.formats.dcp.source import is_sharded, open_sharded  # few models are in this form
 
             if is_sharded(names):
                 return open_sharded(path, _open_file)

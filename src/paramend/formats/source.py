@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
 
 from paramend.errors import Unsupported
-from paramend.leaves.leaves import Leaves, entries
+from paramend.leaves.leaves import Leaves, entries, uncollected
 from paramend.leaves.origins.origin import Extent, Origin
 from paramend.leaves.specs import BITS, Array, Spec
 
@@ -206,6 +206,19 @@ class Few:
         self._open.move_to_end(id(file))
         if len(self._open) > self._most:
             release(self._open.popitem(last=False)[1])
+
+
+@contextmanager
+def opening() -> Iterator[list[Any]]:
+    """A list for files that are opened one after the other, which are closed if the block fails."""
+    files: list[Any] = []
+    with uncollected():
+        try:
+            yield files
+        except BaseException:
+            for file in files:
+                file.close()
+            raise
 
 
 def release(file: Any) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from paramend.leaves.outlines import Outline, Place
 from paramend.leaves.specs import Spec
@@ -33,24 +33,28 @@ class LeafBytes(NamedTuple):
     stop: int  # the one after the last
 
 
-class Writer(Protocol):
+Parts = Iterator[bytes | LeafBytes]
+
+
+class Writer:
     """Lays out files of one format. A format's module has one under the name `WRITER`. The parts of a file tell the
     engine its length. It lets the kernel copy what is in other files, and computes the rest. A format whose checkpoints
-    are folders has `write` instead of `seals` and `parts`: see `OrbaxWriter`."""
+    are folders has `write` instead of `parts`: see `OrbaxWriter`."""
 
-    copies_raw: bool  # whether leaves from files of this format are copied unchanged, whatever `refusal` says of them
-    flat: bool  # whether a file is a table of names, without containers
+    copies_raw = False  # whether leaves from files of this format are copied unchanged, whatever `refusal` says of them
+    flat = False  # whether a file is a table of names, without containers
     # Whether it holds checksums of its leaves: written as 0, and corrected by `after_patch` of the finished file.
-    seals: bool
+    seals = False
 
     def refusal(self, spec: Spec) -> str:
         """Why the format cannot hold such a leaf, or ""."""
+        raise NotImplementedError
 
     def holds(self, value: Any) -> bool:
         """Whether the format has a place for an entry that is not an array."""
+        return False
 
-    def parts(
-        self, items: Sequence[Item], metadata: Mapping[str, Any], outline: Outline | None = None
-    ) -> Iterator[bytes | LeafBytes]:
+    def parts(self, items: Sequence[Item], metadata: Mapping[str, Any], outline: Outline | None = None) -> Parts:
         """The file from its first byte to its last. The spans of a leaf come one after the other, first to last. Of the
         `metadata` of the source a writer takes what its format can hold; flat formats need no `outline`."""
+        raise NotImplementedError

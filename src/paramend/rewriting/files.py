@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paramend.disk.sharing import best_start
+from paramend.disk.copying import best_start
 from paramend.edits.plan import Plan, Row
 from paramend.formats.registry import Format, format_of
-from paramend.formats.safetensors_header import MAX_HEADER, RECORD, SafetensorsWriter, framed
+from paramend.formats.safetensors import MAX_HEADER, RECORD, SafetensorsWriter, framed
 from paramend.formats.source import Tiled
 from paramend.formats.writer import Item, LeafBytes
 from paramend.leaves.leaves import keys_of

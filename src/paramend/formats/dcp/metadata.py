@@ -13,7 +13,7 @@ from paramend.formats.files import OpenFile
 from paramend.formats.limits import MAX_PIECES, shown
 from paramend.formats.torch.pickles import Flaw, Foreign, Name, unpickle
 from paramend.formats.torch.rebuilds import KNOWN, Tensor, TorchWords, dtype_of
-from paramend.formats.torch.recordings import Rebuilt, pickled
+from paramend.formats.torch.writer import Rebuilt, pickled
 from paramend.leaves.specs import Spec
 
 METADATA, SUFFIX = ".metadata", ".distcp"

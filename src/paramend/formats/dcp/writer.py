@@ -22,10 +22,10 @@ from paramend.formats.dcp.metadata import (
 )
 from paramend.formats.files import OpenFile
 from paramend.formats.torch.rebuilds import Tensor
-from paramend.formats.torch.recordings import pickled
-from paramend.formats.torch.writer import TorchWriter, tensor
+from paramend.formats.torch.writer import TorchWriter, pickled, tensor
 from paramend.formats.writer import Item as Leaf
-from paramend.formats.zips.headers import ZipHeaders
+from paramend.formats.writer import Writer
+from paramend.formats.zips import ZipHeaders
 from paramend.leaves.outlines import Keys, Outline, Place
 from paramend.leaves.specs import Spec
 
@@ -34,17 +34,11 @@ MAX_CHUNK, MAX_FILE = 1 << 28, 1 << 32
 _PIECE = 1 << 20
 
 
-class DcpWriter:
+class DcpWriter(Writer):
     """Writes directories as `FileSystemWriter` of one rank does. Objects of an edited checkpoint are carried."""
-
-    copies_raw = False
-    flat = False
 
     def refusal(self, spec: Spec) -> str:
         return TorchWriter().refusal(spec)
-
-    def holds(self, value: Any) -> bool:
-        return False  # objects of such a checkpoint are carried by `write`
 
     def write(
         self,

@@ -17,7 +17,7 @@ from paramend.disk.identity import check_still
 from paramend.disk.urls import path_of
 from paramend.errors import BadCheckpoint, CannotRead
 from paramend.formats.files import closed
-from paramend.formats.orbax.store import MANIFEST, Blame, Box, OrbaxEntry, Stage, Store, read_json
+from paramend.formats.orbax.store import MANIFEST, Box, OrbaxEntry, Stage, Store, blamed, read_json
 from paramend.formats.orbax.tree import TREE, OrbaxWalk
 from paramend.formats.orbax.writer import OrbaxWriter
 from paramend.formats.source import Opened, check_readable, padded
@@ -193,7 +193,7 @@ class OrbaxCheckpoint(Opened):
             elements = math.prod([part.stop - part.start for part in box]) * math.prod(spec.shape[len(box) :])
         self._check_room(number, elements)
         store = self._store(number)
-        with Blame(self.folder, self.index.path(number)):
+        with blamed(self.folder, self.index.path(number)):
             array: Array = np.asarray(store[where].read(order="C").result())
         if array.dtype.name != spec.dtype:
             raise BadCheckpoint(f"{self.folder}: {self.index.path(number)}: it reads as {array.dtype.name}")

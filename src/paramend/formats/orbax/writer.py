@@ -14,7 +14,7 @@ from paramend.disk.io import write_file
 from paramend.errors import RenameClash, Unsupported
 from paramend.formats.orbax.store import Box, Stage, content, read_json
 from paramend.formats.orbax.tree import ARRAYS, KEY, STRINGS, TREE, Keys, table_row
-from paramend.formats.writer import Item
+from paramend.formats.writer import Item, Writer
 from paramend.leaves.outlines import BOXED, CONTAINERS, Outline, Place
 from paramend.leaves.specs import BITS, Spec, numpy_dtype
 
@@ -29,7 +29,7 @@ _KINDS = {type(None): "None", str: "string", dict: "Dict", OrderedDict: "Dict", 
 _NAMELESS = frozenset({"uint4", "float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn", "float8_e4m3"})
 
 
-class OrbaxWriter:
+class OrbaxWriter(Writer):
     """Writes directories that `StandardCheckpointer` and `PyTreeCheckpointer` restore, with or without a target.
 
     An edited Orbax checkpoint keeps its layout (database or folders, version of zarr), kinds of leaves, shardings,
@@ -37,13 +37,8 @@ class OrbaxWriter:
     devices if the target says so.
     """
 
-    copies_raw = False
-    flat = False
-
     def refusal(self, spec: Spec) -> str:
-        if spec.dtype not in BITS or spec.dtype in _NAMELESS:
-            return f"Orbax cannot hold {spec.dtype}"
-        return ""
+        return f"Orbax cannot hold {spec.dtype}" if spec.dtype not in BITS or spec.dtype in _NAMELESS else ""
 
     def holds(self, value: Any) -> bool:
         if isinstance(value, np.generic):

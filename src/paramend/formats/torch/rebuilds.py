@@ -19,26 +19,10 @@ _BYTES = ("float4_e2m1fn_x2", "qint8", "quint8", "bits8", "bits1x8", "bits2x4", 
 _RAW_BITS |= dict.fromkeys((*_BYTES, *(f"{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8))), 8)
 _DTYPES = {name: bits for name, bits in BITS.items() if bits % 8 == 0} | _RAW_BITS
 # Names of storage classes → the dtype of their elements; "" if only the tensors say.
-STORAGES = {
-    "Double": "float64",
-    "Float": "float32",
-    "Half": "float16",
-    "BFloat16": "bfloat16",
-    "Long": "int64",
-    "Int": "int32",
-    "Short": "int16",
-    "Char": "int8",
-    "Byte": "uint8",
-    "Bool": "bool",
-    "ComplexDouble": "complex128",
-    "ComplexFloat": "complex64",
-    "QInt8": "qint8",
-    "QUInt8": "quint8",
-    "QInt32": "qint32",
-    "QUInt4x2": "quint4x2",
-    "QUInt2x4": "quint2x4",
-    "Untyped": "",
-}
+STORAGES = {"Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "Bool": "bool"}
+STORAGES |= {"Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8"}
+STORAGES |= {"ComplexDouble": "complex128", "ComplexFloat": "complex64", "Untyped": ""}
+STORAGES |= {name: name.lower() for name in ("QInt8", "QUInt8", "QInt32", "QUInt4x2", "QUInt2x4")}
 _LAYOUTS = ("strided", "sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc", "jagged", "_mkldnn")
 _SCHEMES = ("tensor_affine", "tensor_symmetric", "channel_affine", "channel_symmetric", "channel_affine_float_qparams")
 _NUMPY_CODES = frozenset(["b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16"])

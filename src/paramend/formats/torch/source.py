@@ -21,9 +21,8 @@ from paramend.formats.structure import Walk
 from paramend.formats.torch.foreign import check_whole
 from paramend.formats.torch.pickles import unpickle
 from paramend.formats.torch.rebuilds import Tensor, TorchWords
-from paramend.formats.torch.recordings import Rebuilt, Recorder
-from paramend.formats.torch.writer import TorchWriter
-from paramend.formats.zips.archive import STORED, Archive, Member, ZipSource
+from paramend.formats.torch.writer import Rebuilt, Recorder, TorchWriter
+from paramend.formats.zips import STORED, Archive, Member, ZipSource
 from paramend.leaves.nested import folded
 from paramend.leaves.origins.origin import Extent
 from paramend.leaves.outlines import Outline, outline
@@ -63,7 +62,7 @@ class TorchFile(ZipSource):
         return outline(self._structure, lambda node: next(numbers) if type(node) is Tensor else None)
 
     def recorded(self) -> tuple[Any, list[Any]]:
-        """The structure with an array of its number for each leaf, and the calls that rebuild leaves: see `recordings`.
+        """The structure with an array of its number for each leaf, and the calls that rebuild leaves: see `Recorder`.
         `Unsupported` if the pickle holds objects that are carried unread."""
         if self.carried:
             raise Unsupported(
