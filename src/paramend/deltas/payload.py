@@ -145,7 +145,7 @@ class Payload:
         self.source, self.xor = SafetensorsFile(path), xor
 
     @cached_property
-    def _numbers(self) -> dict[str, int]:
+    def _numbers(self) -> Mapping[str, int]:
         return {entry.name: number for number, entry in enumerate(self.source.header.entries)}
 
     @cached_property

@@ -66,28 +66,26 @@ class _Squashing:
         before = "" if old is None else old.held
         if both.kind in ("kept", "renamed") or not (before or row.held):
             return replace(both, changed=0, held="", nbytes=0)
-        both = replace(both, nbytes=row.nbytes or (0 if old is None else old.nbytes))  # 0 where it is kept
+        nbytes = row.nbytes or (0 if old is None else old.nbytes)  # 0 where it is kept
         name, key = row.held or before, (before, row.held)
         if key not in self._known:  # of a leaf with several paths, what changes is held once
-            replaced = row.whole or (old is not None and old.whole)
-            if not replaced:
-                self._known[key] = self._merged(name, both, row, old)
+            if not (row.whole or (old is not None and old.whole)):
+                self._known[key] = self._merged(name, both.spec, nbytes, row, old)
             elif both.whole:
                 self._known[key] = self.table.whole(name, both.spec, self._contents(row, old))
             else:
                 self._known[key] = self._again(name, both.spec, self._contents(row, old))
-        return replace(both, changed=self._known[key], held=name)
+        return replace(both, changed=self._known[key], held=name, nbytes=nbytes)
 
-    def _merged(self, name: str, both: LeafRow, row: LeafRow, old: LeafRow | None) -> int:
-        assert both.spec is not None
-        width, changed = itemsize_of(both.spec), 0
+    def _merged(self, name: str, spec: Spec, nbytes: int, row: LeafRow, old: LeafRow | None) -> int:
+        width, changed = itemsize_of(spec), 0
         steps = [(delta, each.held) for delta, each in ((self.first, old), (self.later, row)) if each and each.held]
-        changes = [delta.payload.changes(held, both.nbytes, width) for delta, held in steps]
-        for start in range(0, both.nbytes, SPAN):
-            values, mask = np.zeros((2, min(SPAN, both.nbytes - start)), np.uint8)
+        changes = [delta.payload.changes(held, nbytes, width) for delta, held in steps]
+        for start in range(0, nbytes, SPAN):
+            values, mask = np.zeros((2, min(SPAN, nbytes - start)), np.uint8)
             for each in changes:
                 each.put(values, start, mask)
-            changed += self.table.window(name, start, values, mask[::width] > 0, both.spec.dtype, known=self.later.xor)
+            changed += self.table.window(name, start, values, mask[::width] > 0, spec.dtype, known=self.later.xor)
         return changed
 
     def _contents(self, row: LeafRow, old: LeafRow | None) -> Iterator[memoryview]:

@@ -89,9 +89,9 @@ class OpenFile:
     @property
     def map(self) -> mmap.mmap:
         """The whole file as memory: pages are read when touched. That of a remote one only has addresses."""
-        handle, found = self._held(), self._map
-        if found is None and isinstance(handle.number, int):
-            found = self._map = mmap.mmap(handle.number, 0, access=mmap.ACCESS_READ)
+        number, found = self._held().number, self._map
+        if found is None and isinstance(number, int):
+            found = self._map = mmap.mmap(number, 0, access=mmap.ACCESS_READ)
         elif found is None:
             found = self._map = mmap.mmap(-1, self.size, mmap.MAP_PRIVATE | _UNRESERVED, mmap.PROT_READ)
         return found
@@ -269,10 +269,8 @@ def open_regular(path: Path, *, holds: str = "") -> Readable:
     if not stat.S_ISDIR(mode):
         raise BadCheckpoint(f"{path}: it is not a regular file (it is a pipe, a device or a socket)")
     inside = sorted(path.glob(holds)) if holds else []
-    raise BadCheckpoint(
-        f"{path}: it is a directory, not a file",
-        hint=f"{inside[0]}" + (f" or one of {len(inside) - 1} more" if inside[1:] else "") if inside else "",
-    )
+    more = f" or one of {len(inside) - 1} more" if inside[1:] else ""
+    raise BadCheckpoint(f"{path}: it is a directory, not a file", hint=f"{inside[0]}{more}" if inside else "")
 
 
 def open_bytes(path: Path) -> IO[bytes]:

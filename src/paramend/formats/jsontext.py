@@ -80,16 +80,8 @@ def parse_object(raw: bytes, file: str, place: str, *, flat: bool = False) -> di
 
 def json_type(value: Any) -> str:
     """The name of a JSON value's type in messages."""
-    names: dict[type, str] = {
-        dict: "an object",
-        list: "an array",
-        str: "a string",
-        bool: "a bool",
-        int: "an integer",
-        float: "a number with a point",
-        type(None): "null",
-    }
-    return names[type(value)]
+    names = {dict: "an object", list: "an array", str: "a string", bool: "a bool", int: "an integer"}
+    return "null" if value is None else names.get(type(value), "a number with a point")
 
 
 _SPACE = re.compile(r"[ \t\r\n]*")

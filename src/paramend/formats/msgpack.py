@@ -88,9 +88,8 @@ class Parser:
             raise BadCheckpoint(f"{self.file.path}: byte 0: the file is empty")
         found = self._value()
         if self.at != self.file.size:
-            raise self._bad(
-                self.at, f"{wording.plural(self.file.size - self.at, 'byte')} after its end belong to nothing"
-            )
+            left = wording.plural(self.file.size - self.at, "byte")
+            raise self._bad(self.at, f"{left} after its end belong to nothing")
         return found
 
     def _bad(self, at: int, reason: str) -> BadCheckpoint:
@@ -110,9 +109,8 @@ class Parser:
 
     def _skip(self, nbytes: int) -> None:
         if nbytes > self.stop - self.at:
-            reason = (
-                "the file is cut short" if self.stop == self.file.size else "a value runs past the array that holds it"
-            )
+            whole = self.stop == self.file.size
+            reason = "the file is cut short" if whole else "a value runs past the array that holds it"
             raise self._bad(self.at, f"{reason}: {wording.plural(nbytes, 'byte')} should follow")
         self.at += nbytes
 
@@ -209,9 +207,8 @@ class Parser:
         self.stop = start + length
         found = self._complex() if code == COMPLEX else self._array()
         if self.at != self.stop:
-            raise self._bad(
-                self.at, f"{wording.plural(self.stop - self.at, 'byte')} too many in the array at {start:,}"
-            )
+            left = wording.plural(self.stop - self.at, "byte")
+            raise self._bad(self.at, f"{left} too many in the array at {start:,}")
         if code == SCALAR and isinstance(found, MsgpackEntry) and found.spec.shape:
             raise self._bad(start, f"a scalar cannot have the shape {found.spec.shape}")
         self.stop = outer
@@ -233,7 +230,7 @@ class Parser:
         kind, ndim = self._head()
         if kind != "list" or ndim > self.stop - self.at:
             raise self._bad(start, "a shape is expected")
-        shape = []
+        shape = list[int]()
         for _ in range(ndim):
             kind, axis = self._head()
             if kind != "value" or type(axis) is not int or axis < 0:

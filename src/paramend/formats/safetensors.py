@@ -14,7 +14,7 @@ from typing import Any
 from paramend.errors import BadCheckpoint, RenameClash, Unsupported
 from paramend.formats.files import FOREIGN, FlatFile, OpenFile
 from paramend.formats.jsontext import bad, json_type, parse_object
-from paramend.formats.limits import MAX_AXES, MAX_PIECES, U64, most_elements, shown
+from paramend.formats.limits import MAX_AXES, MAX_PIECES, U64, is_deep, most_elements, shown
 from paramend.formats.writer import Item, LeafBytes, Parts, Writer
 from paramend.leaves.leaves import uncollected
 from paramend.leaves.origins.origin import Extent
@@ -69,20 +69,13 @@ class Header:
     def edited(self, kept: Mapping[int, tuple[str, Spec]]) -> "Header":
         """The header of a file that keeps these tensors, by position in `entries`, under these names and specs.
         Metadata, unknown fields and both orders are kept. If nothing changes the header is byte for byte the same."""
-        if len(kept) == len(self.entries) and all(
-            (entry.name, entry.spec) == kept.get(i) for i, entry in enumerate(self.entries)
-        ):
+        if kept == {i: (entry.name, entry.spec) for i, entry in enumerate(self.entries)}:
             return self
         rows: dict[str, tuple[str, Any]] = {}
-        before = json.loads(self.raw)
-        entries: list[TensorEntry] = []
-        at = 0
-        for i, entry in enumerate(self.entries):
-            if i not in kept:
-                continue
-            name, spec = kept[i]
-            row = before[entry.name]
-            nbytes = entry.nbytes
+        before, entries, at = json.loads(self.raw), list[TensorEntry](), 0
+        for i, (name, spec) in sorted(kept.items()):
+            entry = self.entries[i]
+            row, nbytes = before[entry.name], entry.nbytes
             if spec != entry.spec:
                 nbytes = spec.nbytes
                 row |= {"dtype": _code(spec), "shape": list(spec.shape)}
@@ -110,8 +103,7 @@ def layout(fields: Iterable[tuple[str, Spec, int]], metadata: Mapping[str, str] 
     b'{"w":{"dtype":"BF16","shape":[2,2],"data_offsets":[0,8]}}       '
     """
     table: dict[str, Any] = {} if metadata is None else {_METADATA: dict(metadata)}
-    entries: list[TensorEntry] = []
-    at = 0
+    entries, at = list[TensorEntry](), 0
     for name, spec, nbytes in fields:
         row = {"dtype": _code(spec), "shape": list(spec.shape), "data_offsets": [at, at + nbytes]}
         table[_fresh(name, table)] = row
@@ -126,7 +118,7 @@ def _fresh(name: str, table: Mapping[str, Any]) -> str:
         raise RenameClash(f"{_METADATA!r} cannot be the name of a leaf: a safetensors file keeps its metadata under it")
     if name in table:
         raise RenameClash(f"two leaves would have the same name, {shown(name)}", hint="rename or delete one first")
-    if name.count("/") + name.count(".") >= MAX_PIECES:
+    if is_deep(name):
         raise RenameClash(f"{shown(name)} has more than {MAX_PIECES} pieces")
     return name
 
@@ -188,7 +180,7 @@ def _entry(name: str, row: Any, file: str) -> TensorEntry:
         code, shape, (start, stop) = row["dtype"], row["shape"], row["data_offsets"]
         spec, nbytes = _sound[(code, *shape)]
         whole = {type(start), type(stop), *map(type, shape)} == {int}
-        if whole and start >= 0 and stop == start + nbytes < U64 and name.count("/") + name.count(".") < MAX_PIECES:
+        if whole and start >= 0 and stop == start + nbytes < U64 and not is_deep(name):
             return TensorEntry(sys.intern(name), spec, start, stop)
     except (KeyError, TypeError, ValueError):
         pass
@@ -207,13 +199,13 @@ def _checked_entry(name: str, row: Any, file: str) -> TensorEntry:
     def flaw(what: str, reason: str) -> BadCheckpoint:
         return bad(file, f"tensor {shown(name)}{what}", reason)
 
-    if name.count("/") + name.count(".") >= MAX_PIECES:
+    if is_deep(name):
         raise flaw("", f"the name has more than {MAX_PIECES} pieces")
     if type(row) is not dict:
         raise flaw("", f"an object is expected, not {json_type(row)}")
-    missing = [field for field in ("dtype", "shape", "data_offsets") if field not in row]
-    if missing:
-        raise flaw("", f"{missing[0]} is missing")
+    for field in ("dtype", "shape", "data_offsets"):
+        if field not in row:
+            raise flaw("", f"{field} is missing")
     code, shape, offsets = row["dtype"], row["shape"], row["data_offsets"]
     if type(code) is not str:
         raise flaw(", dtype", f"a string is expected, not {json_type(code)}")

@@ -115,9 +115,8 @@ def find_index(folder: Path, names: Iterable[str]) -> Path | None:
     safe = [name for name in found if ".safetensors.index." in name]
     found = safe or found
     if len(found) > 1:
-        raise BadCheckpoint(
-            f"{folder}: it holds {len(found)} models: {', '.join(found)}", hint=f"open one of them: {folder / found[0]}"
-        )
+        hint = f"open one of them: {folder / found[0]}"
+        raise BadCheckpoint(f"{folder}: it holds {len(found)} models: {', '.join(found)}", hint=hint)
     return folder / found[0] if found else None
 
 
@@ -128,28 +127,21 @@ class Shards(Gathering):
     """A directory of weight files as one `Source`. Made by `open_directory`."""
 
     def __init__(self, path: Path, folder: Path, files: Sequence[Source], shard_index: ShardIndex | None) -> None:
-        # The index beside them; None if there is none.
-        # The directory, or the index file, as the user wrote it.
-        self.path, self.folder, self.shard_index = path, folder, shard_index
+        self.path, self.folder, self.shard_index = path, folder, shard_index  # the path as the user wrote it
         self.files: tuple[Any, ...] = tuple(files)  # the weight files in order, each a source
         self.format: str = self.files[0].format
-        ties: dict[int, int] = {}
         self._homes: list[tuple[int, int]] = []
         self._few = Few()
-        names: list[str] = []
-        where: dict[str, int] = {}
+        ties, names, where = dict[int, int](), list[str](), dict[str, int]()
         for place, file in enumerate(self.files):
             first = len(names)
             inner: dict[int, int] = {}
             for number, name in _names(file):
                 other = where.setdefault(name, place)
                 if other != place:
-                    raise bad(
-                        str(folder),
-                        f"tensor {shown(name)}",
-                        f"it is in two files, {self.files[other].path.name} and {file.path.name}",
-                        hint=f"open one of them: {self.files[other].path}",
-                    )
+                    one = self.files[other].path
+                    reason = f"it is in two files, {one.name} and {file.path.name}"
+                    raise bad(str(folder), f"tensor {shown(name)}", reason, f"open one of them: {one}")
                 inner[number] = first + len(inner)
                 names.append(name)
                 self._homes.append((place, number))
@@ -167,8 +159,7 @@ class Shards(Gathering):
 
     def outline(self) -> Outline:
         numbers = {home: number for number, home in enumerate(self._homes)}
-        found: dict[Keys, Any] = {}
-        containers: dict[Keys, Any] = {}
+        found, containers = dict[Keys, Any](), dict[Keys, Any]()
         for place, file in enumerate(self.files):
             inner = outline_of(file)
             for keys, value in inner.entries:
@@ -235,12 +226,9 @@ def open_directory(path: Path, opener: Callable[[Path], Source], weights: Callab
         _check_all(folder, chosen)
     missing = sorted(set(chosen) - set(names))
     if missing:
-        assert shard_index is not None
-        raise BadCheckpoint(
-            f"{shard_index.path}: weight_map: {wording.plural(len(missing), 'file is', 'files are')} missing: "
-            f"{wording.listing(missing, 3)}",
-            hint="copy or download the model again",
-        )
+        are = wording.plural(len(missing), "file is", "files are")
+        reason = f"{are} missing: {wording.listing(missing, 3)}"
+        raise bad(str(found), "weight_map", reason, "copy or download the model again")
     with opening() as files:
         for place in opened_together([folder / name for name in chosen]):
             files.append(opener(place))
@@ -252,11 +240,9 @@ def _check_all(folder: Path, names: Sequence[str]) -> None:
     """Raise for some of the shards of a model without its index, which is written last."""
     counts = [int(found[1]) for name in names if (found := _SHARD.search(name))]
     if counts and len(counts) < max(counts):
-        raise BadCheckpoint(
-            f"{folder}: it holds {len(counts)} of {max(counts)} shards, and no index: it is being written, or was not "
-            "written to the end",
-            hint=f"open one of them: {folder / names[0]}",
-        )
+        held = f"it holds {len(counts)} of {max(counts)} shards, and no index"
+        why = "it is being written, or was not written to the end"
+        raise BadCheckpoint(f"{folder}: {held}: {why}", hint=f"open one of them: {folder / names[0]}")
 
 
 def _names(file: Source) -> Iterable[tuple[int, str]]:

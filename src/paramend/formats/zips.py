@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from paramend.errors import BadArgument, BadCheckpoint
 from paramend.formats.files import FileSource, OpenFile
-from paramend.formats.limits import shown
+from paramend.formats.limits import is_within, shown
 from paramend.leaves.origins.origin import Extent
 from paramend.reports import wording
 
@@ -296,8 +296,7 @@ def _name(encoded: bytes, flags: int, file: OpenFile, place: str) -> str:
         name = encoded.decode("utf-8" if flags & _UTF8 else "cp437")
     except UnicodeDecodeError:
         raise BadCheckpoint(f"{file.path}: {place}: the name {shown(_decode(encoded))} is not UTF-8") from None
-    pieces = name.removesuffix("/").split("/")
-    if any(piece in ("", ".", "..") for piece in pieces) or "\\" in name or "\0" in name:
+    if not is_within(name.removesuffix("/")):
         raise BadCheckpoint(f"{file.path}: {place}: the name {shown(name)} is not a path within the file")
     return name
 

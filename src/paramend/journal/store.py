@@ -16,7 +16,7 @@ from paramend.disk.publishing import drop_spare_names, is_other, look, sync_fold
 from paramend.disk.urls import Url, path_of
 from paramend.errors import BadCheckpoint, Busy, CannotWrite, ParamendError, Unsupported
 from paramend.formats.orbax.store import may_change
-from paramend.formats.registry import files_of, home_of, is_tree, table_of, weight_files
+from paramend.formats.registry import files_of, home_of, tree_format, weight_files
 from paramend.journal import claims
 from paramend.journal.exchange import BACK, STAGED
 from paramend.journal.history import HistoryRow
@@ -99,7 +99,7 @@ class UndoStore:
 
     def _foreign(self, record: Record) -> list[str]:
         """The names of the files of a record that no patch of the checkpoint writes, or replaces."""
-        head, tree = record.head, is_tree(self.base)
+        head, tree = record.head, tree_format(self.base)
         written = set(head.files[: head.written])
         replaced = set(head.files[head.written :]).union(*head.moved)
         if written or (replaced and not tree):
@@ -107,8 +107,7 @@ class UndoStore:
             written -= own
             replaced -= {name for name in own if name.endswith(".gguf")}  # of which headers may get longer
         if self.is_folder:
-            table = table_of(self.base)
-            mine = (lambda n: n == table or may_change(self.base, n)) if tree else PUT.fullmatch
+            mine = (lambda n: n == tree.table or may_change(self.base, n)) if tree else PUT.fullmatch
             replaced = {name for name in replaced if not mine(name)}
         return sorted(written | replaced)
 

@@ -6,6 +6,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,13 +109,10 @@ class DistFile(FlatFile):
 
     def _begin(self) -> None:
         for row in self.rows:
-            item = row.chunk.item
-            if item.start + item.nbytes > self._file.size:
-                raise BadCheckpoint(
-                    f"{self.path}: it has {self._file.size:,} bytes, and {row.name} would be at "
-                    f"{item.start:,} to {item.start + item.nbytes:,}",
-                    hint="copy or download it again",
-                )
+            start, stop = row.chunk.item.start, row.chunk.item.start + row.chunk.item.nbytes
+            if stop > self._file.size:
+                reason = f"it has {self._file.size:,} bytes, and {row.name} would be at {start:,} to {stop:,}"
+                raise BadCheckpoint(f"{self.path}: {reason}", hint="copy or download it again")
 
     @cached_property
     def index(self) -> Index:  # type: ignore[override]  # messages alone need it
@@ -131,7 +129,9 @@ class DistFile(FlatFile):
         if self.rows[number].chunk.item.transforms:
             return None
         if number not in self._extents:
-            self._extents[number] = self._moved(number, self._item(number).extent(0))
+            inner = self._item(number).extent(0)
+            start = self.rows[number].chunk.item.start
+            self._extents[number] = inner and replace(inner, start=inner.start + start)
         return self._extents[number]
 
     def read(self, number: int) -> Array:
@@ -139,18 +139,12 @@ class DistFile(FlatFile):
         return super().read(number) if self.extent(number) is not None else self._item(number).read(0)
 
     def patched_too(self, extents: Sequence[Extent]) -> list[Extent]:
-        return [
-            Extent(self.path, each.start + start, each.nbytes)
-            for item, start, inner in self._within(extents)
-            for each in item.patched_too(inner)
-        ]
+        found = ((start, each) for item, start, inner in self._within(extents) for each in item.patched_too(inner))
+        return [replace(each, start=each.start + start) for start, each in found]
 
     def after_patch(self, extents: Sequence[Extent]) -> list[tuple[Path, int, bytes]]:
-        return [
-            (self.path, at + start, data)
-            for item, start, inner in self._within(extents)
-            for _, at, data in item.after_patch(inner)
-        ]
+        found = ((start, each) for item, start, inner in self._within(extents) for each in item.after_patch(inner))
+        return [(path, at + start, data) for start, (path, at, data) in found]
 
     def _within(self, extents: Sequence[Extent]) -> list[tuple[TensorItem, int, list[Extent]]]:
         """The items that hold these bytes, each with where it begins, and the bytes relative to that."""
@@ -160,10 +154,6 @@ class DistFile(FlatFile):
             number = bisect_right(starts, each.start) - 1
             found.setdefault(number, []).append(Extent(self.path, each.start - starts[number], each.nbytes))
         return [(self._item(number), starts[number], inner) for number, inner in found.items()]
-
-    def _moved(self, number: int, extent: Extent | None) -> Extent | None:
-        start = self.rows[number].chunk.item.start
-        return None if extent is None else Extent(self.path, start + extent.start, extent.nbytes)
 
     def _item(self, number: int) -> TensorItem:
         """The item of a chunk, those used last being kept; `BadCheckpoint` if it is not that tensor."""
@@ -175,18 +165,18 @@ class DistFile(FlatFile):
 
     def _opened(self, number: int) -> TensorItem:
         row = self.rows[number]
-        item = TensorItem(Section(self._file, row.chunk.item.start, row.chunk.item.nbytes))
+        place = row.chunk.item
+        item = TensorItem(Section(self._file, place.start, place.nbytes))
         found = item.tensors[0].spec if len(item.tensors) == 1 else None
         if found != row.spec:
-            held = f"{len(item.tensors)} tensors" if found is None else str(found)
-            raise BadCheckpoint(
-                f"{self.path}: byte {row.chunk.item.start:,}: a chunk of {row.name}, {row.spec}, should be there, and "
-                f"it holds {held}"
-            )
+            held = f"it holds {f'{len(item.tensors)} tensors' if found is None else found}"
+            reason = f"a chunk of {row.name}, {row.spec}, should be there, and {held}"
+            raise BadCheckpoint(f"{self.path}: byte {place.start:,}: {reason}")
         return item
 
 
 WRITER = DcpWriter()
+_AGAIN = "copy or download the checkpoint again"
 
 
 class Assembled(Gathering):
@@ -231,9 +221,8 @@ class DcpCheckpoint(Assembled):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         path = path_of(path)
         if not (path / METADATA).is_file():
-            raise BadCheckpoint(
-                f"{path}: {METADATA} is missing: the checkpoint was not finished, or not copied completely"
-            )
+            why = f"{METADATA} is missing: the checkpoint was not finished, or not copied completely"
+            raise BadCheckpoint(f"{path}: {why}")
         with closing(OpenFile(path / METADATA)) as file, opening() as files:
             self.manifest: Manifest = read_manifest(file)
             self._own = {file.path: file.stat}
@@ -251,13 +240,11 @@ class DcpCheckpoint(Assembled):
     def outline(self) -> Outline:
         """What is there, at its place in the nested state dict."""
         paths = self.manifest.paths
+        found = [(name, Place(number)) for number, name in enumerate(self.manifest.tensors)]
         entries: list[tuple[Keys, Any]] = [
-            (paths.get(name, (name,)), Place(number)) for number, name in enumerate(self.manifest.tensors)
+            (paths.get(name, (name,)), value) for name, value in [*found, *self.metadata.items()]
         ]
-        entries += [(paths.get(name, (name,)), value) for name, value in self.metadata.items()]
-        lists: dict[Keys, Any] = {
-            keys[:at]: [] for keys, _ in entries for at, key in enumerate(keys) if type(key) is int
-        }
+        lists: dict[Keys, Any] = {k[:at]: [] for k, _ in entries for at, key in enumerate(k) if type(key) is int}
         return Outline(entries, lists, self.format)
 
     @property
@@ -281,9 +268,7 @@ def _open_files(path: Path, manifest: Manifest, files: list[DistFile]) -> None:
     missing = sorted(name for name in rows if not (path / name).is_file())
     if missing:
         there = wording.plural(len(missing), "file is", "files are")
-        raise BadCheckpoint(
-            f"{path}: {there} missing: {wording.listing(missing, 3)}", hint="copy or download the checkpoint again"
-        )
+        raise BadCheckpoint(f"{path}: {there} missing: {wording.listing(missing, 3)}", hint=_AGAIN)
     for name, mine in rows.items():
         files.append(DistFile(path / name, mine))
         files[-1].release()
@@ -357,16 +342,12 @@ def _check_all(path: Path, names: Iterable[str]) -> None:
     """Raise if files of some rank, or all ranks' parts of a file of the whole model, are missing."""
     numbers = [tuple(map(int, match.groups())) for name in names if (match := _NAME.fullmatch(name))]
     ranks, places = {rank for rank, _, _ in numbers}, {place for _, place, _ in numbers}
-    for what, there, count in (
-        ("shard-{:05}", ranks, max(ranks)),
-        ("model-{:05}", places, max(count for *_, count in numbers)),
-    ):
+    most = max(count for *_, count in numbers)
+    for what, there, count in (("shard-{:05}", ranks, max(ranks)), ("model-{:05}", places, most)):
         missing = [what.format(number) for number in range(1, count + 1) if number not in there]
         if missing:
-            raise BadCheckpoint(
-                f"{path}: no file is named {wording.listing(missing, 3)}: a part of the checkpoint is missing",
-                hint="copy or download the checkpoint again",
-            )
+            said = f"no file is named {wording.listing(missing, 3)}: a part of the checkpoint is missing"
+            raise BadCheckpoint(f"{path}: {said}", hint=_AGAIN)
 
 
 def _info(file: Any) -> dict[str, Any]:

@@ -54,17 +54,15 @@ class DcpWriter(Writer):
         flat = form in ("safetensors", "npz")  # their names are as they are
         places = {value.number: (keys, value) for keys, value in outline.entries if type(value) is Place}
         keys = [_keys(places[at][0]) for at in range(len(items))]
-        names = [
-            item.name if flat or form == "dcp" else ".".join(map(str, own))
-            for item, own in zip(items, keys, strict=True)
-        ]
+        named = flat or form == "dcp"
+        names = [leaf.name if named else ".".join(map(str, own)) for leaf, own in zip(items, keys, strict=True)]
         check_apart(names, old)
+        tensors: dict[str, Entry] = {}
         with contextlib.closing(_Files(folder)) as files:
             objects = {name: files.carry(base.path, item) for name, item in old.objects.items()}
-            tensors = {
-                name: Entry(Tensor(leaf.spec.shape, (), leaf.spec.dtype), tuple(files.leaf(leaf.spec, data(at))))
-                for at, (name, leaf) in enumerate(zip(names, items, strict=True))
-            }
+            for at, (name, leaf) in enumerate(zip(names, items, strict=True)):
+                whole = Tensor(leaf.spec.shape, (), leaf.spec.dtype)
+                tensors[name] = Entry(whole, tuple(files.leaf(leaf.spec, data(at))))
         paths = {name: old.paths[name] for name in objects if name in old.paths}
         before = list(old.tensors)
         for at, name in enumerate(names):
@@ -120,12 +118,9 @@ class _Files:
     def carry(self, home: Path, item: Item) -> Item:
         """An object of another checkpoint, byte for byte."""
         name, start = self.begin()
-        file = OpenFile(home / item.file)
-        try:
+        with contextlib.closing(OpenFile(home / item.file)) as file:
             for at in range(0, item.nbytes, _PIECE):
                 self.put(file.read(item.start + at, min(_PIECE, item.nbytes - at)))
-        finally:
-            file.close()
         return Item(name, start, item.nbytes, item.transforms)
 
     def leaf(self, spec: Spec, pieces: Iterator[memoryview]) -> Iterator[Chunk]:

@@ -17,7 +17,7 @@ import numpy as np
 from paramend.errors import BadArgument, BadCheckpoint, RenameClash
 from paramend.formats.files import FlatFile, OpenFile
 from paramend.formats.gguf.keys import SPLIT, Cursor, alignment, as_json, written
-from paramend.formats.limits import MAX_AXES, MAX_PIECES, U64, most_elements, shown
+from paramend.formats.limits import MAX_AXES, MAX_PIECES, U64, is_deep, most_elements, shown
 from paramend.formats.shards import Shards
 from paramend.formats.source import opening
 from paramend.formats.writer import Item, LeafBytes, Parts, Writer
@@ -85,9 +85,8 @@ def _info(item: Item, taken: set[str], offset: int) -> bytes:
         shape = (*shape[:-1], shape[-1] * BLOCKS[spec.dtype][0])
     number = int(spec.dtype[len("raw<ggml ") : -1]) if kind is None else kind
     dims = struct.pack(f"<{spec.ndim}Q", *reversed(shape))
-    return (
-        struct.pack("<Q", len(name)) + name + struct.pack("<I", spec.ndim) + dims + struct.pack("<IQ", number, offset)
-    )
+    head = struct.pack("<Q", len(name)) + name + struct.pack("<I", spec.ndim)
+    return head + dims + struct.pack("<IQ", number, offset)
 
 
 WRITER = GgufWriter()
@@ -184,9 +183,8 @@ def _check_parts(path: Path, files: Sequence[GgufFile]) -> None:
     for place, file in enumerate(files):
         said = [file.metadata.get(f"{SPLIT}{key}") for key in ("no", "count")]
         if said != [place, len(files)]:
-            raise BadCheckpoint(
-                f"{file.path}: split.no and split.count are {said[0]} and {said[1]}, and its name says otherwise"
-            )
+            why = f"split.no and split.count are {said[0]} and {said[1]}, and its name says otherwise"
+            raise BadCheckpoint(f"{file.path}: {why}")
         file.release()
     total, there = files[0].metadata.get(f"{SPLIT}tensors.count"), sum(len(file.rows) for file in files)
     if total not in (None, there):
@@ -225,7 +223,7 @@ def _read_header(file: OpenFile) -> tuple[dict[str, Any], list[GgufEntry], int]:
 def _read_info(cursor: Cursor) -> tuple[int, str, tuple[int, ...], int, int]:
     at, name = cursor.at, cursor.text("the name of a tensor")
     what = f"tensor {shown(name)}"
-    if name.count("/") + name.count(".") >= MAX_PIECES:
+    if is_deep(name):
         raise cursor.bad(f"{what}: the name has more than {MAX_PIECES} pieces", at)
     axes = cursor.u32(f"{what}, axes")
     if axes > MAX_AXES:
@@ -253,9 +251,8 @@ def _placed(
         if dtype in BLOCKS:
             values = BLOCKS[dtype][0]
             if not shape or shape[-1] % values:
-                raise cursor.bad(
-                    f"{what}: rows of {dtype} are of blocks of {values}, and its shape is {list(shape)}", at
-                )
+                said = f"{what}: rows of {dtype} are of blocks of {values}, and its shape is {list(shape)}"
+                raise cursor.bad(said, at)
             shape = (*shape[:-1], shape[-1] // values)
         spec = Spec(shape, dtype)
         nbytes = spec.nbytes if kind in GGML else max(following.get(offset, 0) - offset, 0)

@@ -28,6 +28,7 @@ from paramend.reports import wording
 _STEP = "_CHECKPOINT_METADATA"
 # The least number of elements to read at once: smaller requests cost more than their bytes.
 _BLOCK = 1 << 20
+_EVERY = "store_array_data_equal_to_fill_value"
 
 WRITER = OrbaxWriter()
 
@@ -42,8 +43,7 @@ class OrbaxCheckpoint(Opened):
         self.path = path_of(path)
         self.ties: Mapping[int, int] = {}  # nothing: in a checkpoint each array has one name
         self._closed = False
-        self._stores: dict[int, Any] = {}
-        self._block: tuple[int, int, Array] | None = None
+        self._drop()
         try:
             self.folder, self.steps = _find(self.path)  # the folder within it that holds the tree
             table = read_json(self.folder / TREE) if (self.folder / TREE).is_file() else None
@@ -55,24 +55,13 @@ class OrbaxCheckpoint(Opened):
             raise CannotRead(f"{self.path}: it cannot be read: {error.strerror or error}") from None
         database = (self.folder / MANIFEST).is_file()
         if table is not None and table.get("use_ocdbt") and not database:
-            raise BadCheckpoint(
-                f"{self.folder}: {MANIFEST} is missing: the checkpoint was not finished, or not copied completely"
-            )
-        # The stat results of the table, and of a database's manifest, when they were opened.
-        self.stats: dict[Path, os.stat_result] = {}
-        self.store = Store(
-            self.folder,
-            database=database,
-            zarr3=bool(table and table.get("use_zarr3")),
-            # A missing chunk is a sign of damage only if every chunk was written.
-            whole=bool(table and table.get("store_array_data_equal_to_fill_value")),
-        )
-        # The rows of its table, for writing a similar one.
+            why = f"{MANIFEST} is missing: the checkpoint was not finished, or not copied completely"
+            raise BadCheckpoint(f"{self.folder}: {why}")
+        # A missing chunk is a sign of damage only if every chunk was written.
+        zarr3, whole = (bool(table and table.get(key)) for key in ("use_zarr3", _EVERY))
+        self.store = Store(self.folder, database=database, zarr3=zarr3, whole=whole)
         self.walk = walk = OrbaxWalk(self.folder, table if table is not None else self._listed())
-        # By number, the name of a leaf in the store.
-        # By number, the keys of a leaf: text in dicts, whole numbers in lists. That of a box, "value", is left out.
-        # The names; keys of dicts and positions of lists, joined by "/".
-        self.index, self.keys, self.names = walk.index, walk.keys, walk.names
+        self.index, self.names = walk.index, walk.names
         # What else is in the tree, by path: text, None, empty containers; and custom metadata under "custom_metadata".
         self.metadata: Mapping[str, Any] = walk.others
         self.forget()
@@ -86,8 +75,11 @@ class OrbaxCheckpoint(Opened):
 
     def close(self) -> None:
         self._closed = True
-        self._stores.clear()
-        self._block = None
+        self._drop()
+
+    def _drop(self) -> None:
+        self._stores: dict[int, Any] = {}
+        self._block: tuple[int, int, Array] | None = None  # what was read last
 
     @property
     def implementations(self) -> Mapping[int, str]:
@@ -96,9 +88,7 @@ class OrbaxCheckpoint(Opened):
     def outline(self) -> Outline:
         """What is there, with true keys: whole numbers in lists."""
         entries = self.walk.entries
-        lists: dict[Any, Any] = {
-            keys[:at]: [] for keys, _ in entries for at, key in enumerate(keys) if type(key) is int
-        }
+        lists: dict[Any, Any] = {k[:at]: [] for k, _ in entries for at, key in enumerate(k) if type(key) is int}
         return Outline([] if entries == [((), {})] else entries, lists, self.format)
 
     def spec(self, number: int) -> Spec:
@@ -149,8 +139,8 @@ class OrbaxCheckpoint(Opened):
 
     def forget(self) -> None:
         """Forget what was read, after files were replaced."""
-        self._stores.clear()
-        self._block = None
+        self._drop()
+        # The stat results of the table, and of a database's manifest, when they were opened.
         self.stats = {path: path.stat() for path in (self.folder / TREE, self.folder / MANIFEST) if path.is_file()}
 
     def stage(self, folder: Path, numbers: Iterable[int]) -> Stage:
@@ -186,11 +176,8 @@ class OrbaxCheckpoint(Opened):
     def _fetch(self, number: int, where: Any) -> Array:
         self._check_open()
         spec = self.spec(number)
-        if where is ...:
-            elements = spec.size
-        else:
-            box = where if isinstance(where, tuple) else (where,)
-            elements = math.prod([part.stop - part.start for part in box]) * math.prod(spec.shape[len(box) :])
+        box = () if where is ... else where if isinstance(where, tuple) else (where,)
+        elements = math.prod([part.stop - part.start for part in box]) * math.prod(spec.shape[len(box) :])
         self._check_room(number, elements)
         store = self._store(number)
         with blamed(self.folder, self.index.path(number)):
@@ -203,12 +190,12 @@ class OrbaxCheckpoint(Opened):
         """Raise if memory lacks room for so many elements or for one chunk: tensorstore would end the process."""
         entry = self._arrays[number]
         width = numpy_dtype(entry.spec.dtype).itemsize
-        for count in (elements, entry.chunk):
+        for nbytes in (elements * width, entry.chunk * width):
             try:
-                np.empty(count * width, np.uint8)
+                np.empty(nbytes, np.uint8)
             except (MemoryError, ValueError):
                 what = f"{self.folder}: {self.index.path(number)}"
-                raise BadCheckpoint(f"{what}: {count * width:,} bytes at once are more than fit in memory") from None
+                raise BadCheckpoint(f"{what}: {nbytes:,} bytes at once are more than fit in memory") from None
 
     def _flat(self, number: int, first: int, stop: int) -> Array:
         """Some rows of an array as one axis; those read last are kept."""

@@ -8,7 +8,7 @@ import math
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -89,11 +89,8 @@ class Store:
         with blamed(self.folder, "the store"):
             store = tensorstore.KvStore.open(self.place("")).result()
             found = [key.decode("utf-8", "backslashreplace") for key in store.list().result()]
-        names = [name.removesuffix("/.zarray") for name in found if name.endswith("/.zarray")]
-        if not names:
-            names = [name.removesuffix("/zarr.json") for name in found if name.endswith("/zarr.json")]
-            self.zarr3 = True
-        return sorted(names)
+        self.zarr3 = not any(name.endswith("/.zarray") for name in found)
+        return sorted(name.removesuffix(f"/{self.described}") for name in found if name.endswith(f"/{self.described}"))
 
     def open(self, name: str, title: str) -> Any:
         """An array, opened for reading; messages call it by its title."""
@@ -274,13 +271,10 @@ def blamed(folder: Path, what: str, *, writes: bool = False) -> Iterator[None]:
 
 def content(path: Path) -> bytes:
     """The content of a small file."""
-    file = OpenFile(path)
-    try:
+    with closing(OpenFile(path)) as file:
         if file.size > MAX_JSON:
             raise BadCheckpoint(f"{path}: {file.size:,} bytes are too many for a JSON file")
         return file.read(0, file.size)
-    finally:
-        file.close()
 
 
 def read_json(path: Path) -> dict[str, Any]:

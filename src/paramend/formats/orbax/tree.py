@@ -31,7 +31,6 @@ class OrbaxWalk:
         self.entries: list[tuple[Keys, Any]] = []
         # By number, the implementation of a typed PRNG key whose numbers a leaf is.
         self.implementations: dict[int, str] = {}
-        self.keys: list[Keys] = []  # by number, the keys of a leaf, likewise
         self.names: list[str] = []  # by number, the name of a leaf in the store
         # By number, Orbax's name for the kind of a leaf: "jax.Array", "np.ndarray", "scalar" ...
         self.kinds: list[str] = []
@@ -63,7 +62,6 @@ class OrbaxWalk:
             place = Place(number, number, box, implementations.get(name, ""), scalar=kind == "scalar")
             self.implementations |= {number: place.key} if place.key else {}
             self.entries.append((own, place))
-            self.keys.append(own)
             self.names.append(name)
             self.kinds.append(kind)
         self._enter(tree, self.index.names)
@@ -80,9 +78,8 @@ class OrbaxWalk:
         for key in keys:
             text, kind = (key.get("key"), key.get("key_type")) if type(key) is dict else (None, None)
             if type(text) is not str or kind not in (1, 2):
-                raise bad(
-                    self.file, f"{place}, key_metadata", "a key of type 1 (of a list) or 2 (of a dict) is expected"
-                )
+                reason = "a key of type 1 (of a list) or 2 (of a dict) is expected"
+                raise bad(self.file, f"{place}, key_metadata", reason)
             if kind == 1 and not (text.isdigit() and text.isascii() and len(text) < 19):
                 raise bad(self.file, f"{place}, key_metadata", f"{shown(text)} is not a position in a list")
             found.append(int(text) if kind == 1 else text)
@@ -120,13 +117,9 @@ def _boxes(found: list[tuple[str, Keys, str, Any]], rows: Mapping[str, Any]) -> 
     inside = Counter(keys[:at] for _, keys, _, _ in found for at in {len(keys) - 1} if keys)
     leaves = {title: keys for title, keys, kind, value in found if value is _LEAF}
     boxes = {keys for keys in leaves.values() if len(keys) > 1 and keys[-1] == BOXED and inside[keys[:-1]] == 1}
-    others = (
-        title
-        for title, keys in leaves.items()
-        if keys not in boxes and rows[title]["value_metadata"].get("write_shape") != []
-    )
-    kinds = {title: kind for title, _, kind, _ in found}
-    return set() if any(kinds[title] != "scalar" for title in others) else boxes
+    others = {title for title, keys in leaves.items() if keys not in boxes}
+    others = {title for title in others if rows[title]["value_metadata"].get("write_shape") != []}
+    return set() if any(kind != "scalar" for title, _, kind, _ in found if title in others) else boxes
 
 
 def _implementations(folder: Path) -> dict[str, str]:

@@ -16,7 +16,7 @@ from paramend.formats.orbax.store import Box, Stage, content, read_json
 from paramend.formats.orbax.tree import ARRAYS, KEY, STRINGS, TREE, Keys, table_row
 from paramend.formats.writer import Item, Writer
 from paramend.leaves.outlines import BOXED, CONTAINERS, Outline, Place
-from paramend.leaves.specs import BITS, Spec, numpy_dtype
+from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype
 
 # The most bytes of a chunk, which is in memory at once.
 MAX_CHUNK = 1 << 26
@@ -41,8 +41,7 @@ class OrbaxWriter(Writer):
         return f"Orbax cannot hold {spec.dtype}" if spec.dtype not in BITS or spec.dtype in _NAMELESS else ""
 
     def holds(self, value: Any) -> bool:
-        if isinstance(value, np.generic):
-            value = value.item()
+        value = value.item() if isinstance(value, np.generic) else value
         if isinstance(value, list | tuple):
             return all(map(self.holds, value))
         if type(value) is int:
@@ -67,10 +66,8 @@ class OrbaxWriter(Writer):
         if all(type(value) in _KINDS for _, value in entries):
             raise Unsupported("Orbax checkpoints hold at least one array or number", hint="a .msgpack file")
         stage = Stage(None, folder, database=database, zarr3=zarr3)
-        rows: dict[str, Any] = {}
-        texts: dict[str, str] = {}
+        rows, texts, places = dict[str, Any](), dict[str, str](), list[tuple[Place, str]]()
         names = _names([keys for keys, _ in entries])
-        places: list[tuple[Place, str]] = []
         for name, (keys, value) in zip(names, entries, strict=True):
             if type(value) is Place:
                 item, chunks = items[value.number], chunk_shape(items[value.number].spec)
@@ -125,17 +122,13 @@ def chunk_shape(spec: Spec) -> tuple[int, ...]:
     return tuple(reversed(found))
 
 
-def _cut(
-    spec: Spec, pieces: Iterator[memoryview], chunks: tuple[int, ...]
-) -> Iterator[tuple[Box, np.ndarray[Any, Any]]]:
+def _cut(spec: Spec, pieces: Iterator[memoryview], chunks: tuple[int, ...]) -> Iterator[tuple[Box, Array]]:
     dtype, rest = numpy_dtype(spec.dtype), memoryview(b"")
     grid = [range(0, length, chunk) for length, chunk in zip(spec.shape, chunks, strict=True)]
     for corner in np.ndindex(*map(len, grid)) if spec.size else ():
         starts = [axis[n] for axis, n in zip(grid, corner, strict=True)]
-        box = tuple(
-            slice(start, min(start + chunk, length))
-            for start, chunk, length in zip(starts, chunks, spec.shape, strict=True)
-        )
+        stops = [min(start + chunk, length) for start, chunk, length in zip(starts, chunks, spec.shape, strict=True)]
+        box = tuple(map(slice, starts, stops))
         values = np.empty([part.stop - part.start for part in box], dtype)
         view, at = values.reshape(-1).view(np.uint8).data, 0
         while at < len(view):

@@ -8,6 +8,7 @@ rebuilds it.
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,24 +26,20 @@ from paramend.leaves.specs import BITS, Spec, kind_of
 _DEPTH = 3 * MAX_DEPTH
 
 
+@dataclass(slots=True, eq=False)
 class Rebuilt:
     """The result of a call, and the state that is set afterwards; None if there is none."""
 
-    __slots__ = ("arguments", "function", "state")
-
-    def __init__(self, function: Name, arguments: tuple[Any, ...]) -> None:
-        self.function = function
-        self.arguments = arguments
-        self.state: Any = None
+    function: Name
+    arguments: tuple[Any, ...]
+    state: Any = None
 
 
+@dataclass(slots=True, eq=False)
 class StorageRef:
     """A storage that tensors view: its kind, the key of its record, device, length, and what some writers add."""
 
-    __slots__ = ("reference",)
-
-    def __init__(self, reference: tuple[Any, ...]) -> None:
-        self.reference = reference
+    reference: tuple[Any, ...]
 
     @property
     def key(self) -> str:
@@ -87,7 +84,7 @@ def pickled(root: Any, leaves: Mapping[int, Any] | None = None, *, used: set[str
 
 
 # What is still to be written: values, bytes, and `_Done` where a value ends.
-_Parts = list[Any]
+_Rest = list[Any]
 
 
 class _Raw(bytes):
@@ -111,7 +108,7 @@ class _Pickler:
 
     def run(self, root: Any) -> Iterator[bytes]:
         """The instructions, in order, from a stack of what is left to write."""
-        rest: _Parts = [root]
+        rest: _Rest = [root]
         while rest:
             node = rest.pop()
             kind = type(node)
@@ -139,16 +136,16 @@ class _Pickler:
         self.memo[node if type(node) is str else id(node)] = (number, node)
         return _place(number, b"q", b"r")
 
-    def within(self, node: Any, parts: _Parts, *, keep: bool = True) -> _Parts:
+    def within(self, node: Any, parts: _Rest, *, keep: bool = True) -> _Rest:
         """The parts of a value during which it is open: until then it cannot be referred to."""
         self.open.add(id(node))
         return [*parts, _Done(node, keep)]
 
-    def _text(self, node: str) -> _Parts:
+    def _text(self, node: str) -> _Rest:
         encoded = node.encode()
         return [_Raw(b"X" + struct.pack("<I", len(encoded)) + encoded + self.keep(node))]
 
-    def _mapping(self, node: Mapping[Any, Any]) -> _Parts:
+    def _mapping(self, node: Mapping[Any, Any]) -> _Rest:
         first = (b"}" if type(node) is dict else b"ccollections\nOrderedDict\n)R") + self.keep(node)
         entries = [part for pair in node.items() for part in pair]
         parts = [_Raw(first), *([_Raw(b"("), *entries, _Raw(b"u")] if node else [])]
@@ -156,34 +153,34 @@ class _Pickler:
             parts += [vars(node), _Raw(b"b")]
         return self.within(node, parts, keep=False)
 
-    def _list(self, node: list[Any]) -> _Parts:
+    def _list(self, node: list[Any]) -> _Rest:
         first = _Raw(b"]" + self.keep(node))
         return self.within(node, [first, *([_Raw(b"("), *node, _Raw(b"e")] if node else [])], keep=False)
 
-    def _tuple(self, node: tuple[Any, ...]) -> _Parts:
+    def _tuple(self, node: tuple[Any, ...]) -> _Rest:
         return self.within(node, [_Raw(b"("), *node, _Raw(b"t")]) if node else [_Raw(b")")]
 
-    def _made(self, node: Rebuilt) -> _Parts:
+    def _made(self, node: Rebuilt) -> _Rest:
         call = self.within(node, [_Raw(_name(node.function)), node.arguments, _Raw(b"R")])
         return call if node.state is None else [*call, node.state, _Raw(b"b")]
 
-    def _stored(self, node: StorageRef) -> _Parts:
+    def _stored(self, node: StorageRef) -> _Rest:
         self.used.add(node.key)
         return [_Raw(b"("), "storage", *node.reference, _Raw(b"tQ")]
 
     # The protocol has no instructions for these types: calls make them.
 
-    def _set(self, node: set[Any]) -> _Parts:
+    def _set(self, node: set[Any]) -> _Rest:
         return [Rebuilt(Name("builtins.set"), (sorted(node, key=repr),)), _Done(node)]
 
-    def _bytes(self, node: bytes | bytearray) -> _Parts:
+    def _bytes(self, node: bytes | bytearray) -> _Rest:
         name = "_codecs.encode" if type(node) is bytes else "builtins.bytearray"
         return [Rebuilt(Name(name), (node.decode("latin1"), "latin1")), _Done(node)]
 
-    def _complex(self, node: complex) -> _Parts:
+    def _complex(self, node: complex) -> _Rest:
         return [Rebuilt(Name("builtins.complex"), (node.real, node.imag)), _Done(node)]
 
-    _PARTS: Mapping[type, Callable[["_Pickler", Any], _Parts]] = {
+    _PARTS: Mapping[type, Callable[["_Pickler", Any], _Rest]] = {
         str: _text,
         dict: _mapping,
         OrderedDict: _mapping,
