@@ -441,6 +441,5 @@ def _passes(error: Exception) -> bool:
 
 
 def _other(name: Path) -> CannotRead:
-    return CannotRead(
-        f"{name}: the store has another version than when it was opened", hint="open the checkpoint again"
-    )
+    reason = "the store has another version than when it was opened"
+    return CannotRead(f"{name}: {reason}", hint="open the checkpoint again")

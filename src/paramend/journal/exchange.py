@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from paramend.disk.failures import ELSEWHERE, linked
+from paramend.disk.failures import ELSEWHERE, check_regular, linked
 from paramend.disk.identity import changed, check_unchanged
 from paramend.disk.io import durable, get_into, put, reading, release
 from paramend.disk.permissions import PRIVATE, Access, access_of, reach, settle
@@ -267,14 +267,7 @@ def check_replaceable(base: Path, file: Path) -> None:
         return
     if stat.S_ISLNK(status.st_mode):
         raise linked(file)
-    if not stat.S_ISREG(status.st_mode):
-        raise CannotWrite(f"{file} is not a regular file; nothing was changed")
-    if status.st_nlink > 1:
-        raise CannotWrite(
-            f"{file} has {status.st_nlink} names (hard links), and a change would show under only one of them; "
-            "nothing was changed",
-            hint=ELSEWHERE,
-        )
+    check_regular(file, status, shows="only one of them")
     for path in file, file.parent:
         if not os.access(path, os.W_OK):
             raise CannotWrite(f"{base}: no permission to write ({path}); nothing was changed", hint=ELSEWHERE)

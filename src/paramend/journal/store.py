@@ -44,10 +44,8 @@ class UndoStore:
         """The store of the checkpoint at a path: of the folder of an index; for Orbax, of the folder of the tree."""
         path = path_of(path)
         if isinstance(path, Url):
-            raise Unsupported(
-                f"{path}: it is in a remote store, where no checkpoint is changed in place",
-                hint=f"the same edit with `-o OUT`, or pm.open({str(path)!r}) ... .save(out)",
-            )
+            hint = f"the same edit with `-o OUT`, or pm.open({str(path)!r}) ... .save(out)"
+            raise Unsupported(f"{path}: it is in a remote store, where no checkpoint is changed in place", hint=hint)
         if path.name.endswith(".index.json") and not path.is_dir():
             return cls(path.parent)
         return cls(home_of(path))
@@ -245,11 +243,9 @@ class UndoStore:
             try:
                 path.unlink()
             except OSError as error:
-                count = wording.plural(len(gone) - 1, "undo record")
-                raise CannotWrite(
-                    f"{self.base}: forgot {count}, and {len(found) - len(gone) + 1} are left: {path}: {reason(error)}; "
-                    "the checkpoint itself was left alone"
-                ) from error
+                count, left = wording.plural(len(gone) - 1, "undo record"), len(found) - len(gone) + 1
+                told = f"forgot {count}, and {left} are left: {path}: {reason(error)}"
+                raise CannotWrite(f"{self.base}: {told}; the checkpoint itself was left alone") from error
         with contextlib.suppress(OSError):
             sync_folder(self.folder)
         return gone
@@ -272,10 +268,9 @@ def records_of(files: Iterable[Path], *, refuses: bool = False) -> list[Path]:
                 ]
     for record in found:
         if refuses and record.suffix == f".{PENDING}":
-            raise Busy(
-                f"{record.parent.parent}: a patch of it is being made at this moment ({record}); nothing was written",
-                hint="try again when it is done",
-            )
+            what = f"a patch of it is being made at this moment ({record})"
+            hint = "try again when it is done"
+            raise Busy(f"{record.parent.parent}: {what}; nothing was written", hint=hint)
     return sorted(found)
 
 
@@ -331,11 +326,10 @@ def _is_about(path: Path, names: set[str], *, unsure: bool) -> bool:
 
 
 def _not_own(base: Path, record: Path) -> BadCheckpoint:
-    return BadCheckpoint(
-        f"{base}: {record} says that a patch was cut short, and it is not known as a patch that you made here: it may "
-        "have come with the files, or from another user; nothing was written",
-        hint=f"paramend undo {base} puts its bytes back, paramend undo {base} --drop forgets it",
-    )
+    what = "a patch was cut short, and it is not known as a patch that you made here"
+    why = "it may have come with the files, or from another user"
+    hint = f"paramend undo {base} puts its bytes back, paramend undo {base} --drop forgets it"
+    return BadCheckpoint(f"{base}: {record} says that {what}: {why}; nothing was written", hint=hint)
 
 
 # The files that a patch puts whole into a folder of shards, or replaces there.

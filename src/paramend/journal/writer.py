@@ -15,7 +15,7 @@ from paramend.disk.publishing import sync_folder
 from paramend.disk.scattered import gather
 from paramend.journal import claims
 from paramend.journal.ranges import Ranges, State
-from paramend.journal.records import COUNT, FRAME, MAGIC, PENDING, Head, Moved, Record, seal_text, states_text
+from paramend.journal.records import COUNT, FRAME, MAGIC, PENDING, Head, Moved, Record, framed, seal_text, states_text
 
 
 def new_head(edits: Sequence[tuple[str, str]], files: Sequence[str], *, whole: int = 0, moved: Moved = ()) -> Head:
@@ -50,9 +50,9 @@ class Writer:
         self.frame(b"HEAD", head.to_bytes())
 
     def frame(self, kind: bytes, payload: bytes) -> None:
-        framed = FRAME.pack(kind, len(payload)) + payload
-        self._put(framed)
-        self._end(hashlib.sha256(framed))
+        frame = framed(kind, payload)
+        self._digests.append(frame[-32:])  # its SHA-256
+        self._put(frame)
 
     def files(self, states: Sequence[State]) -> None:
         self.frame(b"FILE", states_text(states))
@@ -73,7 +73,8 @@ class Writer:
             digest.update(data)
             self._put(data)
             meter(len(data))
-        self._end(digest)
+        self._digests.append(digest.digest())
+        self._put(self._digests[-1])
 
     def become(self, state: str) -> None:
         """Make all that was written durable, then rename the record to its new state."""
@@ -85,10 +86,6 @@ class Writer:
         self.path = new
         sync_folder(new.parent)
         self.begun = True
-
-    def _end(self, digest: "hashlib._Hash") -> None:
-        self._digests.append(digest.digest())
-        self._put(self._digests[-1])
 
     def _put(self, data: bytes | memoryview | bytearray) -> None:
         put(self._descriptor, data)
