@@ -111,7 +111,6 @@ class Base:
 
     @property
     def rows(self) -> dict[int, LeafRow]:
-        """The rows by the leaves of the base that they are for."""
         return {self.numbers[name]: row for name, row in self.before.items()}
 
     def untied(self) -> set[int]:
@@ -175,7 +174,6 @@ class _Outcome:
         return Patched(old, delta.payload.changes(row.held, old.nbytes, itemsize_of(old.spec)))
 
     def tree(self) -> Any:
-        """The outcome as a tree like the base."""
         leaves = cast(Memory, self.leaves)
         for number in self.untied & self.origins.keys():
             path = leaves.index.path(number)
@@ -206,7 +204,6 @@ class _Outcome:
         return leaves.planned(replace(leaves.plan, rows=tuple(rows.values())))
 
     def _assembled(self, made: Checkpoint) -> Checkpoint:
-        """The checkpoint of all leaves of the outcome, in its order."""
         numbers = {row: number for number, row in self.base.rows.items()}
         places: dict[int, list[int]] = {}
         picks: list[Pick] = []

@@ -105,7 +105,6 @@ class _Comparing:
     known: dict[tuple[int | None, int | None], tuple[str, str, int, str]] = field(default_factory=dict)
 
     def rows(self) -> Iterator[LeafRow]:
-        """The rows, as the new values go into the table."""
         there, here = named(self.old), named(self.new)
         pairs = {number: there.get(name) for name, number in here.items()}
         gone = [number for name, number in there.items() if name not in here]

@@ -90,7 +90,6 @@ class FileChange:
     nbytes: int
 
     def to_dict(self) -> dict[str, Any]:
-        """The row as data that JSON can hold."""
         return {"name": self.name, "base": self.base, "result": self.result, "nbytes": self.nbytes}
 
 

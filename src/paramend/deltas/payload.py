@@ -57,12 +57,10 @@ class Window:
 
     @property
     def width(self) -> int:
-        """The bytes of an element."""
         return 1 if self.positions is None else len(self.values) // max(len(self.positions), 1)
 
     @property
     def stop(self) -> int:
-        """The end of the last element."""
         if self.positions is None:
             return self.start + len(self.values)
         return self.start + (int(self.positions[-1]) + 1 if len(self.positions) else 0) * self.width
@@ -94,7 +92,6 @@ class Window:
 
     @property
     def pages(self) -> Array:
-        """The pages of the leaf that change, as (start, stop)."""
         if self.positions is None:
             pages = np.arange(self.start // PAGE, -(-self.stop // PAGE))
         else:
@@ -174,12 +171,10 @@ class Payload:
         return self.source.read_range(number, 0, self.source.spec(number).size).view(np.uint8)
 
     def whole(self, name: str) -> Stored | None:
-        """A leaf that is there as it is; None if it is not."""
         number = self._numbers.get(f"whole/{name}")
         return None if number is None else Stored(self.source, number)
 
     def changes(self, name: str, nbytes: int, itemsize: int) -> Changes:
-        """The changes of a leaf of so many bytes, whose elements have so many."""
         return Changes(partial(self._windows, name, nbytes, itemsize), nbytes)
 
     def _windows(self, name: str, nbytes: int, itemsize: int) -> Iterator[Window]:
@@ -203,11 +198,9 @@ class Table:
         self._data = tempfile.TemporaryFile(prefix="paramend-")  # noqa: SIM115  closed by `close`
 
     def close(self) -> None:
-        """Give back its room."""
         self._data.close()
 
     def add(self, name: str, spec: Spec, pieces: Iterable[bytes | memoryview]) -> None:
-        """Add a tensor."""
         nbytes = sum(put(self._data.fileno(), piece) for piece in pieces)
         self._entries.append((name, spec, nbytes))
 
@@ -243,7 +236,6 @@ class Table:
         return spec.size
 
     def write(self, path: Path, metadata: Mapping[str, str] | None = None) -> None:
-        """Write the file."""
         data = self._data
         write_file(path, layout(self._entries, metadata).to_bytes())
         with writing(path) as file:
@@ -316,7 +308,6 @@ class Patched(Computed, Partly):
         return found
 
     def contents(self) -> Iterator[memoryview]:
-        """All bytes, in pieces."""
         for start in range(0, self.nbytes, SPAN):
             yield self.raw(start, min(start + SPAN, self.nbytes)).data
 

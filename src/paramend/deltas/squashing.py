@@ -49,7 +49,6 @@ class _Squashing:
         self.mine = {row: after[name] for name, row in before.items()}
 
     def rows(self) -> Iterator[LeafRow]:
-        """The rows, as what changes goes into the table."""
         for row in self.later.rows:
             old = self.mine.get(row)
             if row.path is not None:
@@ -61,7 +60,6 @@ class _Squashing:
         yield from (row for row in self.first.rows if row.path is None)
 
     def _held(self, both: LeafRow, row: LeafRow, old: LeafRow | None) -> LeafRow:
-        """The row of both, with what changes in the table."""
         assert both.spec is not None
         before = "" if old is None else old.held
         if both.kind in ("kept", "renamed") or not (before or row.held):
@@ -103,7 +101,6 @@ class _Squashing:
         return self.table.dense(name, spec, pieces)
 
     def files(self) -> Iterator[FileChange]:
-        """The files beside the weights that differ, whose content goes into the table."""
         sides = [{row.name: row for row in delta.files} for delta in (self.first, self.later)]
         for name in {**sides[0], **sides[1]}:
             one, two = (side.get(name) for side in sides)

@@ -98,7 +98,6 @@ class Address:
 
     @property
     def path(self) -> str:
-        """The path in the store."""
         return unquote(self.key) if self.scheme.startswith("http") else self.key
 
 
@@ -258,7 +257,6 @@ class Object:
         self.close()
 
     def close(self) -> None:
-        """Drop what was fetched ahead."""
         with self._lock:
             while self._parts:
                 self._parts.popleft().data.cancel()

@@ -51,7 +51,6 @@ class OpenFile:
 
     @property
     def size(self) -> int:
-        """The length of the file in bytes when it was opened."""
         return self.stat.st_size
 
     def close(self) -> None:
@@ -82,7 +81,6 @@ class OpenFile:
         return bytes(get(handle.number, start, nbytes, self.path))
 
     def read_into(self, view: memoryview, start: int) -> None:
-        """Fill a view of bytes; `BadCheckpoint` if the file has become shorter since it was opened."""
         handle = self._held()
         get_into(view, handle.number, start, self.path)
 

@@ -140,7 +140,6 @@ class _Draft:
         self.blank = " " if self.colon[-1] == " " else ""
 
     def changed(self, child: _Child, new: Any) -> str:
-        """The text of a value that becomes another."""
         old, text = child.value, self.text[child.at : child.stop]
         if json.dumps(old) == json.dumps(new):
             return text

@@ -96,7 +96,6 @@ class Parser:
         return BadCheckpoint(f"{self.file.path}: byte {at:,}: {reason}")
 
     def _take(self, nbytes: int) -> bytes:
-        """The next bytes, buffered by a window on the file."""
         start = self.at
         self._skip(nbytes)
         low = start - self._base

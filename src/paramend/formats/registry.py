@@ -61,7 +61,6 @@ class Format:
 
     @property
     def module(self) -> Any:
-        """The module that reads it."""
         return importlib.import_module(f"paramend.formats.{self.reader.partition(':')[0]}")
 
 

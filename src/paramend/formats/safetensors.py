@@ -39,7 +39,6 @@ class TensorEntry:
 
     @property
     def nbytes(self) -> int:
-        """The number of its bytes in the file."""
         return self.stop - self.start
 
 
@@ -59,11 +58,9 @@ class Header:
 
     @property
     def data_nbytes(self) -> int:
-        """The number of bytes of all tensors."""
         return self.entries[-1].stop if self.entries else 0
 
     def to_bytes(self) -> bytes:
-        """The bytes at the beginning of the file."""
         return framed(self.raw, self.nbytes)
 
     def edited(self, kept: Mapping[int, tuple[str, Spec]]) -> "Header":
@@ -304,7 +301,6 @@ class SafetensorsFile(FlatFile):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """The strings under `__metadata__`."""
         return self.header.metadata or {}
 
     def refusal(self, number: int) -> str:

@@ -36,7 +36,6 @@ class ShardIndex:
 
     @property
     def files(self) -> list[str]:
-        """The names of the shards, sorted."""
         return sorted(set(self.weight_map.values()))
 
     def to_bytes(self, weight_map: Mapping[str, str], *, nbytes: int, size: int) -> bytes:
@@ -191,7 +190,6 @@ class Shards(Gathering):
         return Stored(self.files[place], inner)
 
     def _opened(self, number: int) -> Stored:
-        """A leaf, ready to be read; the files read last stay open."""
         self._few.touch(self.files[self._homes[number][0]])
         return self.origin(number)
 

@@ -54,7 +54,6 @@ class Opened:
         self.close()
 
     def close(self) -> None:
-        """Close the files."""
         raise NotImplementedError
 
     def children(self, node: Any) -> list[tuple[Any, Any]] | None:
@@ -66,12 +65,10 @@ class Gathering(Opened):
     """A source whose leaves are those of others, or are made of them."""
 
     def origin(self, number: int) -> Origin:
-        """Where a leaf comes from."""
         raise NotImplementedError
 
     @property
     def sources(self) -> Sequence[Any]:
-        """The sources that leaves come from."""
         raise NotImplementedError
 
     @property
@@ -201,7 +198,6 @@ class Few:
         self._open: OrderedDict[int, Released] = OrderedDict()
 
     def touch(self, file: Any) -> None:
-        """Note that a file is read."""
         self._open[id(file)] = file
         self._open.move_to_end(id(file))
         if len(self._open) > self._most:

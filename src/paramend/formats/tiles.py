@@ -33,7 +33,6 @@ class Tile(Stored):
 
     @property
     def box(self) -> Box:
-        """Its places in the whole."""
         return tuple(map(range, self.offsets, self.ends))
 
     def read(self) -> Array:

@@ -382,7 +382,6 @@ class ZipHeaders:
         return b""
 
     def finish(self) -> bytes:
-        """The central directory and the end of the file."""
         start, count = self.at, len(self._directory)
         out = b"".join(self._directory)
         size, end = len(out), start + len(out)

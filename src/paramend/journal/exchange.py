@@ -53,7 +53,6 @@ class NewFiles:
 
     @property
     def access(self) -> Access:
-        """That of all files that are replaced together."""
         folder = self.base.stat()
         found = [status for status in self.then if status is not None]
         return access_of(found or [folder]).within(reach(folder))
@@ -132,7 +131,6 @@ class WholeFiles:
         self.files = [self.base / name for name in names]
 
     def check(self) -> None:
-        """Raise if one of them must not be replaced or moved: see `check_replaceable`."""
         for file in (*self.files, *(self.base / name for pair in self.moved for name in pair)):
             check_replaceable(self.base, file)
 

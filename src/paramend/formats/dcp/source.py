@@ -203,7 +203,6 @@ class Assembled(Gathering):
         return self._origins[number]
 
     def tiles(self, number: int) -> list[Tile]:
-        """The chunks of a leaf."""
         return [each for each in self.origin(number).stored() if isinstance(each, Tile)]
 
     def read_box(self, number: int, box: tuple[slice, ...]) -> Array:

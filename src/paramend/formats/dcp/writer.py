@@ -99,7 +99,6 @@ class _Files:
     target: int = -1
 
     def begin(self) -> tuple[str, int]:
-        """The file that takes the next item, and where that begins."""
         if self.target < 0 or self.at >= MAX_FILE:
             self.close()
             self.name, self.at = f"__0_{self.count}{SUFFIX}", 0

@@ -44,11 +44,9 @@ class Cursor:
 
     @property
     def left(self) -> int:
-        """How many bytes may follow."""
         return min(self.file.size, MAX_HEADER) - self.at
 
     def take(self, nbytes: int, what: str) -> bytes:
-        """The next bytes."""
         if nbytes > self.left:
             most = "a header may have" if self.file.size > MAX_HEADER else "are there"
             raise self.bad(f"{what} takes {nbytes:,} bytes, and no more than {max(self.left, 0):,} {most}")

@@ -141,7 +141,6 @@ class GgufParts(Shards):
 
     @property
     def configuration(self) -> bytes:
-        """What the first file says of the model, as JSON."""
         return as_json(self.metadata)
 
 

@@ -86,7 +86,6 @@ class OrbaxCheckpoint(Opened):
         return self.walk.implementations
 
     def outline(self) -> Outline:
-        """What is there, with true keys: whole numbers in lists."""
         entries = self.walk.entries
         lists: dict[Any, Any] = {k[:at]: [] for k, _ in entries for at, key in enumerate(k) if type(key) is int}
         return Outline([] if entries == [((), {})] else entries, lists, self.format)
@@ -108,7 +107,6 @@ class OrbaxCheckpoint(Opened):
         """None: the bytes in a store are compressed and chunked."""
 
     def read(self, number: int) -> Array:
-        """The array, read-only, decompressed into memory."""
         check_readable(self, number)
         array = self._fetch(number, ...)
         array.flags.writeable = False

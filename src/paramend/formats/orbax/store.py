@@ -65,16 +65,13 @@ class Store:
 
     @property
     def described(self) -> str:
-        """The key of the metadata under the name of an array."""
         return "zarr.json" if self.zarr3 else ".zarray"
 
     @property
     def driver(self) -> str:
-        """The name of the tensorstore driver for the arrays."""
         return "zarr3" if self.zarr3 else "zarr"
 
     def place(self, path: str) -> dict[str, Any]:
-        """A place in the store as a tensorstore spec."""
         if self.database:
             return {"driver": "ocdbt", "base": files(self.folder), "path": path}
         return files(self.folder, path)
@@ -223,7 +220,6 @@ class Stage:
             self.flush()
 
     def flush(self) -> None:
-        """Write everything buffered so far to the files."""
         transaction, self._transaction, self._held = self._transaction, None, 0
         if transaction is not None:
             self._arrays.clear()

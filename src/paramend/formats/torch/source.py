@@ -177,7 +177,6 @@ class TorchFile(ZipSource):
         return {key: np.array(rows, np.int64) for key, rows in found.items() if len(rows) > 1}
 
     def _bytes(self, tensor: Tensor) -> Array:
-        """The elements of a tensor as untyped memory, which is never touched."""
         assert tensor.storage is not None
         start = self._place(tensor.storage.key) + tensor.offset * tensor.bits // 8
         if tensor.bits % 8 or len(tensor.shape) > 32:
