@@ -20,7 +20,7 @@ from paramend.errors import BadCheckpoint, CannotRead, RenameClash, Unsupported
 from paramend.formats.msgpack import WRITER, MsgpackFile
 from paramend.formats.msgpack_writer import Extension
 from paramend.formats.registry import FORMATS
-from paramend.formats.writer import Item
+from paramend.formats.source import Item
 from paramend.leaves.outlines import Outline, Place
 from paramend.leaves.specs import Spec, numpy_dtype
 from support.writing import write

@@ -22,8 +22,8 @@ from paramend.errors import BadArgument, BadCheckpoint, CannotRead, ParamendErro
 from paramend.formats import zips as headers
 from paramend.formats.files import OpenFile
 from paramend.formats.registry import FORMATS
+from paramend.formats.source import Item
 from paramend.formats.torch.source import WRITER, TorchFile
-from paramend.formats.writer import Item
 from paramend.formats.zips import Archive
 from paramend.leaves.origins.origin import Extent
 from paramend.leaves.outlines import Place

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from paramend.formats.safetensors import Header, layout
-from paramend.formats.writer import Item, LeafBytes
+from paramend.formats.source import Item, LeafBytes
 from paramend.leaves.origins.origin import Extent
 from paramend.leaves.specs import Spec
 

@@ -77,11 +77,11 @@ def delta(
         raise BadArgument(f"encoding={encoding!r} is none", hint='encoding="overwrite" or encoding="xor"')
     hasher(checksum)  # for its error
     with ExitStack() as stack:
-        sides = (
-            stack.enter_context(open_checkpoint(side)) if isinstance(side, str | os.PathLike) else side
-            for side in (before, after)
-        )
-        old, new = (editable(side, raw=True) for side in sides)
+
+        def opened(side: AnyTree) -> AnyTree:
+            return stack.enter_context(open_checkpoint(side)) if isinstance(side, str | os.PathLike) else side
+
+        old, new = (editable(opened(side), raw=True) for side in (before, after))
         table = stack.enter_context(closing(Table()))
         pool = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="paramend"))
         meter = Meter(progress, sum(side.nbytes(n) for side in (old, new) for n in side.index.numbers))

@@ -114,6 +114,7 @@ def by_name(rows: Iterable[LeafRow], side: str) -> dict[Name, LeafRow]:
 NAME, VERSION = "delta.json", 1
 _MOST = 1 << 29  # bytes
 _AGAIN = "copy or download it again"
+_SETTINGS = ("version", "checksum", "encoding", "separator")
 
 
 def write(folder: Path, table: Mapping[str, Any]) -> None:
@@ -134,9 +135,7 @@ def read(folder: Path) -> dict[str, Any]:
         raise BadCheckpoint(f"{path}: it is damaged: its digest is not that of its bytes", hint=_AGAIN)
     table = parse_object(raw, str(path), "delta")
     try:
-        version, checksum, encoding, separator = (
-            table[key] for key in ("version", "checksum", "encoding", "separator")
-        )
+        version, checksum, encoding, separator = map(table.__getitem__, _SETTINGS)
         file, digest, said = table["payload"]["file"], table["payload"]["sha256"], tuple(map(str, table["said"]))
         rows = tuple(_rows(_leaf_row, table["leaves"], path, "a leaf"))
         files = tuple(_rows(_file_row, table["files"], path, "a file beside the weights"))

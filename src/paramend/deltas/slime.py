@@ -170,9 +170,8 @@ def write(delta: "Delta", folder: Path, name: str, progress: Progress | None) ->
     metadata = {"version": f"{version:06d}", "base_version": f"{max(version - 1, 0):06d}"}
     metadata |= {"delta_encoding": "xor" if delta.xor else "overwrite", "compression_format": "zstd"}
     metadata |= {"checksum_format": delta.checksum}
-    write_file(
-        folder / INDEX, index_text({"metadata": metadata, "weight_map": {delta.called(row): _FILE for row in rows}})
-    )
+    places = {delta.called(row): _FILE for row in rows}
+    write_file(folder / INDEX, index_text({"metadata": metadata, "weight_map": places}))
 
 
 def _xor(changes: Changes, nbytes: int) -> Iterator[Array]:

@@ -21,10 +21,8 @@ def squashed(first: "Delta", later: "Delta") -> dict[str, Any]:
     """The attributes of both as one."""
     for name in ("checksum", "xor"):
         if getattr(first, name) != getattr(later, name) or first.slime or later.slime:
-            raise Unsupported(
-                "only deltas of one encoding and checksum, and none of slime, become one",
-                hint="apply them one after the other, then pm.delta(before, after)",
-            )
+            hint = "apply them one after the other, then pm.delta(before, after)"
+            raise Unsupported("only deltas of one encoding and checksum, and none of slime, become one", hint=hint)
     with closing(Table()) as table:
         work = _Squashing(first, later, table)
         found = {"rows": tuple(work.rows()), "files": tuple(work.files()), "payload": table.finish(xor=later.xor)}
@@ -41,20 +39,17 @@ class _Squashing:
         wrong += [later.called(row) for name, row in before.items() if name not in after]
         wrong += [later.called(row) for n, row in before.items() if n in after and after[n].result != row.base]
         if wrong:
-            count = wording.plural(len(wrong), "leaf", "leaves")
-            raise BadArgument(
-                f"a delta is not for the outcome of the one before it: {count} differ: {wording.listing(wrong, 4)}",
-                hint="paramend delta squash D1 D2 ..., in the order in which they were made",
-            )
+            differ = f"{wording.plural(len(wrong), 'leaf', 'leaves')} differ: {wording.listing(wrong, 4)}"
+            hint = "paramend delta squash D1 D2 ..., in the order in which they were made"
+            raise BadArgument(f"a delta is not for the outcome of the one before it: {differ}", hint=hint)
         self.mine = {row: after[name] for name, row in before.items()}
 
     def rows(self) -> Iterator[LeafRow]:
         for row in self.later.rows:
             old = self.mine.get(row)
             if row.path is not None:
-                yield self._held(
-                    row if old is None else replace(row, was=old.was, before=old.before, base=old.base), row, old
-                )
+                both = row if old is None else replace(row, was=old.was, before=old.before, base=old.base)
+                yield self._held(both, row, old)
             elif old is not None and old.was is not None:
                 yield replace(old, path=None, spec=None, result="", changed=0, held="", nbytes=0)
         yield from (row for row in self.first.rows if row.path is None)

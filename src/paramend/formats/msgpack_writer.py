@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from paramend.errors import Unsupported
-from paramend.formats.writer import Item, LeafBytes, Parts, Writer, outline_of_items
+from paramend.formats.source import Item, LeafBytes, Parts, Writer, outline_of_items
 from paramend.leaves.outlines import ATOMS, BOXED, Keys, Outline, Place, once
 from paramend.leaves.specs import BITS, Spec
 

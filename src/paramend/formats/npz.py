@@ -17,8 +17,7 @@ import numpy as np
 from paramend.errors import BadCheckpoint, RenameClash
 from paramend.formats.files import OpenFile
 from paramend.formats.limits import MAX_AXES, MAX_PIECES, U64, is_deep, is_within, most_elements, shown
-from paramend.formats.source import check_readable, in_numpy
-from paramend.formats.writer import Item, LeafBytes, Parts, Writer
+from paramend.formats.source import Item, LeafBytes, Parts, Writer, check_readable, in_numpy
 from paramend.formats.zips import ALIGNMENT, STORED, Archive, Member, ZipHeaders, ZipSource
 from paramend.leaves.leaves import Index, separator_of
 from paramend.leaves.origins.origin import Extent

@@ -15,7 +15,7 @@ from paramend.errors import BadCheckpoint, RenameClash, Unsupported
 from paramend.formats.files import FOREIGN, FlatFile, OpenFile
 from paramend.formats.jsontext import bad, json_type, parse_object
 from paramend.formats.limits import MAX_AXES, MAX_PIECES, U64, is_deep, most_elements, shown
-from paramend.formats.writer import Item, LeafBytes, Parts, Writer
+from paramend.formats.source import Item, LeafBytes, Parts, Writer
 from paramend.leaves.leaves import uncollected
 from paramend.leaves.origins.origin import Extent
 from paramend.leaves.outlines import Outline

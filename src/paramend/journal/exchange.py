@@ -10,7 +10,7 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from paramend.errors import CannotWrite
 from paramend.formats.orbax.store import MANIFEST, may_change
 from paramend.journal.ranges import BUFFER, OpenRanges, Ranges, State, checksum, checksums, witness
 from paramend.journal.records import PENDING, Moved, Record
-from paramend.journal.writer import Writer, new_head
+from paramend.journal.writer import Edits, Tally, Writer, new_head
 from paramend.reports.progress import Meter
 
 STAGED, BACK = "new", "back"
@@ -57,14 +57,7 @@ class NewFiles:
         found = [status for status in self.then if status is not None]
         return access_of(found or [folder]).within(reach(folder))
 
-    def record(
-        self,
-        writer: Writer,
-        edits: Sequence[tuple[str, str]],
-        target: OpenRanges,
-        names: Sequence[str],
-        meter: Callable[[int], None],
-    ) -> None:
+    def record(self, writer: Writer, edits: Edits, target: OpenRanges, names: Sequence[str], meter: Tally) -> None:
         """Write a record, with (leaf, edit) for each row, up to where it is pending: from then on it can restore all
         files, also those of `target`, which are written in place; until then none changes."""
         states = target.states()

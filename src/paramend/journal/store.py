@@ -154,9 +154,9 @@ class UndoStore:
                 claims.end(self.folder)
             folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
-                for name in filter(_LEFT.fullmatch, _names(folder)):
+                for name in filter(_LEFT.fullmatch, os.listdir(folder)):  # noqa: PTH208 - of a descriptor
                     _remove(folder, name)
-                if set(_names(folder)) <= {"lock"}:
+                if set(os.listdir(folder)) <= {"lock"}:  # noqa: PTH208
                     self.lock.unlink(missing_ok=True)
                     self.folder.rmdir()
             finally:
@@ -336,11 +336,6 @@ def _not_own(base: Path, record: Path) -> BadCheckpoint:
 PUT = re.compile(r"[^./][^/]*\.(safetensors|json)")
 # Records that were begun, new files that never replaced old ones, and old files that were put back in part.
 _LEFT = re.compile(rf"[0-9]+\.({PARTIAL}|{STAGED}|{BACK})")
-
-
-def _names(folder: int) -> list[str]:
-    with os.scandir(folder) as inside:
-        return [entry.name for entry in inside]
 
 
 def _remove(folder: int, name: str) -> None:

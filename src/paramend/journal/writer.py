@@ -17,9 +17,13 @@ from paramend.journal import claims
 from paramend.journal.ranges import Ranges, State
 from paramend.journal.records import COUNT, FRAME, MAGIC, PENDING, Head, Moved, Record, framed, seal_text, states_text
 
+# (leaf, edit) for each row of a patch; what is told how many bytes were recorded.
+Edits = Sequence[tuple[str, str]]
+Tally = Callable[[int], None]
 
-def new_head(edits: Sequence[tuple[str, str]], files: Sequence[str], *, whole: int = 0, moved: Moved = ()) -> Head:
-    """The head of a record of a patch that is made now, from (leaf, edit) for each row."""
+
+def new_head(edits: Edits, files: Sequence[str], *, whole: int = 0, moved: Moved = ()) -> Head:
+    """The head of a record of a patch that is made now."""
     numbers: dict[str, int] = {}
     rows = tuple((path, numbers.setdefault(edit, len(numbers))) for path, edit in edits)
     return Head(time.time(), tuple(numbers), rows, tuple(files), whole, tuple(moved))
@@ -57,9 +61,7 @@ class Writer:
     def files(self, states: Sequence[State]) -> None:
         self.frame(b"FILE", states_text(states))
 
-    def old_bytes(
-        self, ranges: Ranges, descriptor: Callable[[int], int], names: Sequence[Path], meter: Callable[[int], None]
-    ) -> None:
+    def old_bytes(self, ranges: Ranges, descriptor: Callable[[int], int], names: Sequence[Path], meter: Tally) -> None:
         """Add the bytes that the files, each with its descriptor by number, hold now."""
         table = np.ascontiguousarray(ranges.table, "<i8")
         head = FRAME.pack(b"SPAN", COUNT.size + table.nbytes + ranges.nbytes) + COUNT.pack(len(table))

@@ -9,8 +9,7 @@ from paramend.disk.copying import best_start
 from paramend.edits.plan import Plan, Row
 from paramend.formats.registry import Format, format_of
 from paramend.formats.safetensors import MAX_HEADER, RECORD, SafetensorsWriter, framed
-from paramend.formats.source import Tiled
-from paramend.formats.writer import Item, LeafBytes
+from paramend.formats.source import Item, LeafBytes, Tiled
 from paramend.leaves.leaves import keys_of
 from paramend.leaves.origins.origin import Extent, Origin
 from paramend.leaves.origins.stored import Stored

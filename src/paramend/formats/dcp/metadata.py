@@ -158,7 +158,8 @@ def _items(node: Any) -> Iterator[tuple[tuple[str, Any], Item]]:
     for key, value in node.items():
         index, info = _fields(key, f"{_METADATA}MetadataIndex"), _fields(value, _INFO)
         name, offset = index.get("fqn"), index.get("offset")
-        file, start, nbytes = map(info.get, ("relative_path", "offset", "length"))
+        where: list[Any] = [info.get(key) for key in ("relative_path", "offset", "length")]
+        file, start, nbytes = where
         transforms = info.get("transform_descriptors") or ()
         if type(name) is not str or type(offset) not in (tuple, type(None)):
             raise Flaw("storage_data has an index without a name or offset")

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ from paramend.formats.dcp.metadata import (
     moved_path,
 )
 from paramend.formats.files import OpenFile
+from paramend.formats.source import Data, Writer
+from paramend.formats.source import Item as Leaf
 from paramend.formats.torch.rebuilds import Tensor
 from paramend.formats.torch.writer import TorchWriter, pickled, tensor
-from paramend.formats.writer import Item as Leaf
-from paramend.formats.writer import Writer
 from paramend.formats.zips import ZipHeaders
 from paramend.leaves.outlines import Keys, Outline, Place
 from paramend.leaves.specs import Spec
@@ -40,14 +40,7 @@ class DcpWriter(Writer):
     def refusal(self, spec: Spec) -> str:
         return TorchWriter().refusal(spec)
 
-    def write(
-        self,
-        folder: Path,
-        items: Sequence[Leaf],
-        data: Callable[[int], Iterator[memoryview]],
-        outline: Outline,
-        base: Any,
-    ) -> None:
+    def write(self, folder: Path, items: Sequence[Leaf], data: Data, outline: Outline, base: Any) -> None:
         """Fill an empty folder with a checkpoint; see `OrbaxWriter.write`."""
         form = getattr(base, "format", "")
         old: Manifest = base.manifest if form == "dcp" else Manifest({})

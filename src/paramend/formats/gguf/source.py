@@ -19,8 +19,7 @@ from paramend.formats.files import FlatFile, OpenFile
 from paramend.formats.gguf.keys import SPLIT, Cursor, alignment, as_json, written
 from paramend.formats.limits import MAX_AXES, MAX_PIECES, U64, is_deep, most_elements, shown
 from paramend.formats.shards import Shards
-from paramend.formats.source import opening
-from paramend.formats.writer import Item, LeafBytes, Parts, Writer
+from paramend.formats.source import Item, LeafBytes, Parts, Writer, opening
 from paramend.leaves.leaves import uncollected
 from paramend.leaves.origins.origin import Extent
 from paramend.leaves.outlines import Outline
@@ -219,7 +218,11 @@ def _read_header(file: OpenFile) -> tuple[dict[str, Any], list[GgufEntry], int]:
     return metadata, _placed(cursor, infos, start, step), start
 
 
-def _read_info(cursor: Cursor) -> tuple[int, str, tuple[int, ...], int, int]:
+# Where the header says it, the name of a tensor, its shape, the number of its type, its offset.
+_Info = tuple[int, str, tuple[int, ...], int, int]
+
+
+def _read_info(cursor: Cursor) -> _Info:
     at, name = cursor.at, cursor.text("the name of a tensor")
     what = f"tensor {shown(name)}"
     if is_deep(name):
@@ -233,9 +236,7 @@ def _read_info(cursor: Cursor) -> tuple[int, str, tuple[int, ...], int, int]:
     return at, name, tuple(reversed(dims)), cursor.u32(f"{what}, its type"), cursor.u64(f"{what}, its offset")
 
 
-def _placed(
-    cursor: Cursor, infos: Sequence[tuple[int, str, tuple[int, ...], int, int]], first: int, step: int
-) -> list[GgufEntry]:
+def _placed(cursor: Cursor, infos: Sequence[_Info], first: int, step: int) -> list[GgufEntry]:
     """The tensors with their places; `BadCheckpoint` if one is not in the file, or two are in one place."""
     size, entries, names = cursor.file.size, [], set()
     stops = sorted({offset for *_, offset in infos} | {max(size - first, 0)})

@@ -13,14 +13,16 @@ import numpy as np
 from paramend.disk.io import write_file
 from paramend.errors import RenameClash, Unsupported
 from paramend.formats.orbax.store import Box, Stage, content, read_json
-from paramend.formats.orbax.tree import ARRAYS, KEY, STRINGS, TREE, Keys, table_row
-from paramend.formats.writer import Item, Writer
+from paramend.formats.source import Data, Item, Writer
 from paramend.leaves.outlines import BOXED, CONTAINERS, Outline, Place
 from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype
 
 # The most bytes of a chunk, which is in memory at once.
 MAX_CHUNK = 1 << 26
-STEP = "_CHECKPOINT_METADATA"
+Keys = tuple[str | int, ...]
+TREE, STRINGS, STEP = "_METADATA", "_strings.json", "_CHECKPOINT_METADATA"
+# A folder of tables of what arrays are besides numbers; for keys, under this name, the implementation.
+ARRAYS, KEY = "array_metadatas", "random_key_impl"
 _SHARDING = "_sharding"
 _HANDLER = "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"
 # What Orbax calls entries that are not arrays; the others are "scalar".
@@ -48,17 +50,9 @@ class OrbaxWriter(Writer):
             return -(1 << 63) <= value < 1 << 63
         return type(value) in (bool, float, str, type(None)) or (type(value) in CONTAINERS and not value)
 
-    def write(
-        self,
-        folder: Path,
-        items: Sequence[Item],
-        data: Callable[[int], Iterator[memoryview]],
-        outline: Outline,
-        base: Any,
-    ) -> None:
-        """Fill an empty folder with a checkpoint. The engine creates it, makes it durable and gives it its name. `data`
-        gives the bytes of the leaf at a position, in pieces of bounded size. The layout of `base` is kept, if it has
-        this format."""
+    def write(self, folder: Path, items: Sequence[Item], data: Data, outline: Outline, base: Any) -> None:
+        """Fill an empty folder with a checkpoint. The engine creates it, makes it durable and gives it its name. The
+        layout of `base` is kept, if it has this format."""
         orbax = getattr(base, "format", "") == "orbax"
         database, zarr3 = (base.store.database, base.store.zarr3) if orbax else (True, False)
         given = "" if orbax else base.metadata.get("paramend.separator")
@@ -206,3 +200,12 @@ def _code(name: str) -> str:
 
 def _put(path: Path, table: dict[str, Any]) -> None:
     write_file(path, json.dumps(table).encode())
+
+
+def table_row(keys: Keys, kind: str, shape: tuple[int, ...] | None) -> tuple[str, dict[str, Any]]:
+    """The title and row of a leaf, as Orbax writes them; without a shape, those of an entry that is not an array."""
+    value: dict[str, Any] = {"value_type": kind, "skip_deserialize": shape is None and kind != "string"}
+    if shape is not None and kind != "scalar":
+        value["write_shape"] = list(shape)
+    listed = [{"key": str(key), "key_type": 1 if type(key) is int else 2} for key in keys]
+    return str(tuple(map(str, keys))), {"key_metadata": listed, "value_metadata": value}

@@ -236,7 +236,8 @@ def _rebuild_meta(dtype: Any, shape: Any, stride: Any, grad: Any) -> Tensor:
 
 
 def _parameter(data: Any, grad: Any, hooks: Any, state: Any = None) -> Tensor:
-    _check(type(data) is Tensor, "a parameter is not a tensor")
+    if type(data) is not Tensor:
+        raise Flaw("a parameter is not a tensor")
     return replace(data)  # torch, too, makes a new tensor on the same storage
 
 

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from paramend.errors import BadCheckpoint
+from paramend.formats.source import Item, LeafBytes, Parts, Writer, outline_of_items
 from paramend.formats.torch.pickles import MAX_INTEGER, Flaw, Name, Vocabulary
 from paramend.formats.torch.rebuilds import KNOWN, STORAGES
-from paramend.formats.writer import Item, LeafBytes, Parts, Writer, outline_of_items
 from paramend.formats.zips import ZipHeaders
 from paramend.leaves.nested import MAX_DEPTH
 from paramend.leaves.outlines import ATOMS, Outline, Place, closed, once
