@@ -16,7 +16,7 @@ from paramend.edits.arguments import DEFINITIONS
 from paramend.edits.ops import OPS
 from paramend.formats.registry import FORMATS
 from paramend.journal import records
-from paramend.mapping import shelf
+from paramend.mapping import layout as shelf
 from paramend.recipes.verbs import VERBS
 
 PACKAGE = Path(paramend.__file__).parent
@@ -199,7 +199,7 @@ def formats_page() -> str:
     ]
     for row in FORMATS:
         needs = f" (needs `paramend[{row.extra}]`)" if row.extra else ""
-        cells = (f"`{row.name}`", row.says + needs, code(row.suffixes), yes(row.writes), yes(row.patches), row.keeps)
+        cells = (f"`{row.name}`", row.says + needs, code(row.suffixes), "yes", "yes", row.keeps)
         rows.append(f"| {' | '.join(cells)} |")
     return "\n\n".join(
         [

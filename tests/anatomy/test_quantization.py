@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 import paramend as pm
-from paramend.anatomy.quantization import stated
-from paramend.anatomy.recoding import renamed
+from paramend.anatomy.quantization import renamed, stated
 from paramend.leaves.codecs.stated import Stated
 
 UP = "model.layers.0.mlp.up_proj"

@@ -20,8 +20,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 from flax import nnx
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import paramend as pm
 from paramend.deltas import payload

@@ -14,8 +14,7 @@ import safetensors
 import safetensors.flax
 import safetensors.numpy
 import safetensors.torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from paramend.errors import BadCheckpoint, CannotRead, ParamendError, Unsupported
 from paramend.formats.safetensors import SafetensorsFile, parse_header

@@ -9,8 +9,7 @@ import torch
 
 import paramend as pm
 from paramend.errors import BadCheckpoint, Unsupported
-from paramend.formats import shards as shards_module
-from paramend.formats import zips
+from paramend.formats import shards as shards_module, zips
 from paramend.formats.torch import source as pt
 
 # name → (dtype, shape, bytes); neither the names nor the dtypes are in an order that a writer would choose

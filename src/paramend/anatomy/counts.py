@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from paramend.anatomy.sections import COUNTS, SIDES, part_at, sections_of
+from paramend.anatomy.sections import COUNTS, SIDES, part_at, parts_in, sections_of
 from paramend.formats.jsontext import CONFIG
 from paramend.leaves.paths import number_of
 from paramend.reports import wording
@@ -50,7 +50,8 @@ def miscounted(
                 without = f", without {wording.listing(list(map(str, gaps)), 4)}" if gaps else ""
                 said.append(_still((*place, keys[0]), len(numbers), f"{'.'.join(parent)} has {len(now)}{without}"))
     experts = {parent: numbers for parent, numbers in old.items() if parent[-1:] == ("experts",) and parent in new}
-    for key, count in dict.fromkeys(_experts(config)):
+    counts = ((key, part.get(key)) for _, part in parts_in(config) for key in EXPERTS)
+    for key, count in dict.fromkeys(pair for pair in counts if type(pair[1]) is int):
         changed = [parent for parent, numbers in experts.items() if len(numbers) == count != len(new[parent])]
         if changed:
             held = wording.listing(sorted({str(len(new[parent])) for parent in changed}), 3)
@@ -72,13 +73,6 @@ def numbered(paths: Iterable[Pieces], ends: Mapping[Pieces, int]) -> dict[Pieces
             if number is not None and number < ends.get(path[:depth], number + 1):
                 found[path[:depth]].add(number)
     return found
-
-
-def _experts(part: Any) -> Iterator[tuple[str, int]]:
-    if isinstance(part, Mapping):
-        yield from ((key, part[key]) for key in EXPERTS if type(part.get(key)) is int)
-        for inner in part.values():
-            yield from _experts(inner)
 
 
 def retyped(config: Mapping[str, Any], before: Sequence[str], after: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

@@ -15,24 +15,18 @@ class Family:
     """How a family of models names the modules of a layer, and what makes a layer the identity.
 
     Names of modules are relative to the layer; `*` is a number, such as that of an expert.
-
-    Attributes:
-        name: its name for `identity=`.
-        model_types: its model types in Hugging Face configurations.
-        writers: the modules whose output is added to the residual stream. Their weights become `value`, their biases 0.
-        value: the weight with which a writer returns zeros: 0, or -1 for the gain of a norm that computes (1 + w).
-        by_name: whether the names alone show that `value` is right.
-        refused: why no parameters make a layer of this family the identity, or "".
     """
 
-    name: str
-    model_types: tuple[str, ...]
+    name: str  # its name for `identity=`
+    model_types: tuple[str, ...]  # its model types in Hugging Face configurations
+    # The modules whose output is added to the residual stream. Their weights become `value`, their biases 0.
     writers: tuple[str, ...]
     others: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
+    # The weight with which a writer returns zeros: 0, or -1 for the gain of a norm that computes (1 + w).
     value: float = 0.0
-    by_name: bool = True
-    refused: str = ""
+    by_name: bool = True  # whether the names alone show that `value` is right
+    refused: str = ""  # why no parameters make a layer of this family the identity, or ""
 
     def fits(self, modules: Iterable[str]) -> bool:
         """Whether a layer with these modules is of this family: it has its projections and no unknown modules."""
@@ -129,20 +123,14 @@ def modules_of(leaves: Iterable[Pieces]) -> set[str]:
 
 
 def find(modules: set[str], model_type: str | None = None, name: str | None = None) -> Family:
-    """The row for a layer with these modules, of the family that the user or the configuration names.
-
-    Raises:
-        Unsupported: no layer of this family can be the identity.
-        BadArgument: the family is unknown, or its layers have other modules.
-    """
+    """The row for a layer with these modules, of the family that the user or the configuration names."""
     rows = [family for family in FAMILIES if family.name == name]
     if name is None:
         rows = [family for family in FAMILIES if model_type in family.model_types]
     elif not rows:
         near = wording.closest(name, NAMES, limit=1)
-        raise BadArgument(
-            f"{name!r} is not a known family: {', '.join(NAMES)}", hint=f'identity="{(near or NAMES)[0]}"'
-        )
+        why = f"{name!r} is not a known family: {', '.join(NAMES)}"
+        raise BadArgument(why, hint=f'identity="{(near or NAMES)[0]}"')
     fitting = [family for family in rows or FAMILIES if family.fits(modules)]
     if not rows:
         fitting = [family for family in fitting if family.by_name or family.refused]

@@ -69,12 +69,7 @@ def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def ties_of(config: Mapping[str, Any], paths: Paths, shared: Mapping[int, int]) -> dict[Pieces, Pieces]:
-    """Path of a weight that is another → the path of that one, as far as it is known.
-
-    Args:
-        config: the configuration; {} if there is none.
-        paths: number → path of each leaf.
-        shared: number → the first number of the same leaf, where leaves are known to be one.
+    """Path of a weight that is another → the path of that one, as far as it is known; `shared` are those known to be.
 
     >>> paths = {0: ("model", "embed_tokens", "weight"), 1: ("model", "norm", "weight")}
     >>> ties_of({"model_type": "gemma", "architectures": ["GemmaForCausalLM"]}, paths, {})
@@ -92,7 +87,9 @@ def ties_of(config: Mapping[str, Any], paths: Paths, shared: Mapping[int, int]) 
 
 def tiable(config: Mapping[str, Any], paths: Paths) -> dict[Pieces, Pieces]:
     """The same for the weights that are others where the head is the embedding, stored or not."""
-    embedding, head = embedding_of(paths), head_of(paths)
+    names, head = ("shared", *EMBEDDINGS, "embeddings"), head_of(paths)
+    named = {n: path for n, path in paths.items() if path[-1] in _WEIGHTS and {*path[-2:-1]} & {*names}}
+    embedding = min(named, key=lambda n: (in_layer(named[n]), names.index(named[n][-2])), default=None)
     if embedding is None:
         return {}
     of, (name, bias) = paths[embedding], _NAMED.get(str(config.get("model_type")), ("lm_head", ""))
@@ -101,13 +98,6 @@ def tiable(config: Mapping[str, Any], paths: Paths) -> dict[Pieces, Pieces]:
     found = {(*of[:-2], side, "embed_tokens", of[-1]): of for side in sides}
     found[(*own, of[-1]) if head is None else paths[head]] = of
     return found | ({(*own, "bias"): other} if other in paths.values() else {})
-
-
-def embedding_of(paths: Paths) -> int | None:
-    """The number of the embedding of tokens; None if it has none of the usual names."""
-    names = ("shared", *EMBEDDINGS, "embeddings")
-    named = {n: path for n, path in paths.items() if path[-1] in _WEIGHTS and {*path[-2:-1]} & {*names}}
-    return min(named, key=lambda n: (in_layer(named[n]), names.index(named[n][-2])), default=None)
 
 
 def head_of(paths: Paths) -> int | None:

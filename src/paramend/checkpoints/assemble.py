@@ -1,6 +1,7 @@
 """Assembling: a checkpoint put together from leaves of others, which are read only when it is saved."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from paramend.anatomy.documents import Document
@@ -50,6 +51,25 @@ def assemble(
         ties = ties_of(base.ties, own)
     changed = {each.name: each for each in (*base.texts, *texts)}
     return base.remade(gathered(base.source, leaves, texts=tuple(changed.values()), ties=ties))
+
+
+def exchanged(
+    base: Checkpoint,
+    new: Mapping[int, Origin | tuple[Editable, int]],
+    more: Iterable[Pick] = (),
+    *,
+    texts: Iterable[Document] = (),
+    ties: Mapping[int, int] = MappingProxyType({}),
+) -> Checkpoint:
+    """A checkpoint with other values in the places of some leaves, and more leaves at its end, which may have `ties`;
+    its own stay, and so do its marked layers."""
+    numbers = base.index.numbers
+    own: list[Pick] = [(base.index.paths[number], new.get(number, (base, number))) for number in numbers]
+    kept = ties_of(base.ties, {number: [place] for place, number in enumerate(numbers)})
+    made = assemble(base, [*own, *more], texts=texts, ties=kept | dict(ties))
+    for path, layers in base.index.layers.items():
+        made.index.mark(path, layers)
+    return made
 
 
 def _taken(given: Origin | tuple[Editable, int]) -> tuple[Origin, Any]:

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from paramend.anatomy.documents import Document
-from paramend.checkpoints.checkpoint import Checkpoint, checkpoint_at
-from paramend.checkpoints.checkpoint import open as open_checkpoint
+from paramend.checkpoints.checkpoint import Checkpoint, checkpoint_at, open as open_checkpoint
 from paramend.checkpoints.exchanging import Addition, carried_out, staged
 from paramend.checkpoints.report import PatchReport
 from paramend.disk.copying import begin_write_back

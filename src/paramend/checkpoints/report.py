@@ -6,6 +6,7 @@ from typing import Any
 from paramend.edits.outcome import Outcome
 from paramend.edits.plan import Plan
 from paramend.reports import wording
+from paramend.reports.fields import picked
 
 
 @dataclass(frozen=True, repr=False)
@@ -41,11 +42,5 @@ class PatchReport(Outcome):
         return f"patched {self.path}: {written}; to take it back: paramend undo {self.path}"
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "path": self.path,
-            **self.plan.to_dict(),
-            "dry_run": self.dry_run,
-            "bytes_written": self.bytes_written,
-            "bytes_recorded": self.bytes_recorded,
-            "record": self.record,
-        }
+        written = picked(self, "dry_run", "bytes_written", "bytes_recorded", "record")
+        return picked(self, "path") | self.plan.to_dict() | written

@@ -106,13 +106,13 @@ def _shown(lesson: Lesson, seed: int, *, solution: bool) -> dict[str, Any]:
     shown: dict[str, Any] = {
         "name": lesson.name,
         "title": lesson.title,
-        "text": lesson.text.strip(),
+        "text": lesson.text,
         "call": f"solve({', '.join(lesson.parameters)})",
         "run": {"inputs": inputs, "result": sketch(result), "facts": facts},
     }
     if solution:
         shown |= {
-            "way": lesson.way.strip(),
+            "way": lesson.way,
             "reference": inspect.getsource(lesson.reference).rstrip(),
             "mistakes": [{"name": mistake.name, "why": mistake.why} for mistake in lesson.mistakes],
         }

@@ -16,6 +16,7 @@ from paramend.formats.safetensors import RECORD
 from paramend.formats.source import Source
 from paramend.leaves.paths import natural
 from paramend.reports import wording
+from paramend.reports.fields import data_of
 from paramend.reports.progress import Meter
 from paramend.reports.report import Line, fold
 from paramend.reports.tables import aligned
@@ -110,7 +111,7 @@ def _data(source: Source, file: Any, numbers: list[int], found: "dict[int, Measu
             leaf |= {"scheme": file.weight(number).codec.scheme, "stored": [*map(_named(file), file.members(number))]}
         if number in found:
             measures = found[number]
-            leaf["stats"] = None if isinstance(measures, str) else measures.to_dict()
+            leaf["stats"] = None if isinstance(measures, str) else data_of(measures)
         leaves.append(leaf)
     return {
         "path": str(source.path),

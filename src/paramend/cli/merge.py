@@ -10,8 +10,7 @@ import click
 from paramend.cli.opening import open_checkpoint
 from paramend.cli.options import ADDRESS, Decorator, makes, takes
 from paramend.cli.writing import carry_out
-from paramend.merging.matching import Missing, Stats
-from paramend.merging.merge import merge as merge_models
+from paramend.merging.merge import Missing, Stats, merge as merge_models
 from paramend.merging.methods import METHODS
 from paramend.merging.settings import Convention
 

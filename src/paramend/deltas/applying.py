@@ -26,7 +26,7 @@ from paramend.evidence.pairing import Name, named
 from paramend.evidence.streams import stream_of
 from paramend.formats.jsontext import CONFIG
 from paramend.formats.shards import Shards
-from paramend.grafting.inserting import native, nested
+from paramend.grafting.parts import native, nested
 from paramend.leaves.leaves import Editable, labels_of
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.stored import Stored

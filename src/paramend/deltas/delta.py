@@ -16,6 +16,7 @@ from paramend.errors import BadCheckpoint, CannotRead, CannotWrite, Unsupported
 from paramend.formats.files import near
 from paramend.journal.store import PUT
 from paramend.reports import wording
+from paramend.reports.fields import data_of, picked
 from paramend.reports.progress import Progress
 from paramend.reports.report import Line, Report, Section
 
@@ -114,7 +115,7 @@ class Delta(Report):
             "encoding": "xor" if self.xor else "overwrite",
             "separator": self.separator,
             "leaves": [row.to_dict() for row in self.rows],
-            "files": [row.to_dict() for row in self.files],
+            "files": data_of(self.files),
             "said": list(self.said),
         }
         manifest.write(folder, table)
@@ -199,8 +200,7 @@ class Delta(Report):
         found: dict[str, Any] = {"checksum": self.checksum, "encoding": "xor" if self.xor else "overwrite"}
         for kind in KINDS:
             found[kind] = [row.to_dict() | {"path": self.called(row)} for row in self.of_kind(kind)]
-        found |= {"kept": len(self.of_kind("kept")), "files": [row.to_dict() for row in self.files]}
-        return found | {"bytes": self.nbytes, "said": list(self.said)}
+        return found | {"kept": len(self.of_kind("kept"))} | picked(self, "files", "nbytes as bytes", "said")
 
 
 def _cells(row: LeafRow) -> tuple[str, ...]:

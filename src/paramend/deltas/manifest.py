@@ -89,9 +89,6 @@ class FileChange:
     result: str
     nbytes: int
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "base": self.base, "result": self.result, "nbytes": self.nbytes}
-
 
 def name_of(keys: Keys, separator: str) -> str:
     """A path as plain text."""

@@ -5,19 +5,17 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from paramend.anatomy import recoding
+from paramend.anatomy import quantization
 from paramend.anatomy.counts import retyped
 from paramend.anatomy.documents import document_of
 from paramend.anatomy.quantization import FILES
 from paramend.edits.memory import editable
-from paramend.edits.own import Own
-from paramend.edits.own import floats as float_of
+from paramend.edits.own import Own, floats as float_of
 from paramend.edits.plan import call
 from paramend.errors import Unsupported
 from paramend.formats.jsontext import CONFIG
 from paramend.leaves.groups import Group
-from paramend.leaves.leaves import Editable, keys_of
-from paramend.leaves.leaves import Group as Regroup
+from paramend.leaves.leaves import Editable, Group as Regroup, keys_of
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.paths import Label
 from paramend.leaves.schemes import WEIGHTS
@@ -109,7 +107,7 @@ def _configured(
     values: Mapping[str, Any],
 ) -> dict[str, Any] | None:
     """What a file beside the weights holds then; None if nothing."""
-    new = recoding.dequantised(file, values, gone, floats, left=left)
+    new = quantization.dequantised(file, values, gone, floats, left=left)
     return new if new is None or file != CONFIG or not dtypes[1] else retyped(new, *dtypes)[0]
 
 
@@ -137,7 +135,7 @@ def renamed(tree: Any, moved: Mapping[str, str]) -> Any:
         tree: the tree.
         moved: every module → its name then.
     """
-    return followed(tree, partial(recoding.renamed, moved=moved))[0]
+    return followed(tree, partial(quantization.renamed, moved=moved))[0]
 
 
 def followed(tree: Any, change: Change) -> tuple[Any, tuple[str, ...]]:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 from paramend.checkpoints.checkpoint import open as open_checkpoint
@@ -254,7 +254,7 @@ def _rows(old: Editable, new: Editable, found: Sequence[Judged], comparer: Compa
     pairs = {place: pair for place, pair in pairs.items() if not pair.hindrance}
     measured = [place for place, pair in pairs.items() if _comparable(pair)]
     for place, distance in zip(measured, comparer.distances([pairs[place] for place in measured]), strict=True):
-        rows[place] = replace(rows[place], **distance.to_dict())
+        rows[place] = replace(rows[place], **asdict(distance))
     for place, pair in pairs.items():
         rows[place] = replace(rows[place], transposed=transposed(pair))
     return rows

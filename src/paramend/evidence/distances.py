@@ -30,10 +30,6 @@ class Distance:
     cosine: float | None = None
     max_ulp: int | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """The figures by name."""
-        return {name: getattr(self, name) for name in FIGURES}
-
 
 FIGURES = tuple(field.name for field in fields(Distance))
 

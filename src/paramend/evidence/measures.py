@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 
@@ -25,10 +24,6 @@ class Measures:
     zeros: int | None = None
     nans: int | None = None
     infs: int | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The measures by name."""
-        return {name: getattr(self, name) for name in MEASURES}
 
 
 MEASURES = tuple(field.name for field in fields(Measures))

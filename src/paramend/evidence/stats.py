@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from paramend.checkpoints.checkpoint import open as open_checkpoint
@@ -112,7 +112,7 @@ def _row(leaves: Editable, number: int, measures: Measures | str, matrix: bool) 
     row = StatsRow(first, spec.shape, spec.dtype, leaves.nbytes(number), tuple(also))
     if isinstance(measures, str):
         return replace(row, unread=measures)
-    row = replace(row, **measures.to_dict())
+    row = replace(row, **asdict(measures))
     if not matrix:
         return row
     found = spectrum(stream_of(leaves, number), out_first=leaves.index.separator == ".")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from paramend.disk.urls import Url, path_of, unanswered
-from paramend.errors import BadCheckpoint, CannotRead, Unsupported
+from paramend.errors import BadCheckpoint, CannotRead
 from paramend.formats.files import FOREIGN, OpenFile, near
 from paramend.formats.shards import is_index, open_directory, read_index
 from paramend.formats.source import Source
@@ -32,10 +32,10 @@ class Format:
     suffixes: tuple[str, ...]  # how their names end; a file written under such a name has this format
     # (path, the first bytes; none for a directory) → whether it has this format.
     recognise: Callable[[Path, bytes], bool]
-    reader: str  # the class or function that opens one, after the name of its module in this folder and a colon
+    # The class or function that opens one, after the name of its module in this folder and a colon. The module has a
+    # `WRITER` too.
+    reader: str
     keeps: str  # what survives an edit besides the leaves
-    writes: bool = True  # whether new files can be written; the module then has a `WRITER`
-    patches: bool = True  # whether leaves can be changed in place
     extra: str = ""  # the extra needed to read it; "" for none
     # Whether a checkpoint is a directory with files of its own kinds. The module then has `home`, which finds the one
     # that holds the tree, and its `WRITER` fills a directory.
@@ -53,10 +53,7 @@ class Format:
         return found
 
     def writer(self) -> Any:
-        """The writer of this format: see `Writer`; `Unsupported` if there is none."""
-        if not self.writes:
-            names = wording.listing([row.name for row in writable()])
-            raise Unsupported(f"{self.says} cannot be written", hint=f"one of {names}")
+        """The writer of this format: see `Writer`."""
         return self.module.WRITER
 
     @property
@@ -213,11 +210,6 @@ FOREIGN_SUFFIXES = (
     *FOREIGN_WEIGHTS,
     *(".zarr", ".tar", ".gz", ".tgz", ".zip", ".7z", ".json", ".yaml", ".parquet", ".distcp", ".mlmodel"),
 )
-
-
-def writable() -> list[Format]:
-    """The formats that new files can be written in."""
-    return [row for row in FORMATS if row.writes]
 
 
 def find_format(path: Path, head: bytes) -> Format | None:

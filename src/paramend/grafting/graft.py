@@ -5,7 +5,7 @@ change. So a refused graft changes nothing.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from paramend.checkpoints.files import read_by
 from paramend.checkpoints.keys import matched, numbered
@@ -102,22 +102,20 @@ def graft(
     leaves, fits = adapted(tree, leaves, options)
     if isinstance(tree, Counted):
         values, report = _planned(tree, leaves, options)
-        report.encoded = fits
-        new = tree.with_leaves(values)
+        new: Any = tree.with_leaves(values)
         report.ends = Ends(new, source)
-        report.tells_of(read_by(target), read_by(source))
-        return new, report
-    from paramend.grafting.checkpoints import grafted  # imports the rewriting engine
+    else:
+        from paramend.grafting.checkpoints import grafted  # imports the rewriting engine
 
-    plan = engine.planned(tree, leaves, options)
-    made, report = grafted(plan), plan.report()
+        plan = engine.planned(tree, leaves, options)
+        new, report = grafted(plan), plan.report()
+        report.fresh += [
+            GraftRow.of(path, Spec((), type(value).__name__), "a number in the file, which a graft leaves as it is")
+            for path, value in left_in_file(tree, leaves).items()
+        ]
     report.encoded = fits
-    report.fresh += [
-        GraftRow.of(path, Spec((), type(value).__name__), "a number in the file, which a graft leaves as it is")
-        for path, value in left_in_file(tree, leaves).items()
-    ]
     report.tells_of(read_by(target), read_by(source))
-    return cast(T, made), report
+    return new, report
 
 
 def graft_(
@@ -179,7 +177,7 @@ def _planned(tree: Counted, source: Leaves, options: Options) -> tuple[dict[int,
 
         done = graft_whole(tree, leaves, options)
         if done is not None:
-            engine.refuse_abstract(tree, done.values, done.report)
-            return done.values, done.report
+            engine.refuse_abstract(tree, *done)
+            return done
     plan = engine.planned(tree, leaves, options)
     return engine.values(plan), plan.report()

@@ -108,26 +108,17 @@ _VIT = {
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A family of models.
+    """A family of models."""
 
-    Attributes:
-        models: its model types in configurations.
-        modules: rows that come before the common ones.
-        norm: whether norms subtract the mean.
-        final: the norm before the head.
-        one: whether norms multiply by 1 + their gains.
-        rooted: whether embeddings are multiplied by the root of the residual width.
-        fixed: whether the size of a head is the residual width over the number of heads, whatever else is said.
-        post: whether the residual stream itself passes through norms, so that only copies keep what these see.
-    """
-
-    models: tuple[str, ...]
-    modules: Mapping[str, str] = field(default_factory=dict)
-    norm: Literal["rms", "layer"] = "rms"
-    final: str = "norm"
-    one: bool = False
-    rooted: bool = False
+    models: tuple[str, ...]  # its model types in configurations
+    modules: Mapping[str, str] = field(default_factory=dict)  # rows that come before the common ones
+    norm: Literal["rms", "layer"] = "rms"  # whether norms subtract the mean
+    final: str = "norm"  # the norm before the head
+    one: bool = False  # whether norms multiply by 1 + their gains
+    rooted: bool = False  # whether embeddings are multiplied by the root of the residual width
+    # Whether the size of a head is the residual width over the number of heads, whatever else is said.
     fixed: bool = False
+    # Whether the residual stream itself passes through norms, so that only copies keep what these see.
     post: bool = False
 
 
@@ -158,37 +149,21 @@ _LEAVES = ("weight", "bias", "kernel", "scale")
 
 @dataclass(frozen=True)
 class Axes:
-    """The axes of a model and of its leaves.
+    """The axes of a model and of its leaves."""
 
-    Attributes:
-        family: its row.
-        sizes: axis → its length, with the size of a head.
-        uses: number of a leaf → its axes; leaves without are left as they are.
-        norms: the numbers of gains and biases of norms.
-        final: those of the norm before the head.
-        embeddings: the numbers of embeddings of tokens, and of heads that are tied to them.
-        tied: whether the head is tied to the embedding.
-        normed: the numbers of projections whose outputs pass through norms of their own, of queries and keys.
-    """
-
-    family: Family
-    sizes: Mapping[str, int]
-    uses: Mapping[int, tuple[Use, ...]]
-    norms: frozenset[int]
-    final: frozenset[int]
-    embeddings: frozenset[int]
-    tied: bool
+    family: Family  # its row
+    sizes: Mapping[str, int]  # axis → its length, with the size of a head
+    uses: Mapping[int, tuple[Use, ...]]  # number of a leaf → its axes; leaves without are left as they are
+    norms: frozenset[int]  # the numbers of gains and biases of norms
+    final: frozenset[int]  # those of the norm before the head
+    embeddings: frozenset[int]  # the numbers of embeddings of tokens, and of heads that are tied to them
+    tied: bool  # whether the head is tied to the embedding
+    # The numbers of projections whose outputs pass through norms of their own, of queries and keys.
     normed: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, leaves: Leaves, config: Mapping[str, Any]) -> "Axes":
-        """The axes by a configuration and the names of leaves.
-
-        Raises:
-            BadArgument: the family is unknown, or a module of the model is.
-            SpecMismatch: a leaf has another shape than the configuration says.
-            Unsupported: a leaf is not one of floats.
-        """
+        """The axes by a configuration and the names of leaves."""
         family = _family(config)
         sizes = _sizes(config)
         index = leaves.index
@@ -218,7 +193,6 @@ class Axes:
         return cls(family, sizes, uses, norms, final, embeddings, tied, normed)
 
     def has(self, axis: str) -> bool:
-        """Whether a leaf has an axis."""
         return any(name == axis for uses in self.uses.values() for use in uses for name, _ in use.parts)
 
 
@@ -227,10 +201,8 @@ def _family(config: Mapping[str, Any]) -> Family:
     found = next((row for row in FAMILIES if kind in row.models), None)
     if found is None:
         known = [model for row in FAMILIES for model in row.models]
-        raise BadArgument(
-            f"which axes a {kind!r} model has is not known; known are {', '.join(known)}",
-            hint='a layer of any tree: pm.widen(tree, features={"params/Dense_0": 16})',
-        )
+        why = f"which axes a {kind!r} model has is not known; known are {', '.join(known)}"
+        raise BadArgument(why, hint='a layer of any tree: pm.widen(tree, features={"params/Dense_0": 16})')
     return found
 
 
@@ -288,12 +260,8 @@ def _check_left(leaves: Leaves, number: int, row: str | None, sizes: Mapping[str
     """Raise for a leaf whose axes are not known, or which is not one of floats: masks and frequencies stay."""
     spec, pieces = leaves.spec(number), leaves.index.pieces(number)
     if row is not None:
-        raise Unsupported(
-            f"{leaves.index.path(number)} is {spec}, which cannot be widened",
-            hint="pm.at(model, ...).cast(...) first",
-        )
+        why = f"{leaves.index.path(number)} is {spec}, which cannot be widened"
+        raise Unsupported(why, hint="pm.at(model, ...).cast(...) first")
     if spec.kind == "float" and pieces[-1] not in ("inv_freq", "masked_bias") and spec.ndim:
-        raise BadArgument(
-            f"which axes {leaves.index.path(number)} {spec} has is not known",
-            hint=f"{wording.listing([f'{name}: {size}' for name, size in sizes.items()])} are known",
-        )
+        why = f"which axes {leaves.index.path(number)} {spec} has is not known"
+        raise BadArgument(why, hint=f"{wording.listing([f'{name}: {size}' for name, size in sizes.items()])} are known")

@@ -60,13 +60,7 @@ def _trailing(piece: str) -> int:
 
 
 def axes_of(leaves: Leaves, features: Mapping[str, Any]) -> Axes:
-    """The axes of a tree that layers write to: the name of each is the path of its layer.
-
-    Raises:
-        NoMatch: there is no such layer.
-        BadArgument: a path names no layer, or no layer follows.
-        Unsupported: the next layer does not read what this one writes.
-    """
+    """The axes of a tree that layers write to: the name of each is the path of its layer."""
     layers = _layers(leaves)
     chain = [layer for layer in layers if layer.main]
     sizes: dict[str, int] = {}
@@ -96,9 +90,8 @@ def axes_of(leaves: Leaves, features: Mapping[str, Any]) -> Axes:
         norms_of = followers or _norms(leaves, layers, layer, reader, size)
         strange = [one for one in (layer, reader, *norms_of) if one.grouped] or others
         if strange:
-            raise Unsupported(
-                f"how {_shown(strange[0])} sees the features of {text} is not known", hint="another layer"
-            )
+            why = f"how {_shown(strange[0])} sees the features of {text} is not known"
+            raise Unsupported(why, hint="another layer")
         for norm in norms_of:
             for number in norm.leaves.values():
                 _put(uses, leaves, number, -1, Use(((text, 1),)))
@@ -159,9 +152,6 @@ def _shown(layer: _Layer) -> str:
 def _norms(leaves: Leaves, layers: list[_Layer], layer: _Layer, reader: _Layer, size: int) -> list[_Layer]:
     """The modules that scale the features one by one: in modules of torch those between a layer and its reader. Trees
     of JAX may have lost the order; there norms are paired with the layers beside them that write as many features.
-
-    Raises:
-        BadArgument: the choice is ambiguous.
     """
     alike = [one for one in layers if not one.main and _sizes(leaves, one) in ({(size,)}, {(size,), ()})]
     if leaves.index.separator == ".":

@@ -7,14 +7,15 @@ from typing import Any, Generic, TypeVar, cast
 import numpy as np
 
 from paramend.anatomy.experts import SHARES, Block, Mixture, experts_of, groups_of, recounted, renumbered
-from paramend.anatomy.sections import SENSES
+from paramend.anatomy.sections import senses
 from paramend.edits import hands
+from paramend.edits.decoding import keys
 from paramend.edits.moves import whole_numbers
 from paramend.edits.plan import call
 from paramend.errors import BadArgument, NoMatch, OutOfRange, Unsupported
 from paramend.formats.jsontext import CONFIG
 from paramend.growth import numbered
-from paramend.growth.configured import Configured, copied, keys
+from paramend.growth.configured import Configured, copied
 from paramend.growth.mixtures import ExpertsReport
 from paramend.leaves.leaves import Group
 from paramend.leaves.paths import number_of, write_path
@@ -119,25 +120,21 @@ class Experts(Generic[T]):
             where = self._where(block)
             if block.unknown:
                 names = wording.listing([index.path(number) for number in block.unknown], 3)
-                raise Unsupported(
-                    f"it is not known which axis of {names} counts the experts of {where}",
-                    hint=f'pm.dequantize(model, "{where}{index.separator}**") if they are quantised',
-                )
+                why = f"it is not known which axis of {names} counts the experts of {where}"
+                raise Unsupported(why, hint=f'pm.dequantize(model, "{where}{index.separator}**") if they are quantised')
             if not block.router:
                 raise Unsupported(f"the router of {where} is not here, or is of an unknown kind")
         parts = {_part(block): block for block in self.mixture.blocks if not block.predicts}
         if len(parts) > 1 and {path[-2:-1] for path, _ in parts} != {("encoder",), ("decoder",)}:
             paths = list(map(self._where, parts.values()))
-            raise Unsupported(
-                f"{wording.listing(paths)} are experts of several parts of the model", hint="pm.part(model, selector)"
-            )
+            why = f"{wording.listing(paths)} are experts of several parts of the model"
+            raise Unsupported(why, hint="pm.part(model, selector)")
 
     def _where(self, block: Block) -> str:
         index = self._configured.leaves.index
         return write_path(index.paths[next(iter(block.along or block.own))][: len(block.path)], index.separator)
 
     def _chosen(self, ids: Ids) -> list[list[int]]:
-        """The experts of each mixture."""
         blocks = self.mixture.blocks
         if not isinstance(ids, Mapping):
             return [self._read(ids, "ids")] * len(blocks)
@@ -192,21 +189,17 @@ class Experts(Generic[T]):
             return dict(renumbered(own, of, mixture.count))
 
         if times > 1 and mixture.model_type in SHARES:
-            model = model.edited(dict.fromkeys(self._biases(), call("multiply", {"value": 1 / times})))
+            # What is added to the scores of experts, where these are chosen.
+            every, pieces = (n for block in mixture.blocks for n in block.along), model.leaves.index.pieces
+            biases = [number for number in every if pieces(number)[-1].endswith("e_score_correction_bias")]
+            model = model.edited(dict.fromkeys(biases, call("multiply", {"value": 1 / times})))
         groups = [group for block in mixture.blocks for group in self._groups(block, of[block.path])]
         new, changed = model.remade(groups, change)
         layers = {self._where(block): tuple(of[block.path]) for block in mixture.blocks}
         told = (*changed, *_warned(mixture.count, count, times))
         return cast(T, new), ExpertsReport(did, mixture.count, count, layers, said=told)
 
-    def _biases(self) -> Iterator[int]:
-        """The leaves that are added to the scores of experts, where these are chosen."""
-        index = self._configured.leaves.index
-        every = (number for block in self.mixture.blocks for number in block.along)
-        return (number for number in every if index.pieces(number)[-1].endswith("e_score_correction_bias"))
-
     def _groups(self, block: Block, ids: list[int]) -> Iterator[Group]:
-        """What becomes of the leaves of a mixture."""
         leaves, count = self._configured.leaves, self.mixture.count
         if ids == list(range(count)):
             return
@@ -247,7 +240,7 @@ def _names(block: Block) -> list[int | str | None]:
 
 def _part(block: Block) -> tuple[tuple[str, ...], bool]:
     """What a mixture is a part of: the path of the layers, and whether these are for images or sound."""
-    return block.layers, any(word in piece for piece in block.path for word in SENSES)
+    return block.layers, senses(block.path)
 
 
 def _check_groups(config: Mapping[str, Any], mixture: Mixture, ids: Sequence[int], times: int) -> None:
@@ -258,9 +251,8 @@ def _check_groups(config: Mapping[str, Any], mixture: Mixture, ids: Sequence[int
     size, new = mixture.count // groups.count, len(ids) // groups.count
     chunks = [{one // size for one in ids[at : at + new]} for at in range(0, len(ids), new)] if new else []
     if len(ids) % groups.count or sorted(map(sorted, chunks)) != [[group] for group in range(groups.count)]:
-        raise BadArgument(
-            f"there are {groups.count} groups of {size} experts: the same number of each, group by group, must stay"
-        )
+        why = f"there are {groups.count} groups of {size} experts: the same number of each, group by group, must stay"
+        raise BadArgument(why)
     top = (mixture.top_k or 1) * times
     if new < groups.least:
         raise BadArgument(f"{groups.count} groups would have {new} experts each and are compared by {groups.least}")

@@ -50,12 +50,7 @@ def family_of(modules: set[str], identity: str, model_type: str | None) -> famil
 
 
 def calls(leaves: Leaves, layers: list[Names], rules: Rules, where: str, *, strict: bool) -> dict[int, Call]:
-    """The edits that make one layer the identity.
-
-    Raises:
-        NoMatch: a rule matches nothing.
-        Quantized: a leaf is a part of a quantised weight.
-    """
+    """The edits that make one layer the identity."""
     found: dict[int, Call] = {}
     for text, value in rules.items():
         pattern = parse(text)
@@ -63,11 +58,8 @@ def calls(leaves: Leaves, layers: list[Names], rules: Rules, where: str, *, stri
         if strict and not numbers:
             have = [leaves.index.path(n)[len(where) + 1 :] for n in leaves_below(layers)]
             near = wording.closest(text, [*families.NAMES, *have], limit=1) or have[:1]
-            raise NoMatch(
-                f"identity={text!r} matches none of the leaves of {where}, which has {wording.listing(have, 6)}",
-                hint="\n      ".join(f'identity="{name}"' for name in near),
-                near=near,
-            )
+            why = f"identity={text!r} matches none of the leaves of {where}, which has {wording.listing(have, 6)}"
+            raise NoMatch(why, hint="\n      ".join(f'identity="{name}"' for name in near), near=near)
         for number in numbers:
             found[number] = call(value)
     if not found:
@@ -77,14 +69,9 @@ def calls(leaves: Leaves, layers: list[Names], rules: Rules, where: str, *, stri
 
 
 def check_values(leaves: Leaves, numbers: Iterable[int]) -> None:
-    """Refuse to make a layer the identity by leaves of quantised weights.
-
-    Raises:
-        Quantized: there is one among them.
-    """
-    quantized.check_values(
-        leaves, numbers, "cannot be set in an identity layer", "identity=None copies layers as they are"
-    )
+    """Refuse to make a layer the identity by leaves of quantised weights."""
+    way = "identity=None copies layers as they are"
+    quantized.check_values(leaves, numbers, "cannot be set in an identity layer", way)
 
 
 def call(value: float, index: Any = None) -> Call:
@@ -99,11 +86,7 @@ def call(value: float, index: Any = None) -> Call:
 
 
 def check_untied(leaves: Leaves, numbers: Iterable[int], within: set[int]) -> None:
-    """Check that no leaf is tied to a leaf outside the layer.
-
-    Raises:
-        Unsupported: a leaf has a path outside the layer.
-    """
+    """Check that no leaf is tied to a leaf outside the layer."""
     for number in numbers:
         first = leaves.ties.get(number)
         others = [n for n, one in leaves.ties.items() if one == first and n not in within] if first is not None else []

@@ -1,7 +1,6 @@
 """The report of a change of experts."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from paramend.pages.page import Column, Page
 from paramend.pages.paged import Paged
@@ -46,8 +45,3 @@ class ExpertsReport(Paged):
         ids = [", ".join(map(str, each)) for each in self.layers.values()]
         sizes = [self.after] * len(ids)
         return Page("experts", self.headline(), list(self.layers), sizes, [Column("experts", ids, "text")])
-
-    def to_dict(self) -> dict[str, Any]:
-        layers = {path: list(ids) for path, ids in self.layers.items()}
-        known = {"did": self.did, "before": self.before, "after": self.after, "layers": layers}
-        return known | {"redrawn": self.redrawn, "said": list(self.said)}

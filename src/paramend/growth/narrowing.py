@@ -105,7 +105,6 @@ class _Choice:
         self._norms: dict[tuple[str, int | None], Array] = {}
 
     def places(self) -> dict[tuple[str, int | None], list[int]]:
-        """Axis and layer → the places that stay."""
         for axis in self.keep:
             if not self.axes.has(axis):
                 raise BadArgument(f"{axis!r}: the model has no such axis")
@@ -119,7 +118,6 @@ class _Choice:
         return found
 
     def _groups(self) -> dict[tuple[str, int | None], list[int]]:
-        """Heads, in whole groups."""
         heads, groups = self.axes.sizes["heads"], self.axes.sizes["kv_heads"]
         size, layers = heads // groups, self._layers("heads")
         if {"heads", "kv_heads"} <= self.keep.keys():
@@ -151,10 +149,8 @@ class _Choice:
         found = np.asarray(what)
         rows = found.reshape(*found.shape[:-1], -1, size) if not found.shape[-1] % size else found[..., None]
         if rows.shape[-1] != size or (rows - rows[..., :1] != np.arange(size)).any() or (rows[..., 0] % size).any():
-            raise BadArgument(
-                f"heads {np.ravel(found).tolist()} break groups of {size} that read one head of keys",
-                hint=f"heads: {list(range(size))}",
-            )
+            why = f"heads {np.ravel(found).tolist()} break groups of {size} that read one head of keys"
+            raise BadArgument(why, hint=f"heads: {list(range(size))}")
         return rows[..., 0] // size
 
     def chosen(self, axis: str, what: Any, size: int, scores: Any, layers: int = 1) -> list[list[int]]:
@@ -178,7 +174,6 @@ class _Choice:
         return [list(map(int, row)) for row in np.broadcast_to(np.atleast_2d(rows), (layers, rows.shape[-1]))]
 
     def _layers(self, axis: str) -> list[int | None]:
-        """The layers whose leaves have an axis."""
         some = (number for number, uses in self.axes.uses.items() if any(axis in dict(use.parts) for use in uses))
         found = {layer_of(self.work.leaves.index.pieces(number)) for number in some}
         return sorted(found, key=lambda layer: -1 if layer is None else layer)
@@ -194,7 +189,6 @@ class _Choice:
         return found
 
     def _scores(self, axis: str) -> Array:
-        """The scores of the places of an axis, layer by layer."""
         given = self._given(axis)
         if given is not None:
             return given

@@ -72,15 +72,12 @@ class DepthPlan:
         moving = {run.parent for run in self.runs}
         beside = {(run.parent[:-1], run.numbers) for run in self.runs if len(run.numbers) > 1 and not run.head}
         found = [one for one in candidates(self.tree.index) if (one.parent[:-1], one.numbers) in beside]
-        return [
-            f"{'.'.join(one.parent)} keeps its {len(one.numbers)} entries: if they belong to the layers, name both"
-            for one in found
-            if one.parent not in moving and not one.head
-        ]
+        left = [one for one in found if one.parent not in moving and not one.head]
+        said = "if they belong to the layers, name both"
+        return [f"{'.'.join(one.parent)} keeps its {len(one.numbers)} entries: {said}" for one in left]
 
     @cached_property
     def moves(self) -> list[Move]:
-        """How the layers of each run move, for a configuration."""
         return [self._move(run) for run in self.runs]
 
     def _move(self, run: Layers) -> Move:

@@ -7,7 +7,6 @@ import numpy as np
 
 from paramend.anatomy.documents import document_of
 from paramend.checkpoints.checkpoint import Checkpoint
-from paramend.disk.urls import path_of
 from paramend.edits.memory import Memory, editable
 from paramend.errors import BadArgument, Quantized, Unsupported
 from paramend.growth import consumers, following
@@ -119,16 +118,17 @@ def widen_(
         what = wording.described(module)
         raise Unsupported(f"{what} cannot be changed in place", hint="tree, report = pm.widen(tree, ...)")
     sizes = {"hidden": hidden, "mlp": mlp, "heads": heads, "kv_heads": kv_heads}
-    return _planned(module, sizes, features, method).carried_out_(module)
+    work = _planned(module, sizes, features, method)
+    following.in_place(cast(Memory, work.leaves), work.growths, work.new)
+    work.report.ends = Ends(module, module)
+    return work.report
 
 
 def _planned(tree: Any, sizes: Mapping[str, int | None], features: Mapping[str, int] | None, method: Method) -> "Work":
     wanted: dict[str, int] = {axis: size for axis, size in sizes.items() if size is not None}
     if bool(wanted) == bool(features):
-        raise BadArgument(
-            "widen takes lengths of the axes of a model, or of features of layers",
-            hint='pm.widen(tree, features={"params/Dense_0": 16}), or pm.widen(model, mlp=4096)',
-        )
+        why = "widen takes lengths of the axes of a model, or of features of layers"
+        raise BadArgument(why, hint='pm.widen(tree, features={"params/Dense_0": 16}), or pm.widen(model, mlp=4096)')
     if method not in METHODS:
         raise BadArgument(f"method={method!r} is not one of {', '.join(METHODS)}", hint='method="tile"')
     for axis, size in {**wanted, **(features or {})}.items():
@@ -175,7 +175,6 @@ class Work:
         return self
 
     def carried_out(self, tree: T) -> tuple[T, WidthReport]:
-        """A new tree, and the report."""
         if isinstance(self.leaves, Checkpoint):
             new: Any = following.on_disk(self.leaves, self.growths, self._texts(self.leaves))
         else:
@@ -183,31 +182,17 @@ class Work:
         self.report.ends = Ends(new, tree)
         return new, self.report
 
-    def carried_out_(self, module: Any) -> WidthReport:
-        """The report, after the module has changed."""
-        following.in_place(cast(Memory, self.leaves), self.growths, self.new)
-        self.report.ends = Ends(module, module)
-        return self.report
-
     def _texts(self, checkpoint: Checkpoint) -> list[Any]:
         document = document_of(checkpoint)
         if document is None or self.new is None:
             return []
-        if path_of(checkpoint.path).is_dir():
-            return [document.holding(self.new)]
-        self.report.config = [
-            f"{document.file} is not changed; open {document.file.parent}/, the directory, to include it"
-        ]
-        return []
+        if skipped := document.skipped(checkpoint.path):
+            self.report.config = [skipped]
+        return [] if skipped else [document.holding(self.new)]
 
 
 def configuration(tree: Any) -> dict[str, Any]:
-    """The configuration of a checkpoint or of a model of transformers.
-
-    Raises:
-        BadArgument: it has none.
-        BadCheckpoint: `config.json` is damaged.
-    """
+    """The configuration of a checkpoint or of a model of transformers."""
     document = document_of(tree)
     if document is not None:
         return document.values

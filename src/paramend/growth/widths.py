@@ -1,10 +1,10 @@
 """The report of a change of width: which axes have another length, and what each leaf is made of."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import ClassVar
 
 from paramend.leaves.specs import Spec
-from paramend.pages.page import Column, Page
+from paramend.pages.page import Page
 from paramend.pages.paged import Paged
 from paramend.reports import wording
 from paramend.reports.report import Line, Section
@@ -23,6 +23,8 @@ class WidthRow:
             have made; a decoupled decay is divided by it. None if places have different ones.
     """
 
+    _data: ClassVar = ("path", "before.shape as before", "after.shape as after", "rate")
+
     path: str
     before: Spec
     after: Spec
@@ -40,6 +42,8 @@ class WidthReport(Widths, Paged):
         config: descriptions of the changes to the model's configuration.
         kept: for `pm.narrow`, axis → the places that were kept, layer by layer.
     """
+
+    _data = ("verb", "sizes", "rows", "config", "kept")
 
     verb: str = "widen"
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -67,14 +71,5 @@ class WidthReport(Widths, Paged):
     def page(self) -> Page:
         """The new model as a map, coloured by whether values were multiplied."""
         kinds = ["moved" if row.rate == 1 else "multiplied" for row in self.rows]
-        columns = [Column(side, [str(getattr(row, side)) for row in self.rows], "text") for side in ("before", "after")]
-        sizes = [row.after.size for row in self.rows]
-        return Page(self.verb, self.headline(), [row.path for row in self.rows], sizes, columns, kinds, "kind")
-
-    def to_dict(self) -> dict[str, Any]:
-        rows = [
-            {"path": row.path, "before": list(row.before.shape), "after": list(row.after.shape), "rate": row.rate}
-            for row in self.rows
-        ]
-        sizes = {axis: list(both) for axis, both in self.sizes.items()}
-        return {"verb": self.verb, "sizes": sizes, "rows": rows, "config": self.config, "kept": self.kept}
+        shown = self.verb, self.headline(), self.rows
+        return Page.of_rows(*shown, "before", "after", size="after.size", groups=kinds, group_title="kind")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from paramend._optional import need
 from paramend.errors import BadArgument
-from paramend.lessons.lesson import Lesson
+from paramend.lessons.lesson import Lesson, page_of
 from paramend.reports.wording import closest, listing
 
 
@@ -14,18 +14,22 @@ class LessonRow:
     """Where a lesson is, and what it needs installed."""
 
     name: str
-    title: str
     module: str
     needs: tuple[str, ...]  # the packages that the lesson imports
     extra: str  # the extra of Paramend that installs them
 
+    @property
+    def title(self) -> str:
+        """Its title."""
+        return page_of(self.name)[0]
+
 
 ROWS = (
-    LessonRow("kernel_replace", "Replace one kernel, keep its bias", "kernel", ("jax", "flax"), "jax"),
-    LessonRow("zero_last_layer", "Zero the last kernel, keep its bias", "last_layer", ("jax", "flax"), "jax"),
-    LessonRow("freeze_first_dense", "Freeze the first layer for one step", "frozen_layer", ("jax", "flax"), "jax"),
-    LessonRow("partial_init", "Start a bigger model from a smaller one", "warm_start", ("jax", "flax"), "jax"),
-    LessonRow("init_zero", "Zero one torch layer in place", "torch_layer", ("torch",), "torch"),
+    LessonRow("kernel_replace", "kernel", ("jax", "flax"), "jax"),
+    LessonRow("zero_last_layer", "last_layer", ("jax", "flax"), "jax"),
+    LessonRow("freeze_first_dense", "frozen_layer", ("jax", "flax"), "jax"),
+    LessonRow("partial_init", "warm_start", ("jax", "flax"), "jax"),
+    LessonRow("init_zero", "torch_layer", ("torch",), "torch"),
 )
 
 

@@ -1,9 +1,10 @@
-"""What a lesson is made of: text, a reference, random cases, and known mistakes as code that makes them."""
+"""What a lesson is made of: a page of text, a reference, random cases, and known mistakes as code that makes them."""
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from importlib import resources
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,14 @@ class Mistake:
     forms: tuple[Solve, ...]  # solutions with the mistake, one for each way in which it is usually written
 
 
+def page_of(lesson: str) -> tuple[str, str, str]:
+    """The title of a lesson, its text, and the Paramend way."""
+    page = resources.files("paramend.lessons").joinpath("texts", f"{lesson}.md").read_text("utf-8")
+    title, _, rest = page.removeprefix("# ").partition("\n")
+    text, _, way = rest.partition("\n---\n")
+    return title, text.strip(), way.strip()
+
+
 def mistake(name: str, why: str, *forms: Solve) -> Mistake:
     """A mistake of some forms."""
     return Mistake(name, why, forms)
@@ -52,14 +61,18 @@ class Lesson:
     """One worked problem."""
 
     name: str  # the name of the reference function, and of the lesson on the command line
-    title: str
-    text: str  # the problem, the idea, the pitfall
-    way: str  # the Paramend way: like `reference`, it is shown only on request
     reference: Solve  # the right solution
     cases: Callable[[np.random.Generator], Sequence[Case]]  # makes the random cases of one trial
     observe: Callable[[Solve, Case], Observation]  # calls a solution on a case and returns what it returned and did
     mistakes: tuple[Mistake, ...]  # the known mistakes; `observe` distinguishes each from the reference
     unseen: str = ""  # what `observe` cannot see; shown to learners who pass
+    title: str = field(init=False)
+    text: str = field(init=False)  # the problem, the idea, the pitfall
+    way: str = field(init=False)  # the Paramend way: like `reference`, it is shown only on request
+
+    def __post_init__(self) -> None:
+        for name, text in zip(("title", "text", "way"), page_of(self.name), strict=True):
+            object.__setattr__(self, name, text)
 
     @property
     def parameters(self) -> tuple[str, ...]:

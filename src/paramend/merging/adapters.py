@@ -10,8 +10,7 @@ from typing import Any, TypeAlias
 
 from paramend.anatomy.sections import parsed
 from paramend.checkpoints.assemble import origin_of
-from paramend.checkpoints.checkpoint import Checkpoint
-from paramend.checkpoints.checkpoint import open as open_checkpoint
+from paramend.checkpoints.checkpoint import Checkpoint, open as open_checkpoint
 from paramend.checkpoints.whole import save
 from paramend.disk.io import write_file
 from paramend.disk.permissions import NEW_FOLDER, access_of, of_folder
@@ -135,11 +134,9 @@ class Adapter:
             write_file(temporary / CONFIG, json.dumps(self.config, indent=2, sort_keys=True).encode() + b"\n")
 
     def origin(self, number: int) -> Origin:
-        """Where the values of a leaf come from."""
         return origin_of(self.leaves, number)
 
     def paths(self, terms: Iterable[Term]) -> list[str]:
-        """The paths of the leaves of some terms."""
         return [self.leaves.index.path(number) for term in terms for number in term.roles.values()]
 
     def said(self, key: str, default: Any = None) -> Any:
@@ -173,10 +170,8 @@ class Adapter:
 def _ruled(leaves: Editable, rule: Sequence[str]) -> dict[int, tuple[str, Pieces, str]]:
     """The leaves that a rule names, each with what it is, the module and the leaf that it changes."""
     if isinstance(rule, str) or len(rule) != 3:
-        raise BadArgument(
-            f"rule={rule!r} is not three paths: of A, of B and of the leaf that they change",
-            hint='rule=("**/lora_a", "**/lora_b", "**/kernel")',
-        )
+        why = f"rule={rule!r} is not three paths: of A, of B and of the leaf that they change"
+        raise BadArgument(why, hint='rule=("**/lora_a", "**/lora_b", "**/kernel")')
     found: dict[int, tuple[str, Pieces, str]] = {}
     for role, path in zip("ab", rule, strict=False):
         for number, moved in rename(path, rule[2]).over(leaves.index).items():
@@ -200,13 +195,7 @@ def _role(pieces: Pieces) -> tuple[str, Pieces, str]:
 
 
 def adapter(given: AnyTree, rule: Sequence[str] | None = None) -> Adapter:
-    """An adapter from its path, or from a tree.
-
-    Raises:
-        CannotRead: there is no such file, or no configuration beside weights that need one.
-        BadCheckpoint: a file is damaged.
-        Unsupported: it is not a LoRA, or one whose terms depend on more than its tensors.
-    """
+    """An adapter from its path, or from a tree."""
     if isinstance(given, Adapter):
         return given
     leaves, config = given, None

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from paramend.mapping.steps import Step, read_step
-from paramend.porting.kinds import Shape
+from paramend.porting.forms import Shape
 from paramend.porting.matching import Pair
 
 _CONVOLUTIONS = ("conv", "conv_transpose")
@@ -23,11 +23,9 @@ class Flat(NamedTuple):
         """The steps from a matrix (outputs, inputs) or a vector with channels first to one with channels last."""
         at = self.axis if len(shape) == 2 else 0
         parts = (*shape[:at], self.channels, shape[at] // self.channels, *shape[at + 1 :])
-        return [
-            read_step({"reshape": {"shape": list(parts), "back": list(shape)}}),
-            read_step({"transpose": list(range(len(parts)))[::-1]}),
-            read_step({"reshape": {"shape": list(shape[::-1]), "back": list(parts[::-1])}}),
-        ]
+        inner = {"reshape": {"shape": list(parts), "back": list(shape)}}
+        outer = {"reshape": {"shape": list(shape[::-1]), "back": list(parts[::-1])}}
+        return [*map(read_step, (inner, {"transpose": [*range(len(parts))[::-1]]}, outer))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,12 +40,10 @@ class Layer:
 
     @property
     def taken(self) -> int:
-        """How many features or channels it takes."""
         return self.shape[1] * self.groups if self.kind == "conv" else self.shape[self.kind == "linear"]
 
     @property
     def made(self) -> int:
-        """How many it makes."""
         return self.shape[1] * self.groups if self.kind == "conv_transpose" else self.shape[0]
 
 

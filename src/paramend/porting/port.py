@@ -24,12 +24,7 @@ T = TypeVar("T")
 
 
 def port(
-    target: T,
-    source: AnyTree,
-    *,
-    rename: Renames | None = None,
-    rules: Rules | None = None,
-    prove: object = None,
+    target: T, source: AnyTree, *, rename: Renames | None = None, rules: Rules | None = None, prove: object = None
 ) -> tuple[T, PortReport]:
     """The target with the parameters of a source of another framework, and a report.
 
@@ -110,7 +105,7 @@ def port_on_disk(target: Any, source: Checkpoint, *, rename: Renames | None = No
     numbers = {made.index.pieces(number): number for number in made.index.numbers}
     rows, fresh = [], []
     for number in like.leaves.index.numbers:
-        here, spec = numbers.get(like.leaves.index.pieces(number)), like.spec(number)
+        here, spec = numbers.get(like.leaves.index.pieces(number)), like.leaves.spec(number)
         path = like.text(number)
         if here is None:
             fresh.append(GraftRow.of(path, spec, "not a parameter: left out of the file"))

@@ -13,6 +13,7 @@ from paramend.porting.plan import PortPlan
 from paramend.porting.proof import Proof
 from paramend.porting.settings import differences
 from paramend.reports import wording
+from paramend.reports.fields import picked
 from paramend.reports.report import Report
 
 
@@ -58,12 +59,8 @@ class PortReport(GraftReport):
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain dicts, lists, strings and numbers."""
-        return super().to_dict() | {
-            "warnings": list(self.warnings),
-            "unproven": list(self.unproven),
-            "layout": None if self.layout is None else self.layout.to_data(),
-            "proof": None if self.proof is None else self.proof.to_dict(),
-        }
+        layout = None if self.layout is None else self.layout.to_data()
+        return super().to_dict() | picked(self, "warnings", "unproven") | {"layout": layout} | picked(self, "proof")
 
 
 def reported(plan: PortPlan, told: GraftReport, layout: Layout | None = None, proof: Proof | None = None) -> PortReport:
@@ -78,11 +75,8 @@ def reported(plan: PortPlan, told: GraftReport, layout: Layout | None = None, pr
     copied = []
     for row in told.copied:
         source, steps, by = made.get(row.path, (str(row.source), "", ""))
-        said = (
-            (steps, f"by {by}", row.did.removeprefix("copied, ") * ("cast" in row.did))
-            if steps
-            else (row.did, f"by {by}")
-        )
+        cast = row.did.removeprefix("copied, ") * ("cast" in row.did)
+        said = (steps, f"by {by}", cast) if steps else (row.did, f"by {by}")
         copied.append(replace(row, source=source, did="; ".join(filter(None, said))))
     unused = [*told.unused, *(_row(plan.source, number, _why(plan, number)) for number in plan.left_behind())]
     lone = [number for unit in plan.lone[1] for number in unit.leaves.values()]
@@ -109,7 +103,7 @@ def _why(plan: PortPlan, number: int) -> str:
 
 
 def _row(model: Model, number: int, did: str) -> GraftRow:
-    return GraftRow.of(model.text(number), model.spec(number), did)
+    return GraftRow.of(model.text(number), model.leaves.spec(number), did)
 
 
 def _said(step: Mapping[str, Any]) -> str:

@@ -1,26 +1,30 @@
 """Quantised weights as floats: `pm.dequantize`."""
 
+from collections.abc import Iterable
+from functools import partial
 from typing import TypeVar, cast
 
+from paramend.anatomy.quantization import stated
+from paramend.edits.choosing import chosen
 from paramend.edits.decoding import floated
 from paramend.edits.memory import editable
-from paramend.errors import BadArgument
-from paramend.leaves.groups import groups_of
+from paramend.edits.weights import Weights, weighed
+from paramend.errors import BadArgument, NoMatch
+from paramend.leaves.groups import Group, groups_of
+from paramend.leaves.leaves import Editable
+from paramend.leaves.paths import write_path
 from paramend.leaves.rules import Codec
 from paramend.leaves.specs import BITS, DtypeLike, Spec, dtype_name
-from paramend.quantizing.choice import named, selected, whole
+from paramend.leaves.weights import labels_of, weight_of
 from paramend.quantizing.report import Coded, QuantizeReport
-from paramend.selectors.selector import SelectorLike
+from paramend.reports import wording
+from paramend.selectors.selector import SelectorLike, sel
 
 T = TypeVar("T")
 
 
 def dequantize(
-    model: T,
-    selector: SelectorLike = "**",
-    dtype: DtypeLike | None = "bfloat16",
-    *,
-    codec: Codec | None = None,
+    model: T, selector: SelectorLike = "**", dtype: DtypeLike | None = "bfloat16", *, codec: Codec | None = None
 ) -> tuple[T, QuantizeReport]:
     """A model with quantised weights as floats, each one leaf, and the report.
 
@@ -63,14 +67,42 @@ def dequantize(
     kept += [group for group in groups_of(leaves) if group.payload not in weights.groups]
     found = {number: weights.weight(number) for number in chosen}
     tree, said = floated(leaves, found, kept, dict.fromkeys(chosen, name))
-    rows = tuple(
-        Coded(
-            weight.path,
-            weight.scheme,
-            Spec(weight.spec.shape, name or weight.spec.dtype),
-            tuple(map(leaves.index.path, weight.group.numbers)),
-        )
-        for weight in found.values()
-    )
+    specs = {number: Spec(each.spec.shape, name or each.spec.dtype) for number, each in found.items()}
+    stored = {number: tuple(map(leaves.index.path, each.group.numbers)) for number, each in found.items()}
+    rows = tuple(Coded(each.path, each.scheme, specs[n], stored[n]) for n, each in found.items())
     others = len(weights.index.numbers) - len(rows) - len(kept)
     return cast(T, tree), QuantizeReport("dequantised", rows, named(leaves, kept), others, said)
+
+
+def whole(leaves: Editable, rule: Codec | None = None) -> Weights:
+    """A model as its weights, also if none is quantised or it was opened raw."""
+    found = weighed(leaves.as_stored(False), rule=rule)
+    return found if isinstance(found, Weights) else Weights(leaves, (), rule=rule)
+
+
+def selected(weights: Weights, selector: SelectorLike) -> list[int]:
+    """The numbers of the quantised weights that a selector means, in order, with those that are tied to them."""
+    selector = sel(selector)
+    numbers = chosen(selector, weights)
+    twins = {twin for number in numbers for twin in weights.twins(number)}
+    says = partial(stated, weights.quantization)
+    for group in groups_of(weights.stored, twins):
+        if group.numbers[0] not in weights.groups:
+            weight_of(weights.stored, group, weights.stored.expression, says)
+    found = twins & weights.groups.keys()
+    if not found:
+        near = [weights.index.path(number) for number in weights.groups][:1]
+        why = f"{selector!r} names {wording.plural(len(twins), 'leaf', 'leaves')}, none of which is quantised"
+        raise NoMatch(why, hint=f'"{near[0]}"' if near else "")
+    return weights.index.ordered(found)
+
+
+def named(leaves: Editable, groups: Iterable[Group]) -> dict[str, str]:
+    """Path → scheme of some weights."""
+    return {_path(leaves, group): group.scheme.name for group in groups}
+
+
+def _path(leaves: Editable, group: Group) -> str:
+    if group.payload is None:
+        return leaves.index.path(group.numbers[0])
+    return write_path(labels_of(leaves, group), leaves.index.separator)

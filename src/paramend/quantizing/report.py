@@ -1,10 +1,9 @@
 """What became of weights that got another code."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from paramend.leaves.specs import Spec
-from paramend.pages.page import Column, Page
+from paramend.pages.page import Page
 from paramend.pages.paged import Paged
 from paramend.reports import wording
 from paramend.reports.report import Line, Section
@@ -48,6 +47,8 @@ class QuantizeReport(Paged):
         said: what changes in the configuration beside the weights, and what should.
     """
 
+    _data = ("did", "rows as weights", "kept", "others", "said")
+
     did: str
     rows: tuple[Coded, ...]
     kept: dict[str, str]
@@ -64,22 +65,10 @@ class QuantizeReport(Paged):
 
     def sections(self) -> list[Section]:
         """The weights, each with its scheme and its error, and those that stay quantised."""
-        rows = [Line((row.path,), (str(row.spec), row.scheme, row.error), row.spec.size) for row in self.rows]
-        return [Section(self.did, rows), Section("still quantised", [Line((p,), (of,)) for p, of in self.kept.items()])]
+        kept = [Line((path,), (scheme,)) for path, scheme in self.kept.items()]
+        return [Section.of(self.did, self.rows, "spec", "scheme", "error"), Section("still quantised", kept)]
 
     def page(self) -> Page:
         """The weights as a map, with their schemes and errors."""
-        columns = [
-            Column("relative L2", [row.relative_l2 for row in self.rows]),
-            Column("max abs", [row.max_abs for row in self.rows]),
-            Column("spec", [str(row.spec) for row in self.rows], "text"),
-        ]
-        paths, sizes = [row.path for row in self.rows], [row.spec.size for row in self.rows]
-        return Page(
-            f"{self.did} weights", self.headline(), paths, sizes, columns, [row.scheme for row in self.rows], "scheme"
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as data that JSON can hold."""
-        rows = [asdict(row) | {"spec": str(row.spec), "leaves": list(row.leaves)} for row in self.rows]
-        return {"did": self.did, "weights": rows, "kept": self.kept, "others": self.others, "said": list(self.said)}
+        shown = f"{self.did} weights", self.headline(), self.rows, "relative_l2 as relative L2", "max_abs", "spec"
+        return Page.of_rows(*shown, groups="scheme", group_title="scheme")

@@ -26,20 +26,13 @@ _STEP = 1 << 20
 
 
 class Filler:
-    """Fills files with their pieces.
-
-    Attributes:
-        inputs: the files that are read.
-        digests: those of leaves that a record wants, taken from their bytes as they pass.
-        copied: bytes copied unchanged.
-        computed: bytes of leaves that were edited.
-    """
+    """Fills files with their pieces. Digests that a record wants are taken from the bytes of leaves as they pass."""
 
     def __init__(self, made: Plan, digests: Digests, meter: Meter) -> None:
         self.source: Any = made.leaves
         self.inputs = Inputs(sources(made))
         self.digests, self.meter, self.copier = digests, meter, Copier()
-        self.copied = self.computed = 0
+        self.copied = self.computed = 0  # bytes
 
     @property
     def counts(self) -> tuple[int, int, int]:
@@ -47,12 +40,8 @@ class Filler:
         return self.copied, self.computed, self.copier.shared
 
     def fill(self, pieces: Sequence[Piece], target: int, *, fresh: bool = True, hashed: Any = None) -> None:
-        """Write the pieces at the position of a file, and begin to write them to the disk.
-
-        Args:
-            fresh: whether the file holds nothing there yet.
-            hashed: a digest that takes all bytes.
-        """
+        """Write the pieces at the position of a file, `fresh` if it holds nothing there yet, and begin to write them to
+        the disk. `hashed` is a digest that takes all bytes."""
         at = os.lseek(target, 0, os.SEEK_CUR) if is_regular(target) else 0
         back = WriteBack(target, at)
         flow = _Flow(self.source, self.digests, fresh=fresh and is_regular(target), hashed=hashed)

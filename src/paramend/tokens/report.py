@@ -1,7 +1,6 @@
 """The report of a change of vocabulary."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from paramend.leaves.specs import Spec
 from paramend.pages.page import Column, Page
@@ -51,10 +50,3 @@ class VocabularyReport(Paged):
         columns = [Column("before", before, "text"), Column("spec", after, "text")]
         sizes = [new.size for _, new in self.tables.values()]
         return Page("vocabulary", self.headline(), [*self.tables], sizes, columns)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as data that JSON can hold."""
-        tables = {path: [str(spec) for spec in pair] for path, pair in self.tables.items()}
-        ids = {str(old): new for old, new in self.ids.items()}
-        data = {"did": self.did, "tables": tables, "size": list(self.size), "ids": ids, "tokens": self.tokens}
-        return data | {"unasked": list(self.unasked), "files": list(self.files)}

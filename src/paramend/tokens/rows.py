@@ -41,7 +41,6 @@ class Mixed(Origin):
 
     @cached_property
     def mean(self) -> Array:
-        """The mean of the old rows."""
         first = take(self.whole, range(self.count), self.axis)
         step = max(CHUNK * self.count // max(first.spec.size, 1), 1)
         shape = self.whole.spec.shape
@@ -83,7 +82,6 @@ class Rows:
     count: int = 0  # as in `Mixed`
 
     def trivial(self, rows: int) -> bool:
-        """Whether they are the old ones."""
         return not self.mixes and list(self.places) == list(range(rows))
 
 

@@ -21,8 +21,7 @@ from paramend.formats.dcp.metadata import (
     moved_path,
 )
 from paramend.formats.files import OpenFile
-from paramend.formats.source import Data, Writer
-from paramend.formats.source import Item as Leaf
+from paramend.formats.source import Data, Item as Leaf, Writer
 from paramend.formats.torch.rebuilds import Tensor
 from paramend.formats.torch.writer import TorchWriter, pickled, tensor
 from paramend.formats.zips import ZipHeaders

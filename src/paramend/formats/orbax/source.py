@@ -24,8 +24,7 @@ from paramend.formats.orbax.store import MANIFEST, Box, OrbaxEntry, Stage, Store
 from paramend.formats.orbax.writer import ARRAYS, KEY, STEP, STRINGS, TREE, Keys, OrbaxWriter
 from paramend.formats.source import Opened, check_readable, padded
 from paramend.leaves.leaves import Index
-from paramend.leaves.outlines import BOXED, Outline, Place
-from paramend.leaves.outlines import shown as shown_keys
+from paramend.leaves.outlines import BOXED, Outline, Place, shown as shown_keys
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 from paramend.reports import wording
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from paramend.grafting.links import Path, without
+from paramend.grafting.report import Path, without
 from paramend.grafting.states.carry_optax import Leaf, split, without_wrappers
 from paramend.leaves.paths import labels, text_of
 from paramend.trees.kind import ELIDED
@@ -30,25 +30,17 @@ def is_record(kind: type) -> bool:
 
 @dataclass
 class Survey:
-    """Where a tree holds optimizer states.
-
-    Attributes:
-        tree: the tree.
-        outside: the paths of the leaves outside optimizer states.
-        fields: path of a field of a record → the paths of the leaves in it.
-        absent: the paths of masked parameters.
-        roots: the paths of the outermost records.
-    """
+    """Where a tree holds optimizer states."""
 
     tree: Tree
-    outside: list[Path] = field(default_factory=list)
+    outside: list[Path] = field(default_factory=list)  # the paths of the leaves outside optimizer states
+    # Path of a field of a record → the paths of the leaves in it.
     fields: dict[Path, list[Path]] = field(default_factory=dict)
-    absent: set[Path] = field(default_factory=set)
-    roots: list[Path] = field(default_factory=list)
+    absent: set[Path] = field(default_factory=set)  # the paths of masked parameters
+    roots: list[Path] = field(default_factory=list)  # the paths of the outermost records
 
     @classmethod
     def of(cls, tree: Tree) -> "Survey":
-        """The survey of a tree."""
         survey = cls(tree)
         survey._visit(tree.root, (), False, set())
         return survey
@@ -128,19 +120,14 @@ class Survey:
 
 @dataclass
 class States:
-    """The leaves of optimizer states.
+    """The leaves of optimizer states."""
 
-    Attributes:
-        leaves: the leaves, each with the path by which its parameter is known as `param`.
-        unknown: the paths of moments of unknown parameters.
-        heads: path of a leaf → the path of its field, or of the leaf itself if it is a number.
-        rests: path of a parameter → its path in the trees of moments.
-    """
-
+    # The leaves, each with the path by which its parameter is known as `param`.
     leaves: list[Leaf] = field(default_factory=list)
-    unknown: list[Path] = field(default_factory=list)
+    unknown: list[Path] = field(default_factory=list)  # the paths of moments of unknown parameters
+    # Path of a leaf → the path of its field, or of the leaf itself if it is a number.
     heads: dict[Path, Path] = field(default_factory=dict)
-    rests: dict[Path, Path] = field(default_factory=dict)
+    rests: dict[Path, Path] = field(default_factory=dict)  # path of a parameter → its path in the trees of moments
     _moments: dict[Path, set[str]] = field(default_factory=dict)
 
     def add(self, path: Path, head: Path, param: Path, number: int, tree: Tree) -> None:
@@ -161,12 +148,10 @@ class States:
                 self.add(path, path, (), number, tree)
 
     def kind(self, leaf: Leaf) -> frozenset[str]:
-        """The fields of moments in the record of a leaf, which tell the kind of optimizer."""
         return frozenset(self._moments.get(self.heads[leaf.path][:-1], ()))
 
     @property
     def kinds(self) -> dict[frozenset[str], None]:
-        """The kinds of all records with moments."""
         return {frozenset(fields): None for fields in self._moments.values()}
 
     @classmethod
