@@ -8,8 +8,7 @@ from paramend.disk.publishing import there
 from paramend.edits.plan import Plan, Row
 from paramend.formats.gathered import Gathered
 from paramend.formats.registry import DEFAULT
-from paramend.formats.safetensors import SafetensorsFile
-from paramend.formats.safetensors_header import RECORD
+from paramend.formats.safetensors import RECORD, SafetensorsFile
 from paramend.formats.shards import Shards
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.specs import BITS

@@ -6,10 +6,9 @@ from typing import Any
 
 from paramend.edits.plan import Plan, Row
 from paramend.errors import BadArgument
-from paramend.formats.index import index_name, index_text
 from paramend.formats.registry import Format
-from paramend.formats.safetensors_header import layout
-from paramend.formats.shards import Shards
+from paramend.formats.safetensors import layout
+from paramend.formats.shards import Shards, index_name, index_text
 from paramend.rewriting.arrangement import base_of
 from paramend.rewriting.copies import edited_file, rows_by_file
 from paramend.rewriting.files import File, fresh_file, nbytes_of, ordered, text_file
