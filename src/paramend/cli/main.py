@@ -18,9 +18,9 @@ import click
 from paramend.cli import _ui
 from paramend.cli.completion import completes
 from paramend.cli.examples import shown, to_try
+from paramend.cli.explain import MEANT, TOPICS
 from paramend.cli.mistakes import Typed, exists, incomplete, no_such_option, told
 from paramend.cli.opening import takes_raw
-from paramend.cli.topics import MEANT, TOPICS
 from paramend.disk.urls import path_of
 from paramend.errors import MissingExtra, ParamendError, masked
 from paramend.reports import wording
@@ -59,8 +59,8 @@ ROWS = (
     CommandRow("layout", "stack", "Write a checkpoint stored another way, by the rules of a layout."),
     CommandRow("insert", "make", "Write a checkpoint with leaves of another that it lacks."),
     CommandRow("part", "make", "Write leaves of a checkpoint as a model of their own."),
-    CommandRow("fold", "adapters", "Write a checkpoint with adapters added to its weights.", also=("lora",)),
-    CommandRow("extract", "adapters", "Write what training changed as an adapter.", also=("lora",)),
+    CommandRow("fold", "merge", "Write a checkpoint with adapters added to its weights.", also=("lora",)),
+    CommandRow("extract", "merge", "Write what training changed as an adapter.", also=("lora",)),
     CommandRow("merge", "merge", "Write a model made of several.", also=("average", "soup", "slerp", "ties")),
     CommandRow("tie", "stack", "Write a checkpoint whose head is its embedding."),
     CommandRow("untie", "stack", "Write a checkpoint whose head has a weight of its own."),

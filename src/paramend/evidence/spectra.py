@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from paramend.evidence.measures import widened
 from paramend.evidence.streams import CHUNK, Desk, Stream
-from paramend.evidence.widening import widened
 from paramend.leaves.specs import Array
 
 # The relative error of the singular value, and the most passes made to reach it.

@@ -39,7 +39,6 @@ class PortReport(GraftReport):
     proof: Proof | None = None
 
     def headline(self) -> str:
-        """The summary in one sentence."""
         said = super().headline().replace("graft", "port", 1)
         if self.unproven and self.proof is None and not self.refused:
             said += (
@@ -58,7 +57,6 @@ class PortReport(GraftReport):
         return replace(super().page(), title="port")
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain dicts, lists, strings and numbers."""
         layout = None if self.layout is None else self.layout.to_data()
         return super().to_dict() | picked(self, "warnings", "unproven") | {"layout": layout} | picked(self, "proof")
 
