@@ -28,25 +28,6 @@ A command takes several, and leaves out what --except matches. Each must match s
 # Word → text.
 TOPICS = dict.fromkeys(("selector", "selectors", "--except", "patterns", "paths"), SELECTORS)
 
-# Command → words that users may look for it by. Those of the edits are in their table.
-MEANT = {
-    "show": "list ls inspect info stats open load print cat",
-    "diff": "compare cmp",
-    "delete": "rm remove drop prune",
-    "rename": "mv move",
-    "apply": "recipe recipes run patch edit",
-    "convert": "save export cp copy",
-    "graft": "init transfer",
-    "stack": "stack_layers",
-    "unstack": "unstack_layers",
-    "deepen": "grow",
-    "undo": "revert rollback restore",
-    "history": "log record",
-    "verify": "check verify_record",
-    "lesson": "lessons learn tutorial",
-    "help": "man",
-}
-
 
 def explanations() -> Mapping[str, str]:
     """Code → the page about that error, as Markdown."""
