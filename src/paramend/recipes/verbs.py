@@ -26,23 +26,17 @@ Make: TypeAlias = Callable[[Any, Given, Donors], Any]
 
 @dataclass(frozen=True, slots=True)
 class Verb:
-    """A kind of step: its key, what it does, and what the map below it may hold.
-
-    `op` is its row of the table of ops; None for changes of structure and for expectations. Exactly one of the keys
-    `one_of` is required, at least one of `any_of`. If it `changes`, the steps after it see different paths or specs.
-    `make` is what it makes of a tree, for changes that take more than some leaves; `selects` says whether `at` selects
-    leaves as they are stored there.
-    """
+    """A kind of step: its key, what it does, and what the map below it may hold."""
 
     name: str
     says: str
     keys: tuple[Key, ...]
-    op: Op | None = None
-    one_of: tuple[str, ...] = ()
-    any_of: tuple[str, ...] = ()
-    changes: bool = False
-    make: Make | None = None
-    selects: bool = True
+    op: Op | None = None  # its row of the table of ops; None for changes of structure and for expectations
+    one_of: tuple[str, ...] = ()  # keys of which exactly one is required
+    any_of: tuple[str, ...] = ()  # keys of which at least one is required
+    changes: bool = False  # whether the steps after it see different paths or specs
+    make: Make | None = None  # what it makes of a tree, for changes that take more than some leaves
+    selects: bool = True  # whether `at` selects leaves as they are stored there
 
     def __reduce__(self) -> tuple[Any, ...]:
         return verb_of, (self.name,)

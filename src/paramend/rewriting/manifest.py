@@ -63,11 +63,8 @@ class Manifest:
         return cls(out, fingerprint(made, asked, recipe), layout.files, seen)
 
     def takes_up(self, temporary: Path) -> bool:
-        """Whether what is done in a temporary is known, and is a part of this output.
-
-        Raises:
-            CannotWrite: it is a part of another one.
-        """
+        """Whether what is done in a temporary is known, and is a part of this output; `CannotWrite` if it is a part of
+        another one."""
         lines = manifest_of(temporary).read_bytes().split(b"\n")[:-1]  # the last line may have been cut short
         try:
             head, *rest = (json.loads(line) for line in lines)

@@ -16,16 +16,8 @@ from paramend.formats.shards import Shards
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.specs import BITS
 from paramend.rewriting.arrangement import base_of
-from paramend.rewriting.files import (
-    File,
-    copied_file,
-    edited_file,
-    fresh_file,
-    nbytes_of,
-    ordered,
-    rows_by_file,
-    text_file,
-)
+from paramend.rewriting.copies import edited_file, rows_by_file
+from paramend.rewriting.files import File, copied_file, fresh_file, nbytes_of, ordered, text_file
 
 
 def same_shards(made: Plan, source: Shards, *, link: bool) -> list[File]:

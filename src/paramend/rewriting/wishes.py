@@ -22,7 +22,7 @@ from paramend.formats.shards import Shards
 from paramend.formats.source import Tiled
 from paramend.reports import wording
 from paramend.rewriting.arrangement import base_of
-from paramend.rewriting.files import overlays
+from paramend.rewriting.copies import overlays
 
 # What looks like the suffix of a format; others, as in model.v2 and step.100, belong to the name.
 _WORD = re.compile(r"\.[a-z_]+")
