@@ -68,7 +68,7 @@ def moved(plan: Plan, calls: Mapping[int, Call]) -> Plan:
 
 def replaced(plan: Plan, places: Mapping[int, Sequence[Leaf]], hint: str) -> Plan:
     """The plan with other leaves in the places of some; `RenameClash` if two would have one path, or that of a
-    container of others, `Unsupported` if one is made of others that cannot be read, and not of whole bytes of theirs."""
+    container of others, `Unsupported` if one is made of others that cannot be read, and not of their whole bytes."""
     for path, origin, _ in itertools.chain.from_iterable(places.values()):
         if origin.refusal and origin.spec.size and not origin.extents:
             name = write_path(path, plan.index.separator)
