@@ -39,7 +39,6 @@ class Change:
         return f"{self.key}: {after} (new)" if before is None else f"{self.key}: {before} -> {after}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The change as data that JSON can hold."""
         sides = {"before": self.before, "after": self.after}
         values = {name: json.loads(text) for name, text in sides.items() if text is not None}
         return {"file": self.file, "key": self.key, **values}

@@ -27,10 +27,10 @@ from paramend.leaves.origins.stored import Stored
 from paramend.piecewise.rows import survey
 from paramend.reports import wording
 from paramend.reports.progress import Progress
-from paramend.rewriting.additions import parted
 from paramend.rewriting.arrangement import base_of
 from paramend.rewriting.layouts import lay_in_place
 from paramend.rewriting.rewrite import stage
+from paramend.rewriting.shards import parted
 
 
 @contextlib.contextmanager

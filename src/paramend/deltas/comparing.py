@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from paramend.checkpoints.checkpoint import Checkpoint, open as open_checkpoint
-from paramend.checkpoints.files import read_by
+from paramend.checkpoints.report import read_by
 from paramend.deltas.checksums import Checksum, both, bytes_of, hasher
 from paramend.deltas.delta import Delta
 from paramend.deltas.manifest import BESIDE, FileChange, LeafRow, name_of

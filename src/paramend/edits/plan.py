@@ -95,7 +95,6 @@ class Row:
         return f"{edit}: {damage}" if damage else edit
 
     def to_dict(self) -> dict[str, Any]:
-        """The row as data that JSON can hold."""
         spec = "spec.dtype", "spec.shape", "spec.nbytes", "before.dtype as dtype_before", "before.shape as shape_before"
         edits, made = [_said(call) for call in self.calls], {"origin": str(self.made)} if self.made else {}
         found = (

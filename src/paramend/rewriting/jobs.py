@@ -13,9 +13,8 @@ from paramend.edits.plan import Plan, Row
 from paramend.leaves.codecs.encoding import Misfit
 from paramend.piecewise.rows import expression
 from paramend.reports.progress import Meter
-from paramend.rewriting.digests import Digests
 from paramend.rewriting.files import Computed, Copy, File, Piece, nbytes_in
-from paramend.rewriting.filling import Filler, take_in
+from paramend.rewriting.filling import Digests, Filler, take_in
 
 # About how many bytes a job makes, if leaves are computed in it, and if they are copied.
 _COMPUTED, _COPIED = 16 << 20, 64 << 20

@@ -27,8 +27,8 @@ from paramend.leaves.origins.texts import quoted, shortened
 from paramend.piecewise.rows import expression
 from paramend.rewriting.accesses import Accesses
 from paramend.rewriting.arrangement import base_of
-from paramend.rewriting.digests import Digests
 from paramend.rewriting.files import Copy, with_header
+from paramend.rewriting.filling import Digests
 from paramend.rewriting.layouts import Layout
 from paramend.rewriting.provenance import (
     FILE,

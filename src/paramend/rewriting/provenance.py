@@ -81,7 +81,6 @@ class RecordedLeaf:
     origin: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """The leaf as data that JSON can hold."""
         edit = "" if self.origin and self.edit == shortened(self.origin) else self.edit
         found = picked(self, "path", "spec.dtype", "spec.shape", "sha256")
         return found | {"edit": edit} | picked(self, "was?", "origin?")
