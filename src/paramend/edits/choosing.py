@@ -11,11 +11,7 @@ from paramend.selectors.selector import SelectorLike, resolve, resolve_paths
 
 
 def chosen(selector: SelectorLike, leaves: Editable) -> list[int]:
-    """The leaves that a selector means. It may name what a quantised weight is stored in, codes or scales.
-
-    Raises:
-        NoMatch: there is no such leaf.
-    """
+    """The leaves that a selector means, which may name what a quantised weight is stored in; `NoMatch` for none."""
     try:
         return list(resolve(selector, leaves))
     except NoMatch:

@@ -192,12 +192,7 @@ def editable(tree: Any, *, raw: bool = False) -> Editable:
 
 
 def valued(tree: Any) -> Editable:
-    """Leaves that are computed with: all of them must have values.
-
-    Raises:
-        BadArgument: a path is given.
-        Unsupported: leaves are traced, or abstract; the message lists them.
-    """
+    """Leaves that are computed with: `Unsupported` if some have no values, `BadArgument` for a path."""
     if isinstance(tree, str | os.PathLike):
         raise BadArgument(
             f"{str(tree)!r} is a path, and a tree or a checkpoint is needed", hint=f"pm.open({str(tree)!r})"

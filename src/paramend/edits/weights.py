@@ -32,17 +32,8 @@ _FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"w1", "w3"}
 
 class Weights(Editable):
     """Leaves in which each quantised weight is one, with its own path and spec; numbers are those of the payloads.
-
-    Values are decoded as they are read, and edits are made in what is stored.
-
-    Attributes:
-        stored: the leaves as they are stored.
-        groups: number of a payload → the leaves of its weight.
-        rule: the user's codec, by which some of them are one.
-
-    Raises:
-        RenameClash: another leaf has the name of a weight.
-    """
+    Values are decoded as they are read, and edits are made in what is stored. `RenameClash` if another leaf has the
+    name of a weight."""
 
     def __init__(
         self, stored: Editable, groups: Iterable[Group], *, inputs: bool = False, rule: Codec | None = None
@@ -356,12 +347,8 @@ def weighed(leaves: Editable, *, inputs: bool = False, rule: Codec | None = None
     """The leaves with each quantised weight as one, unless they are taken as they are stored.
 
     Weights that cannot be decoded stay several leaves: those in schemes without a codec, those of which a part is
-    elsewhere, those without values.
-
-    Args:
-        leaves: a tree or a checkpoint.
-        inputs: whether scales of the inputs of a weight, which its values do not depend on, are leaves of their own.
-        rule: a codec of the user's, which goes before what is known, and also takes leaves as they are stored.
+    elsewhere, those without values. A rule of the user's goes before what is known, and also takes leaves as they are
+    stored. With `inputs` scales of the inputs of a weight, which its values do not depend on, are leaves of their own.
 
     >>> from paramend.edits.memory import Memory, editable
     >>> import numpy as np

@@ -18,18 +18,12 @@ from paramend.leaves.specs import Spec
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The leaves that are one quantised weight.
-
-    Attributes:
-        payload: the number of the leaf with the codes; None if it is not there.
-        companions: number → its row in the scheme.
-        missing: the roles of what the weight cannot be read without and is not there.
-    """
+    """The leaves that are one quantised weight."""
 
     scheme: Scheme
-    payload: int | None
-    companions: Mapping[int, Companion] = field(default_factory=dict)
-    missing: tuple[str, ...] = ()
+    payload: int | None  # the number of the leaf with the codes; None if it is not there
+    companions: Mapping[int, Companion] = field(default_factory=dict)  # number → its row in the scheme
+    missing: tuple[str, ...] = ()  # the roles of what it cannot be read without and is not there
 
     @property
     def numbers(self) -> tuple[int, ...]:

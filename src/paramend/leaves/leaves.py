@@ -262,20 +262,13 @@ class Explained(Protocol):
 
 
 class Group(NamedTuple):
-    """Leaves that go, and those that are made of them and come in the place of the first.
+    """Leaves that go, and those that are made of them and come in the place of the first."""
 
-    Attributes:
-        numbers: the leaves that go.
-        paths: the paths of those that come, in the form of `renames.keys`.
-        make: the arrays, or the origins, of the first → those of the second.
-        boxed: a box like that of the first, for those that come; None: as it is.
-        position: which key of the paths is a position, for which a list is made if there is none; None: no key.
-    """
-
-    numbers: tuple[int, ...]
-    paths: tuple[Sequence[tuple[str, int | None]], ...]
-    make: Callable[[Sequence[Any]], Sequence[Any]]
-    boxed: Callable[[Any], Any] | None = None
+    numbers: tuple[int, ...]  # the leaves that go
+    paths: tuple[Sequence[tuple[str, int | None]], ...]  # the paths of those that come, in the form of `renames.keys`
+    make: Callable[[Sequence[Any]], Sequence[Any]]  # the arrays, or the origins, of the first → those of the second
+    boxed: Callable[[Any], Any] | None = None  # a box like that of the first, for those that come; None: as it is
+    # Which key of the paths is a position, for which a list is made if there is none; None: no key.
     position: int | None = None
 
 

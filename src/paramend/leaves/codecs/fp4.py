@@ -14,20 +14,13 @@ def mxfp4(scheme: str, parts: Parts, stated: Stated) -> Codec:
     """The codec of MXFP4: codes of E2M1, a power of two for 32 of them, and bfloat16 as transformers has it.
 
     gpt-oss stores what its model has as [experts, in, out] with the inputs last, in blocks of 16 bytes.
-
-    Raises:
-        SpecMismatch: groups and shapes disagree.
     """
     turned = parts["payload"].spec.ndim > parts["scale"].spec.ndim
     return _codec(scheme, parts, stated, 32, Powers() if turned else Plain(), "bfloat16", turned)
 
 
 def _nvfp4(scheme: str, parts: Parts, stated: Stated, divides: bool, dtype: str) -> Codec:
-    """The codec of NVFP4: codes of E2M1, a scale for 16 of them, and one for these scales.
-
-    Raises:
-        SpecMismatch: groups and shapes disagree.
-    """
+    """The codec of NVFP4: codes of E2M1, a scale for 16 of them, and one for these scales."""
     found = _codec(scheme, parts, stated, 16, Twice(divides), dtype)
     shape, top = found.spec.shape, parts["global"].spec
     if top.size != 1 and top.shape[:1] != shape[: len(shape) - 2]:

@@ -13,14 +13,8 @@ _USUAL = 128
 
 
 def fp8(scheme: str, parts: Parts, stated: Stated) -> Codec:
-    """The codec of codes of one byte with scales.
-
-    The dtype of the weight is that of its scales, or bfloat16 if they are of one byte, as in compressed-tensors and
-    transformers.
-
-    Raises:
-        SpecMismatch: the grid of scales is none of the codes, or not that of the configuration.
-    """
+    """The codec of codes of one byte with scales. The dtype of the weight is that of its scales, or bfloat16 if they
+    are of one byte, as in compressed-tensors and transformers."""
     payload, scale = parts["payload"].spec, parts["scale"].spec
     every = _every(parts, stated)
     grid = tuple(-(-n // each) if each else 1 for n, each in zip(payload.shape, every, strict=True))
@@ -42,11 +36,7 @@ def fp8(scheme: str, parts: Parts, stated: Stated) -> Codec:
 
 
 def torchao(scheme: str, parts: Parts, stated: Stated) -> Codec:
-    """The codec of Float8Tensor of torchao; the dtype is that of the scales, as its own is not in the leaves.
-
-    Raises:
-        Unsupported: it is of another of its kinds of tensors.
-    """
+    """The codec of Float8Tensor of torchao; the dtype is that of the scales, as its own is not in the leaves."""
     payload = parts["payload"]
     if not payload.spec.dtype.startswith("float8") or not {"zero", "global", "input"}.isdisjoint(parts):
         names = ", ".join(map(str, parts.values()))

@@ -25,18 +25,11 @@ _Leaf = tuple[str, str, Sequence[int]]
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Layout:
-    """The leaves of a new group.
+    """The leaves of a new group, by role."""
 
-    Attributes:
-        names: role → name of the leaf, with "*" for the name of the weight.
-        specs: role → its spec.
-        known: the leaves that do not depend on the values of the weight, by role.
-        stated: what a configuration says of it.
-    """
-
-    names: Mapping[str, str]
+    names: Mapping[str, str]  # with "*" for the name of the weight
     specs: Mapping[str, Spec]
-    known: Mapping[str, Array]
+    known: Mapping[str, Array]  # those that do not depend on the values of the weight
     stated: Stated
 
 

@@ -93,11 +93,7 @@ class Blocks(Codec):
         return found.reshape(*blocks.shape[:-1], -1)
 
     def blocks(self, values: Array) -> Array:
-        """The blocks of values, each to the nearest.
-
-        Raises:
-            Unsupported: a value is not finite, or too large for the scale of a block.
-        """
+        """The blocks of values, each to the nearest; `Unsupported` if one is not finite, or too large for a scale."""
         rows = np.ascontiguousarray(values, _F32).reshape(-1, self.size)
         found: Array = np.empty(len(rows), self.dtype)
         for at in range(0, len(rows), _STEP):

@@ -16,13 +16,8 @@ _AWQ = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 def packed(scheme: str, parts: Parts, stated: Stated) -> Codec:
-    """The codec of what compressed-tensors calls pack-quantized: (code - 2^(bits-1) - zero point) · scale.
-
-    The dtype is that of the scales, as there.
-
-    Raises:
-        SpecMismatch: bits, groups and shapes disagree.
-    """
+    """The codec of what compressed-tensors calls pack-quantized: (code - 2^(bits-1) - zero point) · scale. The dtype is
+    that of the scales, as there."""
     payload, scale = parts["payload"], parts["scale"]
     words, grid, last = payload.spec.shape, scale.spec.shape, payload.spec.ndim - 1
     shape = tuple(map(int, parts["shape"].read().reshape(-1))) if "shape" in parts else ()
@@ -55,11 +50,7 @@ def packed(scheme: str, parts: Parts, stated: Stated) -> Codec:
 
 
 def gptq(scheme: str, parts: Parts, stated: Stated) -> Codec:
-    """The codec of GPTQ: (code - zero point) · scale, with zero points stored one lower in its first version.
-
-    Raises:
-        SpecMismatch: bits, groups and shapes disagree, or the zero points and what says their version.
-    """
+    """The codec of GPTQ: (code - zero point) · scale, with zero points stored one lower in its first version."""
     _check_matrix(parts)
     payload, scale = parts["payload"], parts["scale"]
     (rows, outputs), groups = payload.spec.shape, scale.spec.shape[0]
@@ -88,11 +79,7 @@ def gptq(scheme: str, parts: Parts, stated: Stated) -> Codec:
 
 
 def awq(scheme: str, parts: Parts, stated: Stated) -> Codec:
-    """The codec of AWQ: (code - zero point) · scale, packed along the outputs in an order of their own.
-
-    Raises:
-        SpecMismatch: bits, groups and shapes disagree.
-    """
+    """The codec of AWQ: (code - zero point) · scale, packed along the outputs in an order of their own."""
     _check_matrix(parts)
     payload, scale = parts["payload"], parts["scale"]
     inputs, groups = payload.spec.shape[0], scale.spec.shape[0]

@@ -16,19 +16,12 @@ from paramend.leaves.specs import Array, Spec
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Blocked(Origin):
-    """The blocks for some values, each encoded when it is read.
-
-    Attributes:
-        codec: how values are encoded.
-        values: the weight.
-        kept: the blocks as they are, of an edited weight: those whose values stay keep their bytes.
-        misfit: what is measured while blocks are read.
-    """
+    """The blocks for some values, each encoded when it is read."""
 
     codec: Blocks
     values: Origin
-    kept: Origin | None = None
-    misfit: Misfit | None = None
+    kept: Origin | None = None  # the blocks as they are, of an edited weight: those whose values stay keep their bytes
+    misfit: Misfit | None = None  # what is measured while blocks are read
     moves = False
 
     @property
@@ -68,12 +61,7 @@ class Blocked(Origin):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Times(Computed):
-    """Blocks of which the scales are multiplied by a number.
-
-    Attributes:
-        codec: how they are made.
-        factor: the number.
-    """
+    """Blocks of which the scales are multiplied by a number."""
 
     codec: Blocks
     factor: float
@@ -90,11 +78,7 @@ class Times(Computed):
 def encoded_blocks(
     codec: Blocks, weight: Origin, kept: Mapping[str, Origin], misfit: Misfit | None
 ) -> dict[str, Origin]:
-    """The blocks for new values of a weight, as the leaves of its group.
-
-    Raises:
-        Quantized: values are only decoded from such blocks.
-    """
+    """The blocks for new values of a weight, as the leaves of its group."""
     if not codec.writes:
         said = f"a weight in {codec.scheme} would be encoded, which is only decoded"
         raise Quantized(said, scheme=codec.scheme, payload="", hint='pm.dequantize(tree, selector, dtype="float16")')

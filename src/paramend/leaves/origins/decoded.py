@@ -18,17 +18,11 @@ _CACHED = 1 << 17
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Decoded(Origin):
-    """The values of a weight with the axes that it is stored with; `decoded` gives it as its model has it.
-
-    Attributes:
-        codec: how they are made.
-        parts: role → leaf of the group, with the axes of the weight.
-        dtype: that of the values, which are computed in float32 and rounded once.
-    """
+    """The values of a weight with the axes that it is stored with; `decoded` gives it as its model has it."""
 
     codec: Codec
-    parts: Mapping[str, Origin]
-    dtype: str
+    parts: Mapping[str, Origin]  # role → leaf of the group, with the axes of the weight
+    dtype: str  # to which values, computed in float32, are rounded once
     moves = False
 
     @property
@@ -87,12 +81,6 @@ class Decoded(Origin):
 
 
 def decoded(codec: Codec, parts: Mapping[str, Origin], dtype: str = "") -> Origin:
-    """A quantised weight as its model has it: the name of its axes, and values.
-
-    Args:
-        codec: from `codec_of`.
-        parts: role → leaf of the group.
-        dtype: that of the values; the library's by default.
-    """
+    """A quantised weight as its model has it, of leaves by role, in a dtype, by default that of the library."""
     stored = Decoded(codec, codec.views(parts), dtype or codec.spec.dtype)
     return codec.weight(stored)

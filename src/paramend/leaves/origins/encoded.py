@@ -40,28 +40,18 @@ class _Shared(dict[Box, Grids]):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Encoded(Origin):
-    """A leaf of a group with the axes of the weight; `encoded` gives it as it is stored.
+    """A leaf of a group with the axes of the weight; `encoded` gives it as it is stored."""
 
-    Attributes:
-        codec: how values are encoded.
-        values: the weight, with the axes of storage.
-        role: the leaf: "payload", "scale", "zero", or that of scales of scales.
-        kept: the leaves as they are, of an edited weight: blocks without a change keep their bytes.
-        keep: whether scales are kept, and only codes change.
-        even: whether no zero points depend on the values.
-        free: whether a scale of scales may grow, if a block needs that: then all blocks are encoded anew.
-        misfit: what is measured while codes are read.
-        made: box → scales and zero points there, which all leaves of the weight share, as far as they are few.
-    """
-
-    codec: Codec
-    values: Origin
-    role: str
+    codec: Codec  # how values are encoded
+    values: Origin  # the weight, with the axes of storage
+    role: str  # the leaf: "payload", "scale", "zero", or that of scales of scales
+    # The leaves as they are, of an edited weight: blocks without a change keep their bytes.
     kept: Parts = field(default_factory=dict)
-    keep: bool = False
-    even: bool = True
-    free: bool = False
-    misfit: Misfit | None = None
+    keep: bool = False  # whether scales are kept, and only codes change
+    even: bool = True  # whether no zero points depend on the values
+    free: bool = False  # whether a scale of scales may grow, if a block needs that: then all blocks are encoded anew
+    misfit: Misfit | None = None  # what is measured while codes are read
+    # Box → scales and zero points there, which all leaves of the weight share, as far as they are few.
     made: _Shared = field(default_factory=_Shared, compare=False)
     _last: tuple[Box, Array] | None = field(default=None, init=False, compare=False)
     moves = False
@@ -259,9 +249,7 @@ def encoded(
         specs: role → spec of the leaf as it is stored.
         kept: the leaves as they are, of an edited weight: blocks whose values are what these decode to keep their
             bytes. Of a new weight, the leaves that are known without its values.
-        keep: whether scales and zero points stay, but for scales that are inf or NaN, so that only codes change.
-        free: whether a scale of scales may grow.
-        misfit: what measures how far the values of the codes are from the weight, as they are read.
+        keep, free, misfit: as in `Encoded`.
     """
     if isinstance(codec, Blocks):
         return encoded_blocks(codec, weight, kept or {}, misfit)

@@ -19,11 +19,7 @@ _POWERS = ("uint8", "float8_e8m0fnu")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Rescaled(Computed):
-    """Scales, each multiplied by a number in float32; exponents, with one added.
-
-    Attributes:
-        factor: the number.
-    """
+    """Scales, each multiplied by a number in float32; exponents, with one added."""
 
     factor: float
 
@@ -57,11 +53,7 @@ class Rescaled(Computed):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Flipped(Computed):
-    """Codes with some bits of each byte flipped, as those of their signs.
-
-    Attributes:
-        mask: the bits.
-    """
+    """Codes with some bits of each byte flipped, as those of their signs."""
 
     mask: int
 
@@ -78,11 +70,6 @@ def rescaled(codec: Codec, parts: Mapping[str, Origin], factor: float) -> dict[s
 
     Scales of float32 take it to one rounding, powers of two take powers of two. A negative number flips the signs of
     codes, if they have signs.
-
-    Args:
-        codec: the codec of the weight.
-        parts: role → leaf of the group.
-        factor: the number.
     """
     if isinstance(codec, Blocks):
         return times(codec, parts, factor)
