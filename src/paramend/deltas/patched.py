@@ -12,8 +12,7 @@ from paramend.deltas.windows import SPAN, Changes
 from paramend.disk.io import get, reading
 from paramend.errors import BadCheckpoint
 from paramend.leaves.origins.boxes import Box, select
-from paramend.leaves.origins.origin import Computed
-from paramend.leaves.origins.partly import Partly
+from paramend.leaves.origins.origin import Computed, Partly
 from paramend.leaves.origins.stored import Stored, Zeros
 from paramend.leaves.specs import Array, numpy_dtype
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from paramend.leaves.specs import Array
-from paramend.piecewise.spool import PAGE, adjoined
+from paramend.piecewise.changes import merged
+from paramend.piecewise.spool import PAGE
 
 # The bytes of a leaf that are compared at once. All widths of elements divide it.
 SPAN = 3 << 22
@@ -105,5 +106,5 @@ class Changes:
     @property
     def pages(self) -> Array:
         """The pages of the leaf that change, as (start, stop): adjacent ones as one."""
-        found = adjoined([window.pages for window in self._windows()])
+        found = merged(*(window.pages for window in self._windows()))
         return np.minimum(found, self.nbytes)

@@ -26,13 +26,11 @@ Compute = Callable[[Origin, Call], Origin]
 def coded(
     weight: Weight, call: Call, compute: Compute, ops: Mapping[str, Op], *, shares: bool = False
 ) -> dict[str, Call]:
-    """What a call on a quantised weight is in the leaves that it is stored in: role → call that sets the leaf.
-
-    0 is set by codes, and scales are kept. A factor goes to scales where they can take it. What else there is, is
-    computed in float32 and encoded to the nearest; blocks whose values stay keep their bytes. `shares` says whether its
-    scale of scales is that of other weights, too, which do not change with it. `Quantized` if it would have to be
-    encoded, and the call says never.
-    """
+    """What a call on a quantised weight is in the leaves that it is stored in: role → call that sets the leaf. 0 is set
+    by codes, and scales are kept. A factor goes to scales where they can take it. What else there is, is computed in
+    float32 and encoded to the nearest; blocks whose values stay keep their bytes. `shares` says whether its scale of
+    scales is that of other weights, too, which do not change with it. `Quantized` if it would have to be encoded, and
+    the call says never."""
     rule = call.args.get("requantize", "amax")
     codec, parts = weight.codec, weight.parts
     call = _wide(weight, call)

@@ -67,10 +67,8 @@ def _operand(args: Args, before: Array) -> Array:
 
 
 def of_call(call: Any, before: Any, after: Any) -> tuple[int, int]:
-    """What a call did to a leaf; nothing is known of traced arrays.
-
-    Values on an accelerator are fetched only where an overflow is likely: after a cast, and in narrow dtypes.
-    """
+    """What a call did to a leaf; nothing is known of traced arrays. Values on an accelerator are fetched only where an
+    overflow is likely: after a cast, and in narrow dtypes."""
     op, library = call.op, backend(before)
     spec = library.spec(before)
     if op.losses is None or not spec.size or spec.kind == "other" or library.refusal(before):

@@ -101,7 +101,8 @@ def _rules(selector: Selector, to: str) -> list[Rename]:
 class _Container:
     """An opened container: its entries by key, which can be removed and added."""
 
-    def __init__(self, node: Any, kind: Kind, path: tuple[str, ...], *, empty: bool = False) -> None:
+    def __init__(self, node: Any, kind: Kind | None, path: tuple[str, ...], *, empty: bool = False) -> None:
+        assert kind is not None
         self.node, self.kind, self.path = node, kind, path
         names, children, _ = kind.open(node)
         self.positional = not names and isinstance(node, list | tuple)
@@ -311,9 +312,7 @@ def _list_in(root: _Container, path: tuple[str, ...]) -> _Container:
     """An empty list; in an NNX State, which holds no lists, a dict with int keys."""
     in_state = type(root.node).__name__ == "State"
     node: Any = {} if in_state else []
-    kind = find_kind(node)
-    assert kind is not None
-    made = _Container(node, kind, path)
+    made = _Container(node, find_kind(node), path)
     made.numbered = made.numbered or in_state
     return made
 
@@ -321,8 +320,5 @@ def _list_in(root: _Container, path: tuple[str, ...]) -> _Container:
 def _like(template: _Container | None, first: str, path: tuple[str, ...]) -> _Container:
     """An empty container of the same kind as another, if that kind can hold a key of this text; else a dict."""
     if template is None or template.fixed or (template.positional and number_of(first) is None):
-        node: Any = {}
-        kind = find_kind(node)
-        assert kind is not None
-        return _Container(node, kind, path)
+        return _Container({}, find_kind({}), path)
     return _Container(template.node, template.kind, path, empty=True)

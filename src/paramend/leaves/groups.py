@@ -89,11 +89,8 @@ def may_hold_groups(leaves: Named) -> bool:
 
 
 def group_of(leaves: Named, number: int) -> Group | None:
-    """The group that a leaf belongs to, or None.
-
-    Names decide which leaves may be one weight, dtypes and shapes whether they are. Where a companion is elsewhere, as
-    in one of several files, `quantization_config` decides.
-    """
+    """The group that a leaf belongs to, or None. Names decide which leaves may be one weight, dtypes and shapes whether
+    they are. Where a companion is elsewhere, as in one of several files, `quantization_config` decides."""
     if (row := IN_BLOCKS.get(leaves.spec(number).dtype)) is not None:
         return Group(row, number)
     for near in _named(leaves.index).get(number, ()):

@@ -42,9 +42,7 @@ class Alone:
 
 class Unread:
     """What is found out of data when it is wanted: a copy, pickled or not, finds it out again, and takes no data along.
-
-    That are properties that are kept, and what `_last` holds, of which the class has the first value.
-    """
+    That are properties that are kept, and what `_last` holds, of which the class has the first value."""
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {n for kind in type(self).__mro__ for n, each in vars(kind).items() if isinstance(each, cached_property)}

@@ -164,10 +164,8 @@ ATOMS = frozenset({int, float, bool, complex, str, bytes, type(None)})
 
 
 def once(ask: Callable[[Any], T]) -> Callable[[Any], T]:
-    """A function of values that is called once for each object: one list may be at thousands of places.
-
-    The objects must outlive it.
-    """
+    """A function of values that is called once for each object: one list may be at thousands of places. The objects
+    must outlive it."""
     known: dict[int, T] = {}
 
     def asked(value: Any) -> T:

@@ -4,12 +4,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from paramend.leaves.codecs.bnb import bnb4, bnb8
-from paramend.leaves.codecs.codec import Codec, Parts
-from paramend.leaves.codecs.fp4 import mxfp4, nvfp4, nvfp4_ct
-from paramend.leaves.codecs.fp8 import fp8, torchao
+from paramend.leaves.codecs.codec import Codec, Parts, Stated
+from paramend.leaves.codecs.fp8 import fp8, mxfp4, nvfp4, nvfp4_ct, torchao
 from paramend.leaves.codecs.ggml import ggml
 from paramend.leaves.codecs.integers import awq, gptq, packed
-from paramend.leaves.codecs.stated import Stated
 from paramend.leaves.rules import Codec as Rule
 from paramend.leaves.specs import BLOCKS, Spec
 

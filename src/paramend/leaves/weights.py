@@ -4,8 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from paramend.errors import Quantized
-from paramend.leaves.codecs.codec import Codec
-from paramend.leaves.codecs.stated import NOTHING, Stated, disagree
+from paramend.leaves.codecs.codec import NOTHING, Codec, Stated, disagree
 from paramend.leaves.groups import Group, Named, weight_name
 from paramend.leaves.origins.decoded import decoded
 from paramend.leaves.origins.origin import Origin

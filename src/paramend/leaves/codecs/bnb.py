@@ -4,11 +4,10 @@ import json
 import math
 
 from paramend.errors import Unsupported
-from paramend.leaves.codecs.codec import Codec, Parts
+from paramend.leaves.codecs.codec import Codec, Parts, Stated, disagree
 from paramend.leaves.codecs.codes import codes_of
 from paramend.leaves.codecs.fields import Field, Packing
 from paramend.leaves.codecs.scalings import Nested, Plain, Rows
-from paramend.leaves.codecs.stated import Stated, disagree
 from paramend.leaves.specs import BITS, Spec, dtype_name
 
 

@@ -95,10 +95,8 @@ def finite(codec: Codec, views: Parts) -> bool:
 
 
 def unit(codec: Codec) -> tuple[int, ...]:
-    """Along each axis, how many places of the weight are encoded together at least: a block, and whole words.
-
-    Axes of which a block has all count by their words alone.
-    """
+    """Along each axis, how many places of the weight are encoded together at least: a block, and whole words. Axes of
+    which a block has all count by their words alone."""
     fields = [codec.fields[role] for role in codec.encodes]
     return tuple(
         math.lcm(*(each.every[axis] or 1 for each in fields), *(_codes(each, axis) for each in fields))

@@ -8,10 +8,9 @@ from functools import partial
 import numpy as np
 
 from paramend.errors import BadArgument, SpecMismatch
-from paramend.leaves.codecs.codec import Codec
+from paramend.leaves.codecs.codec import NOTHING, Codec, Stated
 from paramend.leaves.codecs.codes import codes_of
 from paramend.leaves.codecs.ggml import WRITABLE as WRITABLE_BLOCKS
-from paramend.leaves.codecs.stated import NOTHING, Stated
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.stored import Held, Made
 from paramend.leaves.schemes import IN_BLOCKS, SCHEMES

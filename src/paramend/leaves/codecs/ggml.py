@@ -11,11 +11,10 @@ import numpy as np
 
 from paramend._optional import need
 from paramend.errors import Unsupported
-from paramend.leaves.codecs.codec import Codec, Parts
+from paramend.leaves.codecs.codec import Codec, Parts, Stated
 from paramend.leaves.codecs.codes import codes_of
 from paramend.leaves.codecs.fields import Field
 from paramend.leaves.codecs.scalings import Plain
-from paramend.leaves.codecs.stated import Stated
 from paramend.leaves.origins.boxes import Box, Places, evenly
 from paramend.leaves.specs import BLOCKS, Array, Spec, numpy_dtype
 

@@ -2,11 +2,10 @@
 
 import numpy as np
 
-from paramend.leaves.codecs.codec import Codec, Parts
+from paramend.leaves.codecs.codec import Codec, Parts, Stated, disagree
 from paramend.leaves.codecs.codes import codes_of
 from paramend.leaves.codecs.fields import Field, Packing
 from paramend.leaves.codecs.scalings import Plain
-from paramend.leaves.codecs.stated import Stated, disagree
 from paramend.leaves.specs import Spec
 
 # The bits that a layout may have if nothing says which, likely ones first.
@@ -158,10 +157,8 @@ def _gptq_bits(parts: Parts, stated: Stated) -> int:
 
 
 def _version(parts: Parts, field: Field, outputs: int, bits: int, stated: Stated) -> int:
-    """What is added to stored zero points: 1 in the first version of GPTQ, 0 in the second.
-
-    A symmetric model has one zero point, in the middle, so that it tells the version.
-    """
+    """What is added to stored zero points: 1 in the first version of GPTQ, 0 in the second. A symmetric model has one
+    zero point, in the middle, so that it tells the version."""
     groups = parts["zero"].spec.shape[0]
     zeros = np.unique(field.read(parts["zero"], (range(groups * max(field.every[0], 1)), range(outputs))))
     middle = 1 << bits - 1

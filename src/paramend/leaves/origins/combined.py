@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from paramend.leaves.origins.boxes import Box, contiguous, select, shape_of
-from paramend.leaves.origins.origin import CHUNK, Given, Namer, Origin
+from paramend.leaves.origins.origin import CHUNK, Given, Namer, Origin, Unstored
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 
 # A leaf as matrices, in C order: how many there are, their rows, their columns.
@@ -64,12 +64,11 @@ class _Ready:
         self.gain = np.divide(magnitude, norms, out=np.ones_like(norms), where=norms > 0)
 
 
-class Combined(Given):
-    """A leaf with products added, in float32, or float64 if that is a dtype of it; then it is rounded once.
-
-    Products come in passes. Those of one are added together; then rows and columns get the norms that it wants, which
-    are measured on the leaf with the products of this pass alone. By default the leaf is viewed as one matrix, and
-    keeps its dtype.
+class Combined(Unstored, Given):
+    """A leaf with products added, in float32, or float64 if that is a dtype of it; then it is rounded once. Products
+    come in passes. Those of one are added together; then rows and columns get the norms that it wants, which are
+    measured on the leaf with the products of this pass alone. By default the leaf is viewed as one matrix, and keeps
+    its dtype.
 
     >>> from paramend.leaves.origins.stored import Held
     >>> column = np.array([[[1.0], [2.0]]])
@@ -78,9 +77,7 @@ class Combined(Given):
     [[0.5, 1.0], [1.0, 2.0]]
     """
 
-    moves = False
     tile = 4 * CHUNK  # so many are computed while those before are written
-    extents = None
 
     def __init__(
         self, base: Origin, passes: Sequence[Sequence[Product]], view: View | None = None, dtype: str = ""
