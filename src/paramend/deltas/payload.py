@@ -25,11 +25,11 @@ from paramend.errors import BadCheckpoint
 from paramend.formats.jsontext import bad
 from paramend.formats.safetensors import SafetensorsFile, layout
 from paramend.leaves.origins.boxes import Box, select
-from paramend.leaves.origins.origin import Computed
-from paramend.leaves.origins.partly import Partly
+from paramend.leaves.origins.origin import Computed, Partly
 from paramend.leaves.origins.stored import Stored, Zeros
 from paramend.leaves.specs import BITS, SAFETENSORS_CODES, Array, Spec, numpy_dtype
-from paramend.piecewise.spool import PAGE, adjoined
+from paramend.piecewise.changes import merged
+from paramend.piecewise.spool import PAGE
 
 if TYPE_CHECKING:
     from paramend.deltas.delta import Delta
@@ -128,7 +128,7 @@ class Changes:
     @property
     def pages(self) -> Array:
         """The pages of the leaf that change, as (start, stop): adjacent ones as one."""
-        found = adjoined([window.pages for window in self._windows()])
+        found = merged(*(window.pages for window in self._windows()))
         return np.minimum(found, self.nbytes)
 
 
