@@ -199,7 +199,7 @@ def formats_page() -> str:
     ]
     for row in FORMATS:
         needs = f" (needs `paramend[{row.extra}]`)" if row.extra else ""
-        cells = (f"`{row.name}`", row.says + needs, code(row.suffixes), yes(row.writes), yes(row.patches), row.keeps)
+        cells = (f"`{row.name}`", row.says + needs, code(row.suffixes), "yes", "yes", row.keeps)
         rows.append(f"| {' | '.join(cells)} |")
     return "\n\n".join(
         [

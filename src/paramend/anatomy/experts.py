@@ -107,7 +107,6 @@ class Mixture:
     blocks: tuple[Block, ...]  # the mixtures, in order
 
     def to_dict(self) -> dict[str, Any]:
-        """The mixture as data that JSON can hold."""
 
         def named(texts: Iterator[str]) -> str | None:
             return ", ".join(dict.fromkeys(texts)) or None

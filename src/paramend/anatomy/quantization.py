@@ -11,7 +11,7 @@ from paramend.anatomy.documents import Document
 from paramend.anatomy.sections import config_beside
 from paramend.errors import Unsupported
 from paramend.formats.jsontext import CONFIG
-from paramend.leaves.codecs.stated import Stated
+from paramend.leaves.codecs.codec import Stated
 from paramend.leaves.groups import methods_of
 
 Said: TypeAlias = Mapping[str, Any]

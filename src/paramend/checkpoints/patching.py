@@ -33,8 +33,7 @@ from paramend.journal.ranges import OpenRanges, Ranges
 from paramend.journal.store import PUT, UndoStore
 from paramend.journal.writer import Writer
 from paramend.leaves.leaves import uncollected
-from paramend.leaves.origins.origin import Extent
-from paramend.leaves.origins.partly import Partly
+from paramend.leaves.origins.origin import Extent, Partly
 from paramend.piecewise.changes import Work, Works, change_all
 from paramend.piecewise.chunks import laid_flat, nbytes_of, restage
 from paramend.piecewise.rows import survey

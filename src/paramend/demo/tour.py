@@ -42,7 +42,6 @@ class TourRow:
         return all(self.outcome.claims.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """The row as data that JSON can hold."""
         did = "number", "step.name", "step.title", "code", "outcome.changed", "outcome.leaves"
         accuracy = {"accuracy": picked(self.outcome, "before", "after")}
         held = picked(self, "outcome.claims", "held", "outcome.detail")
@@ -70,7 +69,6 @@ class Report:
         return [command_in(command, self.folder) for command in NEXT]
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as data that JSON can hold."""
         rows = picked(self, "seed", "held", "rows as steps", "files", "next")
         return {"folder": str(self.folder), **rows, "seconds": round(self.seconds, 3)}
 

@@ -75,9 +75,8 @@ def published(
     try:
         sync_folder(out.parent)
     except OSError as error:
-        raise CannotWrite(
-            f"{out} was written, but it is not certain to outlast a power failure: {reason(error)}"
-        ) from error
+        why = f"it is not certain to outlast a power failure: {reason(error)}"
+        raise CannotWrite(f"{out} was written, but {why}") from error
     finally:
         _clear(temporary)  # the old state, after a swap
 
@@ -241,10 +240,8 @@ def _sweep(out: Path, *, but: Path) -> None:
 
 
 def _busy(out: Path, sign: str) -> Busy:
-    return Busy(
-        f"{out}: another program is writing it at this moment (it {sign}); nothing was written",
-        hint="try again when it is done, or write to another name",
-    )
+    hint = "try again when it is done, or write to another name"
+    return Busy(f"{out}: another program is writing it at this moment (it {sign}); nothing was written", hint=hint)
 
 
 def _clear(temporary: Path) -> None:
@@ -321,9 +318,8 @@ def _publish_folder(temporary: Path, out: Path, *, force: bool) -> None:
         try:
             aside.rename(out)
         except OSError:
-            raise CannotWrite(
-                f"{out}: {reason(error)}; what was there is now {aside}", hint=f"mv {aside} {out}"
-            ) from error
+            told = f"{out}: {reason(error)}; what was there is now {aside}"
+            raise CannotWrite(told, hint=f"mv {aside} {out}") from error
         raise
     with contextlib.suppress(OSError):
         _remove(aside)

@@ -7,17 +7,16 @@ from dataclasses import asdict, replace
 from typing import Any, Literal
 
 from paramend.checkpoints.checkpoint import open as open_checkpoint
-from paramend.checkpoints.files import read_by
 from paramend.checkpoints.keys import matched
+from paramend.checkpoints.report import read_by
 from paramend.edits.memory import Memory
 from paramend.edits.weights import weighed
 from paramend.errors import BadArgument, UnexpectedChange, Unsupported
-from paramend.evidence.choices import chosen
 from paramend.evidence.comparisons import Comparer, Pair
 from paramend.evidence.differences import PARTS, DiffReport, DiffRow, arranged, said
 from paramend.evidence.histograms import histograms as histograms_of
 from paramend.evidence.moves import moves
-from paramend.evidence.pairing import Match, matches
+from paramend.evidence.pairing import Match, chosen, matches
 from paramend.evidence.permutations import transposed
 from paramend.leaves.leaves import Editable
 from paramend.leaves.rules import Codec

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from paramend.evidence.widening import total, widened
+from paramend.evidence.measures import total, widened
 from paramend.leaves.specs import BITS, Array, kind_of
 
 # Elements processed at once: in float64 they fit the processor's cache.

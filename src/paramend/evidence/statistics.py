@@ -64,7 +64,6 @@ class StatsRow(Measures):
         return 0 if self.zeros is None else self.spec.size - (self.nans or 0) - (self.infs or 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """The row as data that JSON can hold."""
         names = (*_LEAF, *MEASURES, *(_SPECTRAL if self.units is not None else ()))
         return picked(self, *names)
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from paramend.checkpoints.checkpoint import open as open_checkpoint
-from paramend.checkpoints.files import read_by
+from paramend.checkpoints.report import read_by
 from paramend.edits.memory import Memory
 from paramend.edits.weights import weighed
 from paramend.evidence.histograms import histograms as histograms_of

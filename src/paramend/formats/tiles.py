@@ -33,7 +33,6 @@ class Tile(Stored):
 
     @property
     def box(self) -> Box:
-        """Its places in the whole."""
         return tuple(map(range, self.offsets, self.ends))
 
     def read(self) -> Array:
@@ -61,12 +60,11 @@ def _joined(low: tuple[int, ...], high: tuple[int, ...], tiles: Sequence[Tile]) 
     if len(tiles) == 1:
         return tiles[0] if (tiles[0].offsets, tiles[0].ends) == (low, high) else None
     for axis in range(len(low)):
-        groups: list[list[Tile]] = []
-        reach = low[axis]
+        groups, reach = list[list[Tile]](), low[axis]
         for tile in sorted(tiles, key=lambda tile: tile.offsets[axis]):
-            if tile.offsets[axis] >= reach:
+            if not groups or tile.offsets[axis] >= reach:
                 groups.append([])
-            groups[-1 if groups else 0 :] = [[*groups[-1], tile]] if groups else [[tile]]
+            groups[-1].append(tile)
             reach = max(reach, tile.ends[axis])
         if len(groups) > 1:
             cuts = [*(group[0].offsets[axis] for group in groups), high[axis]]

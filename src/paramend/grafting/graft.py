@@ -7,8 +7,8 @@ change. So a refused graft changes nothing.
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from paramend.checkpoints.files import read_by
 from paramend.checkpoints.keys import matched, numbered
+from paramend.checkpoints.report import read_by
 from paramend.errors import Unsupported
 from paramend.grafting import engine
 from paramend.grafting.numbers import Counted, is_state, left_in_file, with_numbers

@@ -13,11 +13,11 @@ from paramend.arrays.registry import backend, to_numpy
 from paramend.checkpoints.assemble import exchanged
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.gathering import ties_of
-from paramend.edits.choosing import carried, members
 from paramend.edits.decoding import floats, followed
 from paramend.edits.memory import Memory, editable
 from paramend.edits.quantized import check_renamed, check_whole
 from paramend.edits.structure import boxes, enter, relocate
+from paramend.edits.weights import carried, members
 from paramend.errors import NoMatch, RenameClash, Unsupported
 from paramend.formats.jsontext import CONFIG
 from paramend.leaves.groups import groups_of

@@ -10,7 +10,7 @@ from paramend.anatomy.layers import followed
 from paramend.anatomy.moves import Move
 from paramend.anatomy.sections import enter
 from paramend.arrays.registry import backend
-from paramend.checkpoints.files import read_by
+from paramend.checkpoints.report import read_by
 from paramend.edits.call import Call
 from paramend.edits.memory import Memory
 from paramend.errors import BadArgument, SpecMismatch, Unsupported

@@ -53,7 +53,6 @@ class HistoryRow:
         return f"{self.number}  {self.time:%Y-%m-%d %H:%M:%S} UTC  {wording.size(self.nbytes)}  {self.edit}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The row as data that JSON can hold."""
         changed = [{"path": path, "edit": edit} for path, edit in self.leaves]
         return picked(self, "number", "time") | {"changed": changed} | picked(self, "files", "nbytes")
 

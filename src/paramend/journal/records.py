@@ -126,6 +126,12 @@ def seal_text(path: Path, digests: Sequence[bytes]) -> str:
     return f"{int(path.stem)} {len(digests)} {hashlib.sha256(b''.join(digests)).hexdigest()}"
 
 
+def framed(kind: bytes, payload: bytes) -> bytes:
+    """A frame, with the digest at its end."""
+    frame = FRAME.pack(kind, len(payload)) + payload
+    return frame + hashlib.sha256(frame).digest()
+
+
 def states_text(states: Sequence[State]) -> bytes:
     """How files are recognized, as the payload of a frame."""
     rows = [{"size": state.size, "witness": state.witness} for state in states]
@@ -179,10 +185,8 @@ class Record:
             release(descriptor)
 
     def damaged(self, reason: str) -> BadCheckpoint:
-        return BadCheckpoint(
-            f"{self.path}: the undo record is damaged: {reason}; nothing was written",
-            hint="paramend undo PATH --drop forgets all undo records of PATH",
-        )
+        hint = "paramend undo PATH --drop forgets all undo records of PATH"
+        return BadCheckpoint(f"{self.path}: the undo record is damaged: {reason}; nothing was written", hint=hint)
 
     @cached_property
     def states(self) -> tuple[State, ...]:
@@ -215,12 +219,7 @@ class Record:
 
     def check(self) -> None:
         """Read the whole record; `BadCheckpoint` if a digest differs."""
-        frame = self._frames[2]
-        digest = hashlib.sha256(get(self._descriptor, frame.start - FRAME.size, FRAME.size + COUNT.size, self.path))
-        digest.update(np.ascontiguousarray(self.ranges.table).reshape(-1).view(np.uint8).data)
-        for _, _, data in self.old_bytes():
-            digest.update(data)
-        if digest.digest() != self._digest_of(frame):
+        if not (self.ranges and self._fits(self._frames[2])):  # a fault of the table is told first
             raise self.damaged("the old bytes do not match their checksum")
 
     def old_bytes(self) -> Iterator[tuple[int, Array, memoryview]]:
@@ -254,12 +253,10 @@ class Record:
 
     def note(self, states: Sequence[State]) -> None:
         """Add the current states of the files, durably."""
-        payload = states_text(states)
-        framed = FRAME.pack(b"FILE", len(payload)) + payload
         with durable(self.path) as descriptor:
             end = self._frames[-1].stop
             os.ftruncate(descriptor, end)  # removes a note that was cut short
-            put(descriptor, framed + hashlib.sha256(framed).digest(), end)
+            put(descriptor, framed(b"FILE", states_text(states)), end)
         self.nbytes = os.fstat(self._descriptor).st_size
         self._frames = self._read_frames()
         self.__dict__.pop("states", None)
@@ -277,10 +274,8 @@ class Record:
             try:
                 pending.rename(done)
             except OSError:
-                raise CannotWrite(
-                    f"{pending}: {reason(error)}; this undo has begun, and the next program of yours that opens the "
-                    "checkpoint finishes it"
-                ) from error
+                what = "this undo has begun, and the next program of yours that opens the checkpoint finishes it"
+                raise CannotWrite(f"{pending}: {reason(error)}; {what}") from error
             raise
         self.path, self.state = pending, PENDING
 

@@ -124,7 +124,5 @@ def _store_of(path: str | os.PathLike[str]) -> UndoStore:
 
 def _nothing(store: UndoStore) -> CannotWrite:
     other = [each for each in store.related if each.records(DONE)]
-    return CannotWrite(
-        f"{store.base}: there is nothing to take back: it has no undo records",
-        hint=f"paramend undo {other[0].base}, which was patched" if other else "",
-    )
+    hint = f"paramend undo {other[0].base}, which was patched" if other else ""
+    return CannotWrite(f"{store.base}: there is nothing to take back: it has no undo records", hint=hint)

@@ -15,11 +15,15 @@ from paramend.disk.publishing import sync_folder
 from paramend.disk.scattered import gather
 from paramend.journal import claims
 from paramend.journal.ranges import Ranges, State
-from paramend.journal.records import COUNT, FRAME, MAGIC, PENDING, Head, Moved, Record, seal_text, states_text
+from paramend.journal.records import COUNT, FRAME, MAGIC, PENDING, Head, Moved, Record, framed, seal_text, states_text
+
+# (leaf, edit) for each row of a patch; what is told how many bytes were recorded.
+Edits = Sequence[tuple[str, str]]
+Tally = Callable[[int], None]
 
 
-def new_head(edits: Sequence[tuple[str, str]], files: Sequence[str], *, whole: int = 0, moved: Moved = ()) -> Head:
-    """The head of a record of a patch that is made now, from (leaf, edit) for each row."""
+def new_head(edits: Edits, files: Sequence[str], *, whole: int = 0, moved: Moved = ()) -> Head:
+    """The head of a record of a patch that is made now."""
     numbers: dict[str, int] = {}
     rows = tuple((path, numbers.setdefault(edit, len(numbers))) for path, edit in edits)
     return Head(time.time(), tuple(numbers), rows, tuple(files), whole, tuple(moved))
@@ -50,16 +54,14 @@ class Writer:
         self.frame(b"HEAD", head.to_bytes())
 
     def frame(self, kind: bytes, payload: bytes) -> None:
-        framed = FRAME.pack(kind, len(payload)) + payload
-        self._put(framed)
-        self._end(hashlib.sha256(framed))
+        frame = framed(kind, payload)
+        self._digests.append(frame[-32:])  # its SHA-256
+        self._put(frame)
 
     def files(self, states: Sequence[State]) -> None:
         self.frame(b"FILE", states_text(states))
 
-    def old_bytes(
-        self, ranges: Ranges, descriptor: Callable[[int], int], names: Sequence[Path], meter: Callable[[int], None]
-    ) -> None:
+    def old_bytes(self, ranges: Ranges, descriptor: Callable[[int], int], names: Sequence[Path], meter: Tally) -> None:
         """Add the bytes that the files, each with its descriptor by number, hold now."""
         table = np.ascontiguousarray(ranges.table, "<i8")
         head = FRAME.pack(b"SPAN", COUNT.size + table.nbytes + ranges.nbytes) + COUNT.pack(len(table))
@@ -73,7 +75,8 @@ class Writer:
             digest.update(data)
             self._put(data)
             meter(len(data))
-        self._end(digest)
+        self._digests.append(digest.digest())
+        self._put(self._digests[-1])
 
     def become(self, state: str) -> None:
         """Make all that was written durable, then rename the record to its new state."""
@@ -85,10 +88,6 @@ class Writer:
         self.path = new
         sync_folder(new.parent)
         self.begun = True
-
-    def _end(self, digest: "hashlib._Hash") -> None:
-        self._digests.append(digest.digest())
-        self._put(self._digests[-1])
 
     def _put(self, data: bytes | memoryview | bytearray) -> None:
         put(self._descriptor, data)

@@ -9,8 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from paramend.errors import BadArgument
-from paramend.lessons.catalogue import find
-from paramend.lessons.lesson import Case, Lesson, Mistake, Solve
+from paramend.lessons.lesson import Case, Lesson, Mistake, Solve, find
 from paramend.lessons.observation import Observation, differences, sketch
 from paramend.reports.fields import fields_of, picked
 from paramend.reports.wording import plural
@@ -51,7 +50,6 @@ class Grade:
     unseen: str = ""  # what the grader cannot see in this lesson, or an empty string
 
     def to_dict(self) -> dict[str, Any]:
-        """The verdict as plain data, ready for JSON."""
         return picked(self, *fields_of(self))
 
     def __str__(self) -> str:

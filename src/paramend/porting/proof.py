@@ -118,7 +118,6 @@ class ProofRow:
         return " ◄─ ".join(self.kinds)
 
     def to_dict(self) -> dict[str, Any]:
-        """The row as data that JSON can hold."""
         known = math.isfinite(self.relative)
         return picked(self, *fields_of(self)) | ({} if known else {"difference": None, "relative": None})
 
@@ -185,7 +184,6 @@ class Proof(Paged):
         return "\n".join([printable_lines(self.headline()), "", *aligned(table, right="llrrl")])
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as data that JSON can hold."""
         return {"agrees": bool(self)} | super().to_dict()
 
     def page(self) -> Page:

@@ -6,10 +6,9 @@ from functools import partial
 from typing import TypeVar, cast
 
 from paramend.anatomy.quantization import stated
-from paramend.edits.choosing import chosen
 from paramend.edits.decoding import floated
 from paramend.edits.memory import editable
-from paramend.edits.weights import Weights, weighed
+from paramend.edits.weights import Weights, chosen, weighed
 from paramend.errors import BadArgument, NoMatch
 from paramend.leaves.groups import Group, groups_of
 from paramend.leaves.leaves import Editable

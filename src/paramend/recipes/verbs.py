@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from paramend.checkpoints import tying
 from paramend.checkpoints.checkpoint import Checkpoint
-from paramend.edits.arguments import AXIS, DTYPE, NATURAL, NUMBER, SEED, SIZES, TEXT
+from paramend.edits.arguments import AXIS, DEFINITIONS, DTYPE, NATURAL, NUMBER, SEED, SIZES, TEXT
 from paramend.edits.call import Op
 from paramend.edits.memory import Memory
 from paramend.edits.ops import OPS
@@ -26,23 +26,17 @@ Make: TypeAlias = Callable[[Any, Given, Donors], Any]
 
 @dataclass(frozen=True, slots=True)
 class Verb:
-    """A kind of step: its key, what it does, and what the map below it may hold.
-
-    `op` is its row of the table of ops; None for changes of structure and for expectations. Exactly one of the keys
-    `one_of` is required, at least one of `any_of`. If it `changes`, the steps after it see different paths or specs.
-    `make` is what it makes of a tree, for changes that take more than some leaves; `selects` says whether `at` selects
-    leaves as they are stored there.
-    """
+    """A kind of step: its key, what it does, and what the map below it may hold."""
 
     name: str
     says: str
     keys: tuple[Key, ...]
-    op: Op | None = None
-    one_of: tuple[str, ...] = ()
-    any_of: tuple[str, ...] = ()
-    changes: bool = False
-    make: Make | None = None
-    selects: bool = True
+    op: Op | None = None  # its row of the table of ops; None for changes of structure and for expectations
+    one_of: tuple[str, ...] = ()  # keys of which exactly one is required
+    any_of: tuple[str, ...] = ()  # keys of which at least one is required
+    changes: bool = False  # whether the steps after it see different paths or specs
+    make: Make | None = None  # what it makes of a tree, for changes that take more than some leaves
+    selects: bool = True  # whether `at` selects leaves as they are stored there
 
     def __reduce__(self) -> tuple[Any, ...]:
         return verb_of, (self.name,)
@@ -378,3 +372,54 @@ def verb_of(name: str) -> Verb:
 
 # Ops that take code.
 CODE = {op.name for op in OPS.values() if op.code}
+
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+def make_schema() -> dict[str, Any]:
+    """The schema, in the 2020-12 dialect."""
+    return {
+        "$schema": DIALECT,
+        "title": "Paramend recipe",
+        "description": "Edits of model parameters, carried out in order.",
+        "type": "object",
+        "properties": {
+            "version": {"const": 1, "description": "the version of the format"},
+            "raw": {"type": "boolean", "description": "whether leaves are taken as they are stored"},
+            "steps": {
+                "type": "array",
+                "minItems": 1,
+                "items": {
+                    "type": "object",
+                    "minProperties": 1,
+                    "maxProperties": 1,
+                    "additionalProperties": False,
+                    "properties": {verb.name: {"$ref": f"#/$defs/{verb.name}"} for verb in VERBS.values()},
+                },
+            },
+        },
+        "required": ["version", "steps"],
+        "additionalProperties": False,
+        "$defs": {name: dict(schema) for name, schema in DEFINITIONS.items()}
+        | {
+            verb.name: {"description": verb.says, **_body(verb), "examples": [*verb.example.values()]}
+            for verb in VERBS.values()
+        },
+    }
+
+
+def _body(verb: Verb) -> dict[str, Any]:
+    table: dict[str, Any] = {
+        "type": "object",
+        "properties": {key.name: {"description": key.says, **key.value.schema} for key in verb.keys},
+        "required": [key.name for key in verb.keys if key.required],
+        "additionalProperties": False,
+    }
+    if verb.any_of:
+        table["anyOf"] = [{"required": [name]} for name in verb.any_of]
+    if verb.one_of:
+        table["oneOf"] = [{"required": [name]} for name in verb.one_of]
+    if any(key.name == "leaf" for key in verb.keys):
+        table["dependentRequired"] = {"leaf": ["from"]}
+    return {"anyOf": [verb.keys[0].value.schema, table]} if verb.short else table

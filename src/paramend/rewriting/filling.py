@@ -1,8 +1,9 @@
 """`Filler`: the bytes of files that are written: copied by the kernel, computed in chunks, or known."""
 
+import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,27 @@ from paramend.errors import CannotRead
 from paramend.journal.store import records_of
 from paramend.piecewise.rows import data, expression
 from paramend.reports.progress import Meter
-from paramend.rewriting.digests import Digests
 from paramend.rewriting.files import Computed, Piece, sources
+
+
+class Digests:
+    """The digests of the leaves that a record tells of, by number, as far as their bytes have passed."""
+
+    def __init__(self, wanted: Collection[int] = ()) -> None:
+        self.wanted = wanted
+        self.found: dict[int, str] = {}
+
+    def taking(self, row: Row, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
+        """The bytes of a leaf on their way into the output."""
+        return self._hashed(row, pieces) if row.source in self.wanted else pieces
+
+    def _hashed(self, row: Row, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
+        digest = hashlib.sha256()
+        for piece in pieces:
+            digest.update(piece)
+            yield piece
+        self.found[row.source] = digest.hexdigest()
+
 
 # Shorter runs of zero bytes are written; longer ones become holes in the file, which read the same.
 _HOLE = 1 << 20

@@ -7,16 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from paramend.disk.copying import begin_write_back
+from paramend.disk.copying import BLOCK, begin_write_back
 from paramend.disk.io import release
-from paramend.disk.sharing import BLOCK
 from paramend.edits.plan import Plan, Row
 from paramend.leaves.codecs.encoding import Misfit
 from paramend.piecewise.rows import expression
 from paramend.reports.progress import Meter
-from paramend.rewriting.digests import Digests
 from paramend.rewriting.files import Computed, Copy, File, Piece, nbytes_in
-from paramend.rewriting.filling import Filler, take_in
+from paramend.rewriting.filling import Digests, Filler, take_in
 
 # About how many bytes a job makes, if leaves are computed in it, and if they are copied.
 _COMPUTED, _COPIED = 16 << 20, 64 << 20

@@ -39,8 +39,7 @@ from paramend.formats.files import open_bytes
 from paramend.formats.jsontext import bad, json_type, parse_object
 from paramend.formats.limits import shown
 from paramend.formats.registry import format_of, open_source
-from paramend.formats.safetensors import SafetensorsFile
-from paramend.formats.safetensors_header import RECORD
+from paramend.formats.safetensors import RECORD, SafetensorsFile
 from paramend.formats.shards import Shards
 from paramend.journal.undo import recover
 from paramend.leaves.origins.origin import Origin
@@ -82,7 +81,6 @@ class RecordedLeaf:
     origin: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """The leaf as data that JSON can hold."""
         edit = "" if self.origin and self.edit == shortened(self.origin) else self.edit
         found = picked(self, "path", "spec.dtype", "spec.shape", "sha256")
         return found | {"edit": edit} | picked(self, "was?", "origin?")

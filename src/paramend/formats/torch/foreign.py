@@ -48,11 +48,9 @@ def foreign(module: str, name: str) -> Name:
 
 def check_whole(structure: Any, path: Path) -> None:
     """Raise `BadCheckpoint` for a pickled module, or what holds one: its weights are inside an object."""
-    new = path.with_name(f"{path.stem}-new{path.suffix}")
-    resave = (
-        f"torch.save(torch.load({str(path)!r}, weights_only=False).state_dict(), {str(new)!r})"
-        "  # runs code of the file: only if you trust it"
-    )
+    new = str(path.with_name(f"{path.stem}-new{path.suffix}"))
+    resave = f"torch.save(torch.load({str(path)!r}, weights_only=False).state_dict(), {new!r})"
+    resave += "  # runs code of the file: only if you trust it"
     if type(structure) is Foreign and not _is_module(structure):
         hint = resave if structure.text.startswith("torch.") else "torch.save(model.state_dict(), path)"
         raise BadCheckpoint(f"{path}: it is a pickled {structure.text}, not a dict of tensors", hint=hint)
