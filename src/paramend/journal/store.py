@@ -145,12 +145,16 @@ class UndoStore:
         status = self.base.stat()
         access = replace(access_of([status]), uid=status.st_uid)  # who may open the checkpoint looks for records
         access = access if self.is_folder else of_folder(access)
-        self.folder.mkdir(access.mode, exist_ok=True)  # another program may be quicker
+        claims.begin(self.folder)  # if this is cut short, the next one that opens the checkpoint removes the folder
         try:
+            self.folder.mkdir(access.mode, exist_ok=True)  # another program may be quicker
             settle(self.folder, replace(access, asked=True))
             sync_folder(self.folder.parent)
         except OSError:
-            self.folder.rmdir()
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
+            if look(self.folder) is None:
+                claims.end(self.folder)
             raise
 
     def close(self) -> None:
