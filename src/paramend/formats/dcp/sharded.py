@@ -17,7 +17,6 @@ from paramend.formats.source import Few, release
 from paramend.formats.tiles import Tile, assembled
 from paramend.leaves.leaves import uncollected
 from paramend.leaves.specs import Spec
-from paramend.reports import wording
 
 _INFO = "DCP_SHARDING_INFO"
 _NAME = re.compile(r"shard-(\d{5,9})-model-(\d{5,9})-of-(\d{5,9})\.safetensors")
@@ -68,17 +67,17 @@ def open_sharded(path: Path, opener: Callable[[Path], Any]) -> ShardedModel:
 
 
 def _check_all(path: Path, names: Iterable[str]) -> None:
-    """Raise if files of some rank, or all ranks' parts of a file of the whole model, are missing."""
+    """Raise if files of some rank, or all ranks' parts of a file of the whole model, are missing: for the first one."""
     numbers = [tuple(map(int, match.groups())) for name in names if (match := _NAME.fullmatch(name))]
     ranks, places = {rank for rank, _, _ in numbers}, {place for _, place, _ in numbers}
     for what, there, count in (
         ("shard-{:05}", ranks, max(ranks)),
         ("model-{:05}", places, max(count for *_, count in numbers)),
     ):
-        missing = [what.format(number) for number in range(1, count + 1) if number not in there]
-        if missing:
+        missing = next((number for number in range(1, count + 1) if number not in there), None)
+        if missing is not None:
             raise BadCheckpoint(
-                f"{path}: no file is named {wording.listing(missing, 3)}: a part of the checkpoint is missing",
+                f"{path}: no file is named {what.format(missing)}: a part of the checkpoint is missing",
                 hint="copy or download the checkpoint again",
             )
 
