@@ -98,7 +98,7 @@ def read_shards(path):
     found = {}
     for file in sorted(files):
         inside = read_file(path / file)[0]
-        assert table is None or {name: file for name in inside}.items() <= table["weight_map"].items()
+        assert table is None or dict.fromkeys(inside, file).items() <= table["weight_map"].items()
         found |= inside
     assert table is None or table["metadata"]["total_size"] == sum(leaf.nbytes for leaf in found.values())
     return found, config

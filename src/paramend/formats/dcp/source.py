@@ -341,9 +341,9 @@ def _check_all(path: Path, names: Iterable[str]) -> None:
     ranks, places = {rank for rank, _, _ in numbers}, {place for _, place, _ in numbers}
     most = max(count for *_, count in numbers)
     for what, there, count in (("shard-{:05}", ranks, max(ranks)), ("model-{:05}", places, most)):
-        missing = [what.format(number) for number in range(1, count + 1) if number not in there]
-        if missing:
-            said = f"no file is named {wording.listing(missing, 3)}: a part of the checkpoint is missing"
+        missing = next((number for number in range(1, count + 1) if number not in there), None)
+        if missing is not None:
+            said = f"no file is named {what.format(missing)}: a part of the checkpoint is missing"
             raise BadCheckpoint(f"{path}: {said}", hint=_AGAIN)
 
 
