@@ -130,9 +130,8 @@ class NpzFile(ZipSource):
         # The names; its separator is "/" where the file's own names hold "/" and no ".".
         self.index = Index.of_names(names, separator_of(names))
         # What else is in the archive, by name, as bytes.
-        self.metadata: Mapping[str, Any] = {
-            member.name: _other(self.archive, member) for member in members if not member.name.endswith(".npy")
-        }
+        others = [member for member in members if not member.name.endswith(".npy")]
+        self.metadata: Mapping[str, Any] = {member.name: _other(self.archive, member) for member in others}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_stream": None}  # a copy starts over

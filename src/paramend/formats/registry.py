@@ -206,10 +206,8 @@ SUFFIXES = tuple(suffix for row in FORMATS for suffix in row.suffixes)
 
 # Suffixes of formats that cannot be written here: those of weights, and others.
 FOREIGN_WEIGHTS = (".ggml", ".h5", ".hdf5", ".keras", ".onnx", ".ot", ".tflite", ".pkl", ".pickle", ".npy")
-FOREIGN_SUFFIXES = (
-    *FOREIGN_WEIGHTS,
-    *(".zarr", ".tar", ".gz", ".tgz", ".zip", ".7z", ".json", ".yaml", ".parquet", ".distcp", ".mlmodel"),
-)
+_OTHERS = (".zarr", ".tar", ".gz", ".tgz", ".zip", ".7z", ".json", ".yaml", ".parquet", ".distcp", ".mlmodel")
+FOREIGN_SUFFIXES = (*FOREIGN_WEIGHTS, *_OTHERS)
 
 
 def find_format(path: Path, head: bytes) -> Format | None:
@@ -325,10 +323,8 @@ def _open_folder(path: Path) -> Source:
     inside = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
     below = [name for name in inside if any((path / name).glob("*.safetensors")) or _is_dcp(path / name, b"")]
     held = f"it holds {wording.listing(inside, 4)}" if inside else "it is empty"
-    raise BadCheckpoint(
-        f"{path}: it is a directory without a checkpoint: {held}",
-        hint=f"{path / below[0]}" if below else "a directory with *.safetensors or *.bin files, or one of Orbax",
-    )
+    hint = f"{path / below[0]}" if below else "a directory with *.safetensors or *.bin files, or one of Orbax"
+    raise BadCheckpoint(f"{path}: it is a directory without a checkpoint: {held}", hint=hint)
 
 
 def _holds_weights(name: str) -> bool:

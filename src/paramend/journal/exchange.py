@@ -67,9 +67,7 @@ class NewFiles:
         writer.files([*states, *(State(size, "" if n else seen) for n, size in enumerate(sizes))])
         rows = [(-1, len(names) + n, 0, size) for n, size in enumerate(sizes) if size >= 0]
         ranges = Ranges(np.concatenate([target.ranges.table, np.array(rows, np.int64).reshape(-1, 4)]))
-        files = [*target.files, *self.old.files]
-        with contextlib.closing(_OneOpen(files, target.descriptors)) as descriptor:
-            writer.old_bytes(ranges, descriptor, files, meter)
+        writer.old_bytes(ranges, [*target.files, *self.old.files], target.descriptors, meter)
         if self.names:
             writer.frame(b"DONE", b"".join(WholeFiles(self.staged, self.names).digests()))
         writer.become(PENDING)
@@ -262,29 +260,6 @@ def check_replaceable(base: Path, file: Path) -> None:
     for path in file, file.parent:
         if not os.access(path, os.W_OK):
             raise CannotWrite(f"{base}: no permission to write ({path}); nothing was changed", hint=ELSEWHERE)
-
-
-class _OneOpen:
-    """Files by number, the first ones open already; of the others one at a time is, as systems limit how many can
-    be."""
-
-    def __init__(self, files: Sequence[Path], opened: Sequence[int]) -> None:
-        self._files, self._opened = files, opened
-        self._now, self._descriptor = -1, -1
-
-    def __call__(self, file: int) -> int:
-        if file < len(self._opened):
-            return self._opened[file]
-        if file != self._now:
-            self.close()
-            self._descriptor = os.open(self._files[file], os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            self._now = file
-        return self._descriptor
-
-    def close(self) -> None:
-        descriptor, self._descriptor, self._now = self._descriptor, -1, -1
-        if descriptor >= 0:
-            release(descriptor)
 
 
 def _pieces(path: Path) -> Iterator[memoryview]:

@@ -27,7 +27,7 @@ from paramend.formats.dcp.writer import DcpWriter
 from paramend.formats.files import FlatFile, OpenFile
 from paramend.formats.jsontext import parse_object
 from paramend.formats.limits import shown
-from paramend.formats.source import Few, Gathering, check_readable, opening, release
+from paramend.formats.source import Few, Gathering, check_readable, opening
 from paramend.formats.tiles import Tile, assembled
 from paramend.formats.torch.pickles import Foreign
 from paramend.formats.torch.source import TorchFile
@@ -157,13 +157,8 @@ class DistFile(FlatFile):
 
     def _item(self, number: int) -> TensorItem:
         """The item of a chunk, those used last being kept; `BadCheckpoint` if it is not that tensor."""
-        if number not in self._items:
-            if len(self._items) >= _KEPT:
-                self._items.clear()
-            self._items[number] = self._opened(number)
-        return self._items[number]
-
-    def _opened(self, number: int) -> TensorItem:
+        if number in self._items:
+            return self._items[number]
         row = self.rows[number]
         place = row.chunk.item
         item = TensorItem(Section(self._file, place.start, place.nbytes))
@@ -172,6 +167,9 @@ class DistFile(FlatFile):
             held = f"it holds {f'{len(item.tensors)} tensors' if found is None else found}"
             reason = f"a chunk of {row.name}, {row.spec}, should be there, and {held}"
             raise BadCheckpoint(f"{self.path}: byte {place.start:,}: {reason}")
+        if len(self._items) >= _KEPT:
+            self._items.clear()
+        self._items[number] = item
         return item
 
 
@@ -333,7 +331,7 @@ def open_sharded(path: Path, opener: Callable[[Path], Any]) -> ShardedModel:
     with opening() as files:
         for name in names:
             files.append(opener(path / name))
-            release(files[-1])
+            files[-1].release()
         return ShardedModel(path, files)
 
 
@@ -343,9 +341,9 @@ def _check_all(path: Path, names: Iterable[str]) -> None:
     ranks, places = {rank for rank, _, _ in numbers}, {place for _, place, _ in numbers}
     most = max(count for *_, count in numbers)
     for what, there, count in (("shard-{:05}", ranks, max(ranks)), ("model-{:05}", places, most)):
-        missing = [what.format(number) for number in range(1, count + 1) if number not in there]
-        if missing:
-            said = f"no file is named {wording.listing(missing, 3)}: a part of the checkpoint is missing"
+        missing = next((number for number in range(1, count + 1) if number not in there), None)
+        if missing is not None:
+            said = f"no file is named {what.format(missing)}: a part of the checkpoint is missing"
             raise BadCheckpoint(f"{path}: {said}", hint=_AGAIN)
 
 

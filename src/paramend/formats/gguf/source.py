@@ -165,9 +165,9 @@ def _parts(path: Path, count: int) -> list[Path]:
     """The files of a model, by the name of one of them."""
     found = _PART.fullmatch(path.name)
     if found is None or int(found["count"]) != count:
+        hint = f"its name was one such as model-00001-of-{count:05}.gguf"
         raise BadCheckpoint(
-            f"{path}: it is one of {count} files of a model, and its name does not say which",
-            hint=f"its name was one such as model-00001-of-{count:05}.gguf",
+            f"{path}: it is one of {count} files of a model, and its name does not say which", hint=hint
         )
     parts = [path.with_name(f"{found['stem']}-{no:05}-of-{count:05}.gguf") for no in range(1, count + 1)]
     missing = [part.name for part in parts if not part.exists()]
@@ -208,6 +208,8 @@ def _read_header(file: OpenFile) -> tuple[dict[str, Any], list[GgufEntry], int]:
         at, key = cursor.at, cursor.text("a key")
         if key in metadata:
             raise cursor.bad(f"the key {shown(key)} is there twice", at)
+        if key.count(".") >= MAX_PIECES:
+            raise cursor.bad(f"the key {shown(key)} has more than {MAX_PIECES} pieces", at)
         metadata[key] = cursor.value(f"the value of {shown(key)}")
     try:
         step = alignment(metadata)
