@@ -25,7 +25,6 @@ from paramend.pages.page import Column, Page
 from paramend.pages.paged import Paged
 from paramend.reports import wording
 from paramend.reports.tables import aligned
-from paramend.selectors.selector import resolve, slice_of
 from paramend.selectors.slices import write_index
 
 
@@ -401,23 +400,6 @@ def call(op: str, args: Mapping[str, Any]) -> Call:
         if name not in args and name not in OPS[op].optional:
             raise BadArgument(f"{op} needs {name}; it takes {takes}")
     return settled(Call(OPS[op], dict(args)))
-
-
-def plan(leaves: Leaves, selector: Any, edit: Call) -> Plan:
-    """The plan of one edit of the selected leaves. Everything that can be checked without data is checked here.
-
-    >>> from paramend.trees.tree import Tree
-    >>> tree = Tree({"a": np.ones((2, 3)), "b": np.ones(3)})
-    >>> print(plan(tree, "b", call("fill", {"value": 0.5})))
-    path  spec        edit
-    b     float64[3]  fill(0.5)
-    <BLANKLINE>
-    1 of 2 leaves changes
-    """
-    selector, index = slice_of(selector)
-    if index is not None:
-        edit = replace(edit, index=index)
-    return Plan.of(leaves).edited(dict.fromkeys(resolve(selector, leaves), edit))
 
 
 _LEAVE_OUT = "leave it out of the selection"

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any, cast
 
+import numpy as np
+
 from paramend.anatomy.quantization import stated
 from paramend.arrays.initializers import NOWHERE, Site
 from paramend.arrays.registry import backend
@@ -21,7 +23,7 @@ from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.stored import Held
 from paramend.leaves.paths import write_path
 from paramend.leaves.rules import Codec
-from paramend.leaves.specs import Spec, dtype_name
+from paramend.leaves.specs import Spec, dtype_name, numpy_dtype
 from paramend.leaves.weights import Weight, labels_of, weight_of
 from paramend.selectors.renames import Keys, Rename, keys
 from paramend.selectors.selector import SelectorLike, resolve, resolve_paths
@@ -260,20 +262,19 @@ class Weights(Editable):
         weight, group = self.weight(number), self.groups[number]
         after = explained(weight.path, call.spec, weight.spec)
         if call.op.name in ("take", "permute") and isinstance(weight, Weight):
-            found = coding.taken(weight, *moves.places_of(weight.spec, call.op.name, call.args))
+            find = moves.places if call.op.name == "take" else moves.permutation
+            found = coding.taken(weight, *find(weight.spec, call.args))
             if found is not None:
-                said = Coding(
-                    weight.path, weight.spec, after, weight.codec.scheme, (call,), ("codes and scales alike",)
-                )
+                said = Coding(weight.path, weight.spec, after, weight.scheme, (call,), ("codes and scales alike",))
                 roles = {group.role(each): each for each in group.numbers}
                 made = {
                     roles[role]: Call(OPS["take"], {"indices": at, "axis": along}, coding=said)
                     for role, (at, along) in found.items()
                 }
                 if "shape" in roles:
-                    shape = self.stored.spec(roles["shape"])
-                    values = Held(coding.array(after.shape, shape))
-                    made[roles["shape"]] = Call(OPS["set"], {"value": values}, coding=said)
+                    leaf = self.stored.spec(roles["shape"])
+                    values = np.array(after.shape, numpy_dtype(leaf.dtype)).reshape(leaf.shape)
+                    made[roles["shape"]] = Call(OPS["set"], {"value": Held(values)}, coding=said)
                 return made
         raise refusal(
             self.stored,
