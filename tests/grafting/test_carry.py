@@ -10,8 +10,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from flax import linen as nn
-from flax import nnx
+from flax import linen as nn, nnx
 from optax import contrib
 
 import paramend as pm

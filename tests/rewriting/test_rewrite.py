@@ -18,8 +18,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 import safetensors.torch
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 import paramend as pm
 from paramend.arrays import initializers

@@ -9,8 +9,7 @@ from typing import Any
 from paramend.anatomy.sections import beside, parsed
 from paramend.disk.urls import path_of
 from paramend.errors import BadArgument, NoMatch
-from paramend.formats.jsonchanges import entry_of, rewritten
-from paramend.formats.jsontext import CONFIG
+from paramend.formats.jsontext import CONFIG, entry_of, rewritten
 from paramend.reports import wording
 
 _SHOWN = 60  # characters of a value in a table
@@ -40,7 +39,6 @@ class Change:
         return f"{self.key}: {after} (new)" if before is None else f"{self.key}: {before} -> {after}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The change as data that JSON can hold."""
         sides = {"before": self.before, "after": self.after}
         values = {name: json.loads(text) for name, text in sides.items() if text is not None}
         return {"file": self.file, "key": self.key, **values}

@@ -15,8 +15,7 @@ from paramend.cli.opening import open_checkpoint
 from paramend.cli.options import makes, renames
 from paramend.cli.writing import write_made
 from paramend.disk.urls import path_of
-from paramend.porting.port import port as ported
-from paramend.porting.port import port_on_disk
+from paramend.porting.port import port as ported, port_on_disk
 
 _FUNCTION = re.compile(r"([\w.]+):(\w+)").fullmatch
 
@@ -91,5 +90,5 @@ def _save(
         )
     if not dry_run:
         tree = made.variables if hasattr(made, "unbind") else made
-        _ui.say(save(tree, out or "", force=given["force"]).summary)
+        _ui.say(save(tree, out or "", force=given["force"], max_shard_size=given["max_shard_size"]).summary)
     _ui.tell(report, page=html, as_json=as_json)

@@ -10,14 +10,12 @@ from paramend.anatomy.counts import retyped
 from paramend.anatomy.documents import document_of
 from paramend.anatomy.quantization import FILES
 from paramend.edits.memory import editable
-from paramend.edits.own import Own
-from paramend.edits.own import floats as float_of
+from paramend.edits.own import Own, floats as float_of
 from paramend.edits.plan import call
 from paramend.errors import Unsupported
 from paramend.formats.jsontext import CONFIG
 from paramend.leaves.groups import Group
-from paramend.leaves.leaves import Editable, keys_of
-from paramend.leaves.leaves import Group as Regroup
+from paramend.leaves.leaves import Editable, Group as Regroup, keys_of
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.paths import Label
 from paramend.leaves.schemes import WEIGHTS

@@ -24,6 +24,7 @@ from paramend.leaves.specs import Spec
 from paramend.pages.page import Column, Page
 from paramend.pages.paged import Paged
 from paramend.reports import wording
+from paramend.reports.fields import data_of, picked
 from paramend.reports.tables import aligned
 from paramend.selectors.slices import write_index
 
@@ -83,20 +84,14 @@ class Row:
         return f"{edit}: {damage}" if damage else edit
 
     def to_dict(self) -> dict[str, Any]:
-        """The row as data that JSON can hold."""
-        more: dict[str, Any] = {"renamed_from": self.was, "inserted_from": self.added, "origin": str(self.made)}
-        more |= {"overflowed": self.damage.overflowed, "lost": self.damage.lost}
-        return {
-            "path": self.path,
-            "dtype": self.spec.dtype,
-            "shape": list(self.spec.shape),
-            "nbytes": self.spec.nbytes,
-            "dtype_before": self.before.dtype,
-            "shape_before": list(self.before.shape),
-            "edits": [_said(call) for call in self.calls],
-            **{name: value for name, value in more.items() if value},
-            **(self.coding.to_dict() if self.coding else {}),
-        }
+        spec = "spec.dtype", "spec.shape", "spec.nbytes", "before.dtype as dtype_before", "before.shape as shape_before"
+        edits, made = [_said(call) for call in self.calls], {"origin": str(self.made)} if self.made else {}
+        found = (
+            picked(self, "path", *spec)
+            | {"edits": edits}
+            | picked(self, "was as renamed_from?", "added as inserted_from?")
+        )
+        return found | made | picked(self, "damage.overflowed?", "damage.lost?") | (data_of(self.coding) or {})
 
 
 def _said(edit: Call) -> str:
@@ -303,11 +298,9 @@ class Plan(Paged):
         columns = [
             Column("edit", [end or row.edit for end, row in zip(ends, rows, strict=True)], "text"),
             Column("before", [str(row.before) if row.before != row.spec else "" for row in rows], "text"),
-            Column("spec", [str(row.spec) for row in rows], "text"),
         ]
         groups = [end or kind for end, kind in zip(ends, kinds, strict=True)]
-        sizes = [row.spec.size for row in rows]
-        return Page("edit", self.headline(), [row.path for row in rows], sizes, columns, groups)
+        return Page.of_rows("edit", self.headline(), rows, *columns, "spec", groups=groups)
 
     @property
     def configured(self) -> list[Change]:

@@ -17,8 +17,7 @@ from paramend.edits.own import Own
 from paramend.edits.quantized import check_values, refusal
 from paramend.errors import NoMatch, RenameClash, SpecMismatch, Unsupported
 from paramend.leaves.groups import Group, alone, by_rule, groups_of, may_hold_groups
-from paramend.leaves.leaves import Editable, Index, keys_of
-from paramend.leaves.leaves import Group as Regroup
+from paramend.leaves.leaves import Editable, Group as Regroup, Index, keys_of
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.stored import Held
 from paramend.leaves.paths import write_path

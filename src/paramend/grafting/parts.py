@@ -159,10 +159,8 @@ def moved_report(
     name: str, separator: str, of: Editable, paths: Mapping[int, Path], rest: Iterable[str], did: tuple[str, str]
 ) -> LayoutReport:
     """The report on leaves of a tree that have other paths in the result."""
-    rows = [
-        Moved(write_path(labels_of(path), separator), of.spec(n), of.index.path(n), (of.index.path(n),))
-        for n, path in paths.items()
-    ]
+    old = {n: of.index.path(n) for n in paths}
+    rows = [Moved(write_path(labels_of(p), separator), of.spec(n), old[n], (old[n],)) for n, p in paths.items()]
     return LayoutReport(name, tuple(rows), tuple(rest), did)
 
 

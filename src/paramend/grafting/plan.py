@@ -16,8 +16,7 @@ from paramend.leaves.specs import Spec
 from paramend.reports import wording
 from paramend.resize import detection
 from paramend.selectors.patterns import parse
-from paramend.selectors.renames import pieces
-from paramend.selectors.renames import rename as parse_rename
+from paramend.selectors.renames import pieces, rename as parse_rename
 from paramend.selectors.selector import resolve, slice_of
 from paramend.trees.tree import Tree
 

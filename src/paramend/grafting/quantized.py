@@ -16,8 +16,7 @@ from paramend.grafting.options import Options
 from paramend.grafting.plan import GraftPlan
 from paramend.leaves.codecs.encoding import Misfit, even
 from paramend.leaves.groups import Group, group_of, may_hold_groups
-from paramend.leaves.leaves import Editable, Leaves
-from paramend.leaves.leaves import Group as Regroup
+from paramend.leaves.leaves import Editable, Group as Regroup, Leaves
 from paramend.leaves.origins.encoded import encoded
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.paths import Label

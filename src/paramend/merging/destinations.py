@@ -6,8 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from paramend.anatomy.beside import EMBEDDINGS as _ROWS
-from paramend.anatomy.beside import HEADS, WITH_HEAD, absent_head
+from paramend.anatomy.beside import EMBEDDINGS as _ROWS, HEADS, WITH_HEAD, absent_head
 from paramend.anatomy.families import CONV1D, EXPERTS, INPUTS_FIRST, INTERLEAVED, UNSAID
 from paramend.anatomy.ties import said
 from paramend.checkpoints.anatomy import configuration

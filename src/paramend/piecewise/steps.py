@@ -14,8 +14,7 @@ from paramend.edits.call import Call
 from paramend.edits.damage import Damage
 from paramend.errors import SpecMismatch
 from paramend.leaves.mapped import give_back, mapping
-from paramend.leaves.origins.origin import CHUNK as CHUNK
-from paramend.leaves.origins.origin import Origin
+from paramend.leaves.origins.origin import CHUNK as CHUNK, Origin
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 from paramend.piecewise.regions import region
 

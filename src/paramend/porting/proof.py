@@ -2,17 +2,18 @@
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from paramend.errors import BadArgument, printable_lines
-from paramend.pages.page import Column, Page
+from paramend.pages.page import Page
 from paramend.pages.paged import Paged
 from paramend.porting.calls import Call, Run, run
 from paramend.porting.values import Values, largest, noted
 from paramend.reports import wording
+from paramend.reports.fields import fields_of, picked
 from paramend.reports.tables import aligned
 
 Move = tuple[int, int]
@@ -101,6 +102,25 @@ class ProofRow:
         sides = zip((self.target, self.source), self.kinds, strict=True)
         return " ◄─ ".join(f"{path} ({kind})" if path and kind else path or kind or "output" for path, kind in sides)
 
+    @property
+    def path(self) -> str:
+        """Where it is in the target."""
+        return self.target or "output"
+
+    @property
+    def size(self) -> int:
+        """The number of scalars of the target's array."""
+        return math.prod(self.shapes[0])
+
+    @property
+    def both(self) -> str:
+        """The classes of both layers, as text."""
+        return " ◄─ ".join(self.kinds)
+
+    def to_dict(self) -> dict[str, Any]:
+        known = math.isfinite(self.relative)
+        return picked(self, *fields_of(self)) | ({} if known else {"difference": None, "relative": None})
+
 
 @dataclass(repr=False)
 class Proof(Paged):
@@ -113,6 +133,8 @@ class Proof(Paged):
         before: what either side calls between the last layer that agrees and the first that does not.
         alone: how many outputs one side has and the other has not.
     """
+
+    _data = ("tolerance", "first", "outputs", "layers", "before", "alone")
 
     tolerance: float
     outputs: list[ProofRow] = field(default_factory=list)
@@ -162,42 +184,20 @@ class Proof(Paged):
         return "\n".join([printable_lines(self.headline()), "", *aligned(table, right="llrrl")])
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as data that JSON can hold."""
-        first = self.first
-        rows = {"outputs": self.outputs, "layers": self.layers}
-        return {
-            "agrees": bool(self),
-            "tolerance": self.tolerance,
-            "first": first and _plain(first),
-            **{name: [_plain(row) for row in each] for name, each in rows.items()},
-            "before": list(self.before),
-            "alone": self.alone,
-        }
+        return {"agrees": bool(self)} | super().to_dict()
 
     def page(self) -> Page:
         """A map of the layers and outputs, coloured by whether they agree."""
         rows = [*self.layers, *self.outputs]
-        columns = [
-            Column("relative", [row.relative for row in rows]),
-            Column("difference", [row.difference for row in rows]),
-            Column("source", [row.source for row in rows], "text"),
-            Column("kinds", [" ◄─ ".join(row.kinds) for row in rows], "text"),
-        ]
         groups = ["agrees" if row.agrees else "differs" for row in rows]
-        names = [row.target or "output" for row in rows]
-        sizes = [math.prod(row.shapes[0]) for row in rows]
-        return Page("proof", self.headline(), names, sizes, columns, groups, "result")
+        columns = "relative", "difference", "source", "both as kinds"
+        return Page.of_rows("proof", self.headline(), rows, *columns, size="size", groups=groups, group_title="result")
 
 
 def _cells(row: ProofRow) -> tuple[str, ...]:
     shapes = [str(list(shape)).replace(" ", "") for shape in dict.fromkeys(row.shapes)]
     numbers = f"{row.difference:.3g}", f"{row.relative:.3g}"
     return " ◄─ ".join(shapes), *numbers, "" if row.agrees else "differs"
-
-
-def _plain(row: ProofRow) -> dict[str, Any]:
-    numbers = {name: getattr(row, name) if math.isfinite(row.relative) else None for name in ("difference", "relative")}
-    return {**asdict(row), "kinds": list(row.kinds), "shapes": [list(shape) for shape in row.shapes], **numbers}
 
 
 def prove(target: object, source: object, inputs: object, *, tolerance: float = 1e-11, pairs: Pairs = None) -> Proof:
@@ -287,9 +287,8 @@ def sides_of(inputs: Any) -> dict[str, Any]:
     """The inputs of the target and of the source."""
     if isinstance(inputs, Mapping) and (there := {"target", "source"} & set(inputs)):
         if len(there) < 2 or len(inputs) > 2:
-            raise BadArgument(
-                f"the inputs are named {wording.listing(list(inputs))}", hint='{"target": (x,), "source": (x,)}'
-            )
+            why = f"the inputs are named {wording.listing(list(inputs))}"
+            raise BadArgument(why, hint='{"target": (x,), "source": (x,)}')
         return dict(inputs)
     return {"target": inputs, "source": inputs}
 
@@ -312,11 +311,7 @@ _WORDS = {
 
 
 def family(kind: str) -> str:
-    """What kind of layer a class is, by its name.
-
-    >>> family("Conv2d"), family("LinearGeneral"), family("Block")
-    ('conv', 'dense', 'block')
-    """
+    """What kind of layer a class is, by its name."""
     name = kind.lower()
     return next((family for word, family in _WORDS.items() if word in name), name)
 

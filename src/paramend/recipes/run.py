@@ -20,9 +20,9 @@ from paramend.errors import NoMatch, ParamendError, Problem
 from paramend.leaves.leaves import Editable, unique
 from paramend.leaves.specs import Spec
 from paramend.recipes.donors import Donors
+from paramend.recipes.keys import CONDITIONS
 from paramend.recipes.steps import Enough, Problems, RecipeStep, problem_of
 from paramend.recipes.text import below, write_scalar
-from paramend.recipes.verbs import CONDITIONS
 from paramend.reports import wording
 from paramend.selectors.misses import searching
 from paramend.selectors.selector import Selector, Union, Where, sel

@@ -9,8 +9,7 @@ array and a shape, a rule returns the resized array.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
-from typing import Literal as OneOf
+from typing import Any, Literal as OneOf, get_args
 
 import numpy as np
 

@@ -16,14 +16,12 @@ from paramend.leaves.origins.origin import Partly
 from paramend.leaves.origins.stored import Stored
 from paramend.piecewise.rows import expression
 from paramend.reports import wording
-from paramend.rewriting.additions import grown_shards
 from paramend.rewriting.arrangement import base_of, lost
 from paramend.rewriting.configurations import followed_files, left_behind
 from paramend.rewriting.copies import edited_file, overlays
 from paramend.rewriting.files import File, fresh_file, nbytes_of, ordered, text_file
-from paramend.rewriting.folders import own_files, tree_within
-from paramend.rewriting.shards import largest, new_shards, parse_size, same_shards
-from paramend.rewriting.sidecars import sidecars
+from paramend.rewriting.shards import grown_shards, largest, new_shards, parse_size, same_shards
+from paramend.rewriting.sidecars import own_files, sidecars, tree_within
 from paramend.rewriting.wishes import Wish, wish_of
 
 

@@ -28,6 +28,7 @@ from paramend.piecewise.changes import Works
 from paramend.piecewise.chunks import laid_flat, restage
 from paramend.piecewise.rows import data, expression
 from paramend.reports import wording
+from paramend.reports.fields import picked
 from paramend.reports.progress import Meter, Progress
 from paramend.rewriting.accesses import Accesses
 from paramend.rewriting.arrangement import arranged, base_of
@@ -90,24 +91,10 @@ class RewriteReport(Outcome):
         return f"wrote {self.path}: {moved}{linked}{form}{record}{damage}{left}{said}"
 
     def to_dict(self) -> dict[str, Any]:
-        data: dict[str, Any] = {
-            "source": self.source,
-            "path": self.path,
-            "format": self.format,
-            **self.plan.to_dict(),
-            "bytes_copied": self.bytes_copied,
-            "bytes_computed": self.bytes_computed,
-            "bytes_shared": self.bytes_shared,
-        }
-        if self.files:
-            data |= {"bytes_linked": self.bytes_linked, "files": list(self.files)}
-        if self.files or self.left_out:
-            data["left_out"] = list(self.left_out)
-        if self.said:
-            data["said"] = list(self.said)
-        if self.record:
-            data["record"] = self.record
-        return data
+        counts = ["bytes_copied", "bytes_computed", "bytes_shared", *["bytes_linked"] * bool(self.files), "files?"]
+        left = "left_out" if self.files else "left_out?"
+        found = picked(self, "source", "path", "format") | self.plan.to_dict()
+        return found | picked(self, *counts, left, "said?", "record?")
 
 
 @unexhausted("the checkpoint")
