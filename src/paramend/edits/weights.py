@@ -345,15 +345,7 @@ def weighed(leaves: Editable, *, inputs: bool = False, rule: Codec | None = None
     """The leaves with each quantised weight as one, unless they are taken as they are stored. Weights that cannot be
     decoded stay several leaves: those in schemes without a codec, those of which a part is elsewhere, those without
     values. A rule of the user's goes before what is known, and also takes leaves as they are stored. With `inputs`
-    scales of the inputs of a weight, which its values do not depend on, are leaves of their own.
-
-    >>> from paramend.edits.memory import Memory, editable
-    >>> import numpy as np
-    >>> stored = {"weight_packed": np.array([[0x76543210]], "int32"), "weight_scale": np.ones((1, 1), "float32")}
-    >>> leaves = weighed(editable({"fc": stored}))
-    >>> leaves.index.path(0), str(leaves.spec(0)), leaves.read(0).tolist()
-    ('fc/weight', 'float32[1,8]', [[-8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0]])
-    """
+    scales of the inputs of a weight, which its values do not depend on, are leaves of their own."""
     if isinstance(leaves, Weights) or (leaves.raw and rule is None):
         return leaves
     known: dict[Any, Editable | None] = leaves.__dict__.setdefault("_weighed", {})
