@@ -5,8 +5,25 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, Literal, SupportsIndex, TypeAlias, TypeVar
 
 from paramend.arrays.lowrank import LowRank, product_of
-from paramend.edits import arguments, checks, damage, moves, runs
-from paramend.edits.arguments import Args
+from paramend.edits import checks, damage, moves, runs
+from paramend.edits.arguments import (
+    ALONG,
+    ARRAY,
+    AXES,
+    AXIS,
+    BOUND,
+    DEVIATION,
+    DIRECTION,
+    DTYPE,
+    INITIALIZER,
+    NEW_SHAPE,
+    NUMBER,
+    OPERAND,
+    PERMUTATION,
+    PLACES,
+    SEED,
+    Args,
+)
 from paramend.edits.call import Op
 from paramend.edits.directions import check_projection, projection
 from paramend.edits.table import ROWS, edit, in_place, moving
@@ -72,7 +89,7 @@ class Edits(Generic[T]):
         check=checks.check_fill,
         run=lambda library, x, args, place: library.full(x, runs.native(library, args["value"])),
         slot=lambda args: ("set", args["value"]),
-        takes=(arguments.NUMBER,),
+        takes=(NUMBER,),
         reads=False,
     )
     def fill(self, value: Scalar, *, requantize: Requantize = "amax") -> T:
@@ -92,7 +109,7 @@ class Edits(Generic[T]):
         check=checks.check_set,
         run=runs.set,
         slot=lambda args: ("set", args["value"]),
-        takes=(arguments.ARRAY,),
+        takes=(ARRAY,),
         also=("replace", "assign"),
         reads=False,
         chunks=False,
@@ -121,7 +138,7 @@ class Edits(Generic[T]):
         slot=lambda args: None if isinstance(args["value"], LowRank) else ("add", args["value"]),
         product=lambda spec, args: product_of(args["value"], spec) if isinstance(args["value"], LowRank) else None,
         losses=damage.of_sum,
-        takes=(arguments.OPERAND,),
+        takes=(OPERAND,),
         also=("plus", "sum"),
     )
     def add(self, value: Scalar | AnyArray | tuple[AnyArray, AnyArray], *, requantize: Requantize = "amax") -> T:
@@ -142,7 +159,7 @@ class Edits(Generic[T]):
         run=runs.project_out,
         product=projection,
         losses=damage.of_shift,
-        takes=(arguments.DIRECTION, arguments.NUMBER.named("how much of it: 1 is all", "1"), arguments.ALONG),
+        takes=(DIRECTION, NUMBER.named("how much of it: 1 is all", "1"), ALONG),
         also=("project-out", "orthogonalize"),
         chunks=False,
     )
@@ -180,7 +197,7 @@ class Edits(Generic[T]):
         run=lambda library, x, args, place: library.multiply(x, runs.native(library, args["value"])),
         slot=lambda args: ("multiply", args["value"]),
         losses=damage.of_product,
-        takes=(arguments.OPERAND,),
+        takes=(OPERAND,),
         aliases=("scale",),
         also=("mul",),
     )
@@ -200,7 +217,7 @@ class Edits(Generic[T]):
         "every element is brought between two bounds; NaN stays",
         check=checks.check_clip,
         run=runs.clip,
-        takes=(arguments.BOUND.named("the least value", "-1"), arguments.BOUND.named("the greatest value", "1")),
+        takes=(BOUND.named("the least value", "-1"), BOUND.named("the greatest value", "1")),
         also=("clamp", "limit"),
     )
     def clip(self, lo: Scalar | None, hi: Scalar | None, *, requantize: Requantize = "amax") -> T:
@@ -247,7 +264,7 @@ class Edits(Generic[T]):
         run=runs.cast,
         losses=damage.of_cast,
         keeps_spec=False,
-        takes=(arguments.DTYPE,),
+        takes=(DTYPE,),
         also=("astype", "dtype"),
     )
     def cast(self, dtype: DtypeLike) -> T:
@@ -266,7 +283,7 @@ class Edits(Generic[T]):
         run=runs.noise,
         losses=damage.of_shift,
         placed=True,
-        takes=(arguments.DEVIATION, arguments.SEED),
+        takes=(DEVIATION, SEED),
     )
     def noise(self, std: float, *, seed: Seed = 0, requantize: Requantize = "amax") -> T:
         """The tree with normal noise added to the selected leaves.
@@ -291,7 +308,7 @@ class Edits(Generic[T]):
         reads=False,
         chunks=False,
         placed=True,
-        takes=(arguments.INITIALIZER, arguments.SEED),
+        takes=(INITIALIZER, SEED),
         also=("init", "initialize"),
     )
     def reinit(self, init: str | Initializer, *, seed: Seed = 0, requantize: Requantize = "amax") -> T:
@@ -309,7 +326,7 @@ class Edits(Generic[T]):
 
     reinit_ = in_place(reinit)
 
-    @edit("the axes get another order", takes=(arguments.AXES,), also=("swapaxes", "T"), **moving(moves.transposed))
+    @edit("the axes get another order", takes=(AXES,), also=("swapaxes", "T"), **moving(moves.transposed))
     def transpose(self, axes: Sequence[SupportsIndex]) -> T:
         """The tree with the axes of the selected leaves in another order, as by `numpy.transpose`.
 
@@ -327,7 +344,7 @@ class Edits(Generic[T]):
 
     @edit(
         "the elements, in C order, get another shape",
-        takes=(arguments.NEW_SHAPE,),
+        takes=(NEW_SHAPE,),
         also=("view", "flatten"),
         **moving(moves.reshaped),
     )
@@ -347,7 +364,7 @@ class Edits(Generic[T]):
 
     @edit(
         "some places along an axis stay, in the order given",
-        takes=(arguments.PLACES, arguments.AXIS),
+        takes=(PLACES, AXIS),
         also=("gather", "index_select"),
         **moving(moves.taken),
     )
@@ -369,7 +386,7 @@ class Edits(Generic[T]):
 
     @edit(
         "the places along an axis get another order",
-        takes=(arguments.PERMUTATION, arguments.AXIS),
+        takes=(PERMUTATION, AXIS),
         also=("reorder", "shuffle"),
         **moving(moves.permuted),
     )
