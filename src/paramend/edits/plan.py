@@ -12,7 +12,7 @@ from paramend.arrays.initializers import NOWHERE, Site
 from paramend.edits.call import Call, Coding, explained, settled
 from paramend.edits.damage import Damage, said
 from paramend.edits.ops import OPS
-from paramend.errors import BadArgument, RenameClash, Unsupported
+from paramend.errors import BadArgument, RenameClash, Unsupported, printable_lines
 from paramend.formats.gathered import Gathered
 from paramend.leaves.groups import groups_of
 from paramend.leaves.leaves import Described, Index, Leaves, keys_of, plain, uncollected
@@ -359,6 +359,29 @@ class Plan(Paged):
         if self.configured:
             data["config"] = [change.to_dict() for change in self.configured]
         return data | {"kept": len(self.rows) - len(changed)}
+
+
+class Outcome(Paged):
+    """A report of a plan that was carried out, whose rows are those of the plan."""
+
+    plan: Plan
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "plan", self.plan.told())
+
+    @property
+    def summary(self) -> str:
+        """What was written, in one line."""
+        raise NotImplementedError
+
+    def headline(self) -> str:
+        return self.summary
+
+    def page(self) -> Page:
+        return replace(self.plan.page(), headline=self.summary)
+
+    def __str__(self) -> str:
+        return f"{self.plan}\n{printable_lines(self.summary)}"
 
 
 def _weight(rows: Sequence[Row]) -> Row:

@@ -75,15 +75,13 @@ def codec_for(scheme: str, layout: Layout) -> Codec:
     rows = [IN_BLOCKS[scheme]] if layout.specs["payload"].dtype in BLOCKS else SCHEMES
     row = next(row for row in rows if row.name == name and layout.names["payload"] in row.payload and row.codec)
     parts: dict[str, Origin] = {
-        role: Held(layout.known[role]) if role in layout.known else Made(spec, partial(_nothing, spec))
+        role: Held(layout.known[role])
+        if role in layout.known
+        else Made(spec, partial(np.zeros, spec.shape, numpy_dtype(spec.dtype)))
         for role, spec in layout.specs.items()
     }
     assert row.codec is not None
     return row.codec(scheme, parts, layout.stated)
-
-
-def _nothing(spec: Spec) -> Array:
-    return np.zeros(spec.shape, numpy_dtype(spec.dtype))
 
 
 def _layout(known: Mapping[str, Array] | None = None, stated: Stated = NOTHING, **leaves: _Leaf) -> Layout:
