@@ -354,6 +354,21 @@ def test_a_manifest_that_was_cut_short_counts_as_far_as_it_goes(cut, tmp_path, m
     assert content(tmp_path / "out") == content(tmp_path / "one") and not left(tmp_path)
 
 
+@pytest.mark.parametrize("at", [0, 3])
+@pytest.mark.parametrize("new", [b"", b"2 * line", b"{}\n"])
+def test_a_manifest_with_other_lines_counts_as_far_as_it_is_true(at, new, tmp_path, monkeypatch):
+    edited(pm.open(model(tmp_path))).save(tmp_path / "one")
+    manifest = manifest_of(begun(tmp_path, monkeypatch))
+    lines = manifest.read_bytes().splitlines(keepends=True)
+    lines[at] = 2 * lines[at] if new == b"2 * line" else new
+    manifest.write_bytes(b"".join(lines))
+    with monkeypatch.context() as patch, pytest.raises(Stopped):  # what is written now is appended to what is true
+        stop_after(patch, 7)
+        edited(pm.open(model(tmp_path))).save(tmp_path / "out", resume=True)
+    edited(pm.open(model(tmp_path))).save(tmp_path / "out", resume=True)
+    assert content(tmp_path / "out") == content(tmp_path / "one") and not left(tmp_path)
+
+
 def other_value(old):
     return pm.at(edited(old), "layers.1.proj.weight").add(np.full((32, 32), 2, "float16"))
 

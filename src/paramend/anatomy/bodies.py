@@ -148,11 +148,8 @@ def bodies_of(
     """The body whose layers are those of the model, and the parts by name, if it has several; `runs` are the outermost
     numbered entries."""
     stacks = [_stack(run, config, leaves) for run in runs if not {*MTP} & {*run.parent}]
-    blocks = {
-        n
-        for n, leaf in leaves.items()
-        if {*MTP} & {*leaf.path} or any(stack.run.place(leaf.path) in stack.blocks for stack in stacks)
-    }
+    inside = {n for n, leaf in leaves.items() if any(each.run.place(leaf.path) in each.blocks for each in stacks)}
+    blocks = inside | {n for n, leaf in leaves.items() if {*MTP} & {*leaf.path}}
     parts: dict[str, Body] = {}
     for part in parts_of(config, {n: leaf.path for n, leaf in leaves.items() if n not in blocks}):
         name = part.name.removesuffix("_config")

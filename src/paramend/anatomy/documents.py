@@ -9,8 +9,7 @@ from typing import Any
 from paramend.anatomy.sections import beside, parsed
 from paramend.disk.urls import path_of
 from paramend.errors import BadArgument, NoMatch
-from paramend.formats.jsonchanges import entry_of, rewritten
-from paramend.formats.jsontext import CONFIG
+from paramend.formats.jsontext import CONFIG, entry_of, rewritten
 from paramend.reports import wording
 
 _SHOWN = 60  # characters of a value in a table

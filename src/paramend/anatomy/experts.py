@@ -25,20 +25,16 @@ TOP_K = (
 
 # Families by what becomes of the weights with which outputs of experts are added, where each expert is there m times
 # and m times as many are chosen. In sum they stay where they are normalised, or the shares of a softmax.
-_SUMMED = words(
-    """
+_SUMMED = words("""
     mixtral qwen2_moe qwen3_moe qwen3_next qwen3_vl_moe qwen3_vl_moe_text qwen3_5_moe qwen3_5_moe_text olmoe flex_olmo
     gpt_oss granitemoe granitemoehybrid granitemoeshared jamba jetmoe minimax minimax_m2 ernie4_5_moe hunyuan_v1_moe
     aria_text gemma4 gemma4_text deepseek_v2 deepseek_v4 afmoe hy_v3 laguna mistral4
-    """
-)
+""")
 # Here they are the scores of a sigmoid, normalised if the configuration says so, times a factor.
-_SCORED = words(
-    """
+_SCORED = words("""
     deepseek_v3 deepseek_v32 dots1 glm4_moe glm4_moe_lite glm4v_moe glm4v_moe_text glm_moe_dsa exaone_moe solar_open
     mimo_v2_flash nemotron_h lfm2_moe axk1 bailing_hybrid kimi_linear
-    """
-)
+""")
 # Here biases are added to the shares of a softmax, which become smaller.
 SHARES = ("ernie4_5_moe",)
 _NORMED, _FACTOR = ("norm_topk_prob", "moe_renormalize"), "routed_scaling_factor"
@@ -148,10 +144,8 @@ def experts_of(leaves: Named, config: Mapping[str, Any] | None = None) -> Mixtur
             raise SpecMismatch(f"{'.'.join(path)} has {wording.plural(found, 'expert')}, and {others} {count}")
     places = tuple(dict.fromkeys(place for place, each in said if each == count))
     section = part_at(config, places[0]) if places else {}
-    blocks = tuple(
-        _block(leaves, path, inside, count, section.get("zero_expert_num") or 0, dict(counted(config)))
-        for path, (_, inside) in counts.items()
-    )
+    zeros, ends = section.get("zero_expert_num") or 0, dict(counted(config))
+    blocks = tuple(_block(leaves, path, inside, count, zeros, ends) for path, (_, inside) in counts.items())
     kind = section.get("model_type") or config.get("model_type") or ""
     tops = [each for key in TOP_K for each in _numbers(section.get(key))]
     return Mixture(count, max(tops, default=None), _storage(leaves, blocks), places, kind, blocks)
@@ -265,11 +259,9 @@ def _count(leaves: Named, inside: Mapping[int, str]) -> int:
             raise SpecMismatch(f"{leaves.index.path(min(inside))} is of experts numbered {numbers}")
         return len(own)
     rows = any(map(_ROWS.fullmatch, inside.values()))
-    shapes = (
-        leaves.spec(number).shape
-        for number, name in inside.items()
-        if (_ROUTER if rows else _ALL).fullmatch(name) and leaves.spec(number).ndim > 2 - rows
-    )
+    pattern = _ROUTER if rows else _ALL
+    specs = (leaves.spec(number) for number, name in inside.items() if pattern.fullmatch(name))
+    shapes = (spec.shape for spec in specs if spec.ndim > 2 - rows)
     return min((shape[0] for shape in shapes), default=0)
 
 

@@ -15,12 +15,9 @@ from paramend.errors import BadArgument, Unsupported
 # Keys that scale layers by their number or by the number of layers: a copy would get another scale than its source.
 SCALED: Mapping[str, str] = {
     "scale_attn_by_inverse_layer_idx": "the scores of layer i are divided by i + 1",
-    "use_deepnorm": "residuals are scaled by the number of layers",
-    "deepnorm": "residuals are scaled by the number of layers",
+    **dict.fromkeys(("use_deepnorm", "deepnorm", "depth_scaled_init"), "residuals are scaled by the number of layers"),
     "scale_depth": "residuals are divided by the root of the number of layers",
-    "layernorm_scaling": "the norm of layer i is divided by the root of i",
-    "layer_norm_scaling": "the norm of layer i is divided by the root of i",
-    "depth_scaled_init": "residuals are scaled by the number of layers",
+    **dict.fromkeys(("layernorm_scaling", "layer_norm_scaling"), "the norm of layer i is divided by the root of i"),
     "use_mup": "scales depend on the number of layers",
     "num_kv_shared_layers": "the last layers read the cache of others, counted from the end",
     "hidden_size_per_layer_input": "an embedding beside the layers holds columns for each of them",
@@ -34,6 +31,7 @@ _DEFAULTS: Mapping[tuple[str, str], Any] = {
     ("gemma4_text", "hidden_size_per_layer_input"): 256,
     ("minicpm3", "scale_depth"): 1.4,
 }
+_DECAYS = "the decay of linear attention depends on the number of its layer"
 # Families in which a layer computes something else under another number, each with the leaf that would store it.
 BOUND: Mapping[str, tuple[str, str]] = {
     "diffllama": ("the differential attention of layer i starts from 0.8 - 0.6 exp(-0.3 i)", ""),
@@ -43,13 +41,10 @@ BOUND: Mapping[str, tuple[str, str]] = {
     "hrm_text": ("its layers are run in cycles, by their numbers", ""),
     "idefics": ("cross attention stands before every k-th layer", ""),
     "inkling2_loop_text": ("some layers are run several times, by their numbers", ""),
-    "bailing_moe_linear": ("the decay of linear attention depends on the number of its layer", ""),
-    "minimax": ("the decay of linear attention depends on the number of its layer", "slope_rate"),
-    "minimax_m1": ("the decay of linear attention depends on the number of its layer", ""),
-    "minimax_text_01": ("the decay of linear attention depends on the number of its layer", ""),
+    **dict.fromkeys(("bailing_moe_linear", "minimax_m1", "minimax_text_01"), (_DECAYS, "")),
+    "minimax": (_DECAYS, "slope_rate"),
     "neomme": ("windows and residuals depend on the numbers of layers", ""),
-    "zamba": ("layers share blocks, one after the other", ""),
-    "zamba2": ("layers share blocks, one after the other", ""),
+    **dict.fromkeys(("zamba", "zamba2"), ("layers share blocks, one after the other", "")),
 }
 # Keys that name layers whose outputs other parts of a model read.
 _FEATURES = ("vision_feature_layer", "feature_layer", "out_indices", "backbone_out_indices", "extract_layers")
@@ -125,9 +120,8 @@ def followed(config: Mapping[str, Any], move: Move) -> tuple[dict[str, Any], lis
             part = part_at(new, above)
             part[key] = value
         except (KeyError, TypeError):
-            raise BadArgument(
-                f"config={name!r}: the configuration has no part {'.'.join(above)!r}", hint=f"config={{{key!r}: ...}}"
-            ) from None
+            why = f"config={name!r}: the configuration has no part {'.'.join(above)!r}"
+            raise BadArgument(why, hint=f"config={{{key!r}: ...}}") from None
         said.append(f"{'.'.join((*above, key))}: {value}, as given")
     return new, said
 
@@ -153,17 +147,13 @@ def _refuse(part: Mapping[str, Any], kind: str, move: Move) -> None:
             )
     pair = part.get("qkv_multipliers")
     if isinstance(pair, list) and len(pair) == 2 and pair[0] != pair[1] and not move.holds((), "qkv_multipliers"):
-        raise Unsupported(
-            f"the configuration has qkv_multipliers={pair}: widths of layers are interpolated by their numbers",
-            hint='config={"qkv_multipliers": [...]}, with one for each layer of the outcome',
-        )
+        said = f"the configuration has qkv_multipliers={pair}: widths of layers are interpolated by their numbers"
+        raise Unsupported(said, hint='config={"qkv_multipliers": [...]}, with one for each layer of the outcome')
     why, leaf = BOUND.get(kind, ("", ""))
     held = leaf and any(leaf in path for layer in move.leaves or () for path in layer)
     if why and not held and move.given is None:
-        raise Unsupported(
-            f"{kind}: {why}, so a layer would compute something else in another position",
-            hint="config={} moves the layers all the same",
-        )
+        said = f"{kind}: {why}, so a layer would compute something else in another position"
+        raise Unsupported(said, hint="config={} moves the layers all the same")
 
 
 def _cannot(what: str, says: str, value: Any) -> Unsupported:
@@ -251,10 +241,8 @@ def _follow_entries(section: Section, move: Move) -> None:
             new = moved(value, how, move.sources, n)
         except IndexError:
             key = ".".join((*section.place, *path))
-            raise Unsupported(
-                f"the configuration says {key}: {value}, and the outcome has not all of these layers",
-                hint=f"config={{{key!r}: [...]}}, the layers that are read in the outcome",
-            ) from None
+            why = f"the configuration says {key}: {value}, and the outcome has not all of these layers"
+            raise Unsupported(why, hint=f"config={{{key!r}: [...]}}, the layers that are read in the outcome") from None
         if name == "kv_source_layers":
             new = list(range(len(move.sources)))
         if new != value:
@@ -277,10 +265,8 @@ def _follow_stages(section: Section, move: Move) -> None:
             continue
         new = [stage if stage in ("stem", 0) else read(last.get(_stage(stage) - 1, -2) + 1) for stage in old]
         if any(_stage(stage) < 0 for stage in new):
-            raise Unsupported(
-                f"the configuration says {key}: {old}, and the outcome has not all of these layers",
-                hint=f"config={{{key!r}: {old[-1:]}}}, the layers that are read in the outcome",
-            )
+            why = f"the configuration says {key}: {old}, and the outcome has not all of these layers"
+            raise Unsupported(why, hint=f"config={{{key!r}: {old[-1:]}}}, the layers that are read in the outcome")
         if new != old:
             section.set((key,), new)
 
@@ -372,10 +358,8 @@ def _told(key: str, value: Any, n: int) -> Callable[[int, int], int] | None:
 def _refuse_last(section: Section, kind: str) -> None:
     types = section.part.get("layer_types")
     if kind in LAST_FULL and types and types[-1] != FULL:
-        raise Unsupported(
-            f"the last layer of the outcome would be of {types[-1]}, and {kind} makes the last one full_attention",
-            hint="an order that ends with a layer of full attention",
-        )
+        why = f"the last layer of the outcome would be of {types[-1]}, and {kind} makes the last one full_attention"
+        raise Unsupported(why, hint="an order that ends with a layer of full attention")
 
 
 def _period(key: str, value: Any, n: int) -> int:

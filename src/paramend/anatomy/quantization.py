@@ -5,15 +5,16 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from paramend.anatomy.documents import Document
 from paramend.anatomy.sections import config_beside
 from paramend.errors import Unsupported
 from paramend.formats.jsontext import CONFIG
-from paramend.leaves.codecs.stated import Stated
+from paramend.leaves.codecs.codec import Stated
 from paramend.leaves.groups import methods_of
 
+Said: TypeAlias = Mapping[str, Any]
 # Files in the order in which they count, and the keys below which they say it; () is the file itself.
 FILES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("config.json", ("quantization_config", "compression_config", "quantization")),
@@ -39,7 +40,7 @@ def quantization_of(path: Path, texts: Iterable[Document] = ()) -> Mapping[str, 
     return next((part for part in found if part), None)
 
 
-def part_of(data: Mapping[str, Any], keys: tuple[str, ...]) -> Mapping[str, Any] | None:
+def part_of(data: Said, keys: tuple[str, ...]) -> Said | None:
     """What lies below one of the keys, in the data itself or in the configuration of its text model."""
     if not keys:
         return data
@@ -54,7 +55,7 @@ def part_of(data: Mapping[str, Any], keys: tuple[str, ...]) -> Mapping[str, Any]
 IGNORE = ("ignore", "ignored_layers", "modules_to_not_convert", "exclude_modules", "llm_int8_skip_modules", "exclude")
 
 
-def stated(config: Mapping[str, Any] | None, module: str) -> Stated:
+def stated(config: Said | None, module: str) -> Stated:
     """What a `quantization_config`, if there is one, says of the weight of a module.
 
     >>> config = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]}
@@ -87,12 +88,12 @@ def stated(config: Mapping[str, Any] | None, module: str) -> Stated:
     )
 
 
-def named_by(config: Mapping[str, Any], module: str) -> str:
+def named_by(config: Said, module: str) -> str:
     """The entry of a list of those that are not quantised that names a module, or ""."""
     return next((entry for key in IGNORE for entry in texts_of(config.get(key)) if names(entry, module)), "")
 
 
-def _group(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+def _group(config: Said, module: str) -> Said:
     """What compressed-tensors says of the weights of a module: a group that names it, or the first one of a class."""
     groups = [group for _, group in _pairs(config.get("config_groups"))]
     named = (group for group in groups if any(names(entry, module) for entry in texts_of(group.get("targets"))))
@@ -118,12 +119,12 @@ def texts_of(value: object) -> list[str]:
     return [each for each in value if isinstance(each, str)] if isinstance(value, Sequence) else []
 
 
-def _pairs(value: object) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _pairs(value: object) -> Iterator[tuple[str, Said]]:
     items = value.items() if isinstance(value, Mapping) else ()
     return ((str(key), each) for key, each in items if isinstance(each, Mapping))
 
 
-def _first(said: Mapping[str, Any], *keys: str) -> int | None:
+def _first(said: Said, *keys: str) -> int | None:
     """The first of some keys that has a whole number."""
     return next((said[key] for key in keys if type(said.get(key)) is int), None)
 
@@ -133,7 +134,7 @@ _LISTS = {"compressed-tensors": "ignore", "bitsandbytes": "llm_int8_skip_modules
 
 
 def dequantised(
-    file: str, values: Mapping[str, Any], modules: Sequence[str], floats: Sequence[str], *, left: bool
+    file: str, values: Said, modules: Sequence[str], floats: Sequence[str], *, left: bool
 ) -> dict[str, Any] | None:
     """What one of `FILES` holds after modules are no longer quantised; None if it has nothing to tell any more.
 
@@ -170,7 +171,7 @@ def _leave_out(config: Any, modules: Sequence[str], floats: Sequence[str]) -> No
         config[key] = [*listed, *(each for each in modules if not any(names(e, each) for e in texts_of(listed)))]
 
 
-def listed(file: str, values: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
+def listed(file: str, values: Said, modules: Sequence[str]) -> dict[str, Any]:
     """What one of `FILES` holds after modules came that are not quantised."""
     new = copy.deepcopy(dict(values))
     part = part_of(new, dict(FILES)[file])
@@ -179,7 +180,7 @@ def listed(file: str, values: Mapping[str, Any], modules: Sequence[str]) -> dict
     return new
 
 
-def renamed(file: str, values: Mapping[str, Any], moved: Mapping[str, str]) -> dict[str, Any]:
+def renamed(file: str, values: Said, moved: Mapping[str, str]) -> dict[str, Any]:
     """What one of `FILES` holds after modules got other names, which its lists of modules have then.
 
     >>> config = {"quantization_config": {"quant_method": "fp8", "modules_to_not_convert": ["mtp", "re:a.*"]}}
@@ -209,12 +210,7 @@ def renamed(file: str, values: Mapping[str, Any], moved: Mapping[str, str]) -> d
 
 
 def quantised(
-    file: str,
-    values: Mapping[str, Any],
-    scheme: str,
-    group_size: int | None,
-    modules: Sequence[str],
-    floats: Sequence[str],
+    file: str, values: Said, scheme: str, group_size: int | None, modules: Sequence[str], floats: Sequence[str]
 ) -> dict[str, Any]:
     """What one of `FILES` holds after modules are quantised, and others stay floats; only `config.json` tells of it.
 
@@ -232,10 +228,8 @@ def quantised(
     differ = [key for key, value in wanted.items() if old.get(key) != value]
     if differ:
         there, here = (", ".join(f"{key}: {part.get(key)}" for key in differ) for part in (old, wanted))
-        raise Unsupported(
-            f"{CONFIG} says {there}, and {scheme} is written as {here}: a model is quantised in one way",
-            hint="pm.dequantize(model) first, or simulate=True",
-        )
+        why = f"{CONFIG} says {there}, and {scheme} is written as {here}: a model is quantised in one way"
+        raise Unsupported(why, hint="pm.dequantize(model) first, or simulate=True")
     for key in IGNORE:
         if isinstance(old.get(key), list):
             old[key] = [entry for entry in old[key] if entry not in modules]

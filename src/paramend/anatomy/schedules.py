@@ -27,10 +27,8 @@ class Schedule:
 
     def values(self, part: Mapping[str, Any]) -> list[Any]:
         """What the configuration says for the numbers of the rule."""
-        return [
-            next((part[name] for name in names.split("|") if part.get(name) is not None), default)
-            for names, default in self.numbers.items()
-        ]
+        given = ([part[name] for name in names.split("|") if part.get(name) is not None] for names in self.numbers)
+        return [next(iter(each), default) for each, default in zip(given, self.numbers.values(), strict=True)]
 
     def kinds(self, part: Mapping[str, Any], n: int) -> list[Any] | None:
         """The kind of each of n layers; None if a list or another key tells them."""

@@ -9,21 +9,17 @@ from paramend.anatomy.entries import words
 KEY = "tie_word_embeddings"
 _WEIGHTS = ("weight", "kernel", "embedding")
 # What a configuration that leaves the key out means by that, in transformers.
-_TIED = words(
-    """
+_TIED = words("""
     albert bart bert biogpt bloom cohere cohere2 deberta deberta-v2 distilbert electra falcon falcon_mamba gemma gemma2
     gemma3 gemma3_text gemma3n gemma3n_text gemma4 gemma4_text gpt2 gpt_bigcode gpt_neo lfm2 mamba marian mbart
     modernbert mpt mt5 opt paligemma pegasus recurrent_gemma roberta smollm3 starcoder2 t5 umt5 whisper xglm xlm-roberta
-    """
-)
-_UNTIED = words(
-    """
+""")
+_UNTIED = words("""
     arcee bamba dbrx deepseek_v2 deepseek_v3 exaone4 falcon_h1 glm glm4 glm4_moe gpt_neox gpt_oss gptj granite
     granitemoe helium jamba llama llama4_text mamba2 minimax ministral mistral mixtral mllama_text_model nemotron
     nemotron_h olmo olmo2 olmo3 olmoe persimmon phi phi3 phimoe qwen2 qwen2_moe qwen2_vl qwen3 qwen3_5 qwen3_5_text
     qwen3_5_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen3_vl seed_oss stablelm
-    """
-)
+""")
 # Families in which the key does nothing, or also scales what the head reads.
 _FORCED = words("t5 mt5 umt5 longt5 pop2piano switch_transformers udop t5gemma nemotron_h")
 # Family → the head, where it is not `lm_head`, and the bias that is one with its own.

@@ -18,11 +18,7 @@ _FORCED = "forced_decoder_ids"  # pairs of a position and a token
 
 
 def sizes_of(config: Mapping[str, Any]) -> Iterator[int]:
-    """The sizes of vocabularies that a configuration has, outermost first.
-
-    >>> list(sizes_of({"text_config": {"vocab_size": 8, "type_vocab_size": 2}, "n_vocab": 9}))
-    [9, 8]
-    """
+    """The sizes of vocabularies that a configuration has, outermost first."""
     for place, part in parts_in(config):
         yield from () if senses(place) else _counted(part)
 
@@ -48,11 +44,7 @@ def named_ids(config: Mapping[str, Any], sizes: Iterable[int]) -> set[int]:
 
 
 def names_in(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys by which a configuration names tokens, with their values.
-
-    >>> names_in({"eos_token_id": [2, 7], "pad_token_id": None, "vocab_size": 8})
-    {'eos_token_id': [2, 7]}
-    """
+    """The keys by which a configuration names tokens, with their values."""
     return {key: value for key, value in config.items() if _IDS.fullmatch(key) and value is not None}
 
 

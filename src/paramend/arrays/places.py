@@ -10,15 +10,10 @@ from paramend.leaves.specs import Array
 
 
 class Chosen(NamedTuple):
-    """What an index chooses.
+    """What an index chooses."""
 
-    Attributes:
-        places: the places along each axis.
-        shape: the shape of what is chosen, with an axis of length 1 for each that the index drops.
-    """
-
-    places: tuple[Array, ...]
-    shape: tuple[int, ...]
+    places: tuple[Array, ...]  # along each axis
+    shape: tuple[int, ...]  # with an axis of length 1 for each that the index drops
 
     def spread(self, value: Any) -> Any:
         """A value that broadcasts to what is chosen, as a view with all of its axes."""

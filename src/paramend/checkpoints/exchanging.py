@@ -17,7 +17,7 @@ from paramend.disk.locks import opened
 from paramend.disk.permissions import PRIVATE, access_of
 from paramend.edits.plan import Plan
 from paramend.formats.gathered import Gathered
-from paramend.formats.index import read_index
+from paramend.formats.shards import read_index
 from paramend.journal.exchange import STAGED, NewFiles
 from paramend.journal.ranges import OpenRanges, Ranges
 from paramend.journal.records import DONE, Moved

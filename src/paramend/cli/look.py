@@ -12,7 +12,7 @@ from paramend.cli.choosing import EXCEPT, chosen
 from paramend.cli.opening import open_checkpoint
 from paramend.cli.options import ADDRESS, takes
 from paramend.edits.weights import Weights, is_coded, weighed
-from paramend.formats.safetensors_header import RECORD
+from paramend.formats.safetensors import RECORD
 from paramend.formats.source import Source
 from paramend.leaves.paths import natural
 from paramend.reports import wording

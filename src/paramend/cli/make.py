@@ -15,7 +15,7 @@ from paramend.cli.options import ADDRESS, DRY_TOO, WRITES, Decorator, makes, ren
 from paramend.cli.stack import rewrite
 from paramend.cli.writing import carry_out, edit_checkpoint, write_made
 from paramend.errors import GraftRefused
-from paramend.formats.registry import writable
+from paramend.formats.registry import FORMATS
 from paramend.grafting import parts
 from paramend.grafting.options import Dtype, Mismatch, Missing, Place, Unused
 
@@ -23,7 +23,7 @@ from paramend.grafting.options import Dtype, Mismatch, Missing, Place, Unused
 @click.command()
 @click.argument("path", metavar="IN", type=ADDRESS)
 @click.argument("out", metavar="OUT")
-@click.option("--to", type=click.Choice([row.name for row in writable()]), help="The format, if OUT does not say it.")
+@click.option("--to", type=click.Choice([row.name for row in FORMATS]), help="The format, if OUT does not say it.")
 @takes(
     *("max_shard_size", *WRITES),
     dry_run="Check that it can be done, and write no checkpoint.",

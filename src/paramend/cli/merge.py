@@ -14,8 +14,7 @@ from paramend.cli.options import ADDRESS, DRY_TOO, EDITS, Decorator, makes, take
 from paramend.cli.writing import carry_out, edit_checkpoint
 from paramend.merging.extracting import extract as extracted
 from paramend.merging.folding import fold as folded
-from paramend.merging.matching import Missing, Stats
-from paramend.merging.merge import merge as merge_models
+from paramend.merging.merge import Missing, Stats, merge as merge_models
 from paramend.merging.methods import METHODS
 from paramend.merging.settings import Convention
 

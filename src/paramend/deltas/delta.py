@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from paramend.deltas import manifest
+from paramend.deltas.manifest import FileChange, LeafRow, name_of
 from paramend.deltas.payload import FILE, Payload, copy_all
-from paramend.deltas.rows import FileChange, LeafRow, name_of
 from paramend.disk.io import reading, release
 from paramend.disk.permissions import NEW_FILE, Access, create_file, of_folder, settle
 from paramend.disk.publishing import exists, published, there
@@ -61,14 +61,14 @@ class Delta(Report):
         folder = path_of(path)
         if not folder.is_dir():
             raise CannotRead(f"{folder}: there is no such directory", hint=near(folder))
-        if not (folder / manifest.NAME).is_file():
-            from paramend.deltas.slime import metadata_of, read  # most deltas are our own
+        if (folder / manifest.NAME).is_file():
+            return cls(**manifest.read(folder))
+        from paramend.deltas.slime import metadata_of, read  # most deltas are our own
 
-            if metadata_of(folder) is None:
-                hint = f"paramend show {folder}"
-                raise BadCheckpoint(f"{folder}: it holds no delta: there is no {manifest.NAME}", hint=hint)
-            return cls(**read(folder), slime=True)
-        return cls(**manifest.read(folder))
+        if metadata_of(folder) is None:
+            hint = f"paramend show {folder}"
+            raise BadCheckpoint(f"{folder}: it holds no delta: there is no {manifest.NAME}", hint=hint)
+        return cls(**read(folder), slime=True)
 
     def save(
         self, out: str | os.PathLike[str], *, force: bool = False, slime: bool = False, progress: Progress | None = None

@@ -49,10 +49,8 @@ class Url(PosixPath):
         return "/".join([f"{scheme}/", *rest]).partition("?")[0]
 
     def __fspath__(self) -> str:
-        raise Unsupported(
-            f"{self}: this needs a file on this machine, and it is in a remote store",
-            hint="copy it to this machine, and give the path of the copy",
-        )
+        hint = "copy it to this machine, and give the path of the copy"
+        raise Unsupported(f"{self}: this needs a file on this machine, and it is in a remote store", hint=hint)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self.parts  # with its credentials: workers need them
@@ -184,10 +182,8 @@ def path_of(given: str | os.PathLike[str]) -> Path:
     if scheme == "file":
         return Path(rest)
     if scheme not in SCHEMES:
-        raise BadArgument(
-            f"{scheme}:// is not the address of a store that can be opened",
-            hint=f"one of {', '.join(f'{each}://' for each in SCHEMES)}, or a path",
-        )
+        hint = f"one of {', '.join(f'{each}://' for each in SCHEMES)}, or a path"
+        raise BadArgument(f"{scheme}:// is not the address of a store that can be opened", hint=hint)
     path, mark, query = rest.partition("?") if scheme.startswith("http") else (rest, "", "")
     return Url(f"{scheme}://{path}{mark}{query.replace('/', _SLASH)}")
 

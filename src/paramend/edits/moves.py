@@ -18,22 +18,14 @@ def _is_whole(value: Any) -> bool:
 
 
 def whole_numbers(values: Any, what: str, hint: str) -> list[int]:
-    """The whole numbers of a list.
-
-    Raises:
-        BadArgument: it is not one.
-    """
+    """The whole numbers of a list; `BadArgument` if it is not one."""
     if isinstance(values, str) or not isinstance(values, Iterable) or not all(map(_is_whole, values)):
         raise BadArgument(f"{what} {shown(values)} is not a list of whole numbers", hint=hint)
     return list(map(int, values))
 
 
 def axis_of(spec: Spec, axis: Any) -> int:
-    """An axis of a leaf, counted from the front.
-
-    Raises:
-        OutOfRange: the leaf has no such axis.
-    """
+    """An axis of a leaf, counted from the front; `OutOfRange` if the leaf has no such axis."""
     if not _is_whole(axis):
         raise BadArgument(f"the axis {shown(axis)} is not a whole number", hint="axis=0")
     found = int(axis)

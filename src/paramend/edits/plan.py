@@ -14,9 +14,8 @@ from paramend.edits.damage import Damage, said
 from paramend.edits.ops import OPS
 from paramend.errors import BadArgument, RenameClash, Unsupported
 from paramend.formats.gathered import Gathered
-from paramend.leaves.described import Described
 from paramend.leaves.groups import groups_of
-from paramend.leaves.leaves import Index, Leaves, keys_of, plain, uncollected
+from paramend.leaves.leaves import Described, Index, Leaves, keys_of, plain, uncollected
 from paramend.leaves.names import by_name
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.texts import shortened
@@ -33,33 +32,24 @@ from paramend.selectors.slices import write_index
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Row:
-    """One leaf of the result: `path, spec ◄─ source, calls`.
-
-    Attributes:
-        source: the number of the leaf that it comes from.
-        calls: the edits, first to last; empty if the values stay.
-        places: where the leaf was when each call was made, which random values depend on.
-        was: the path in the source, if it is another.
-        damage: what a run of the edits did to values that the dtype cannot hold.
-        depths: for each key of a moved leaf, the depth in the source of the template of its container, or None.
-        added: where it comes from, in reports of what came to a checkpoint in its own files.
-        made: what it is made of before the calls, an origin or its text, if it is not the leaf of its path.
-        coding: of a quantised weight that a report shows as one leaf, how it is edited.
-    """
+    """One leaf of the result: `path, spec ◄─ source, calls`."""
 
     path: str
     spec: Spec
-    source: int
+    source: int  # the number of the leaf that it comes from
     before: Spec
-    calls: tuple[Call, ...] = ()
-    places: tuple[Site, ...] = ()
+    calls: tuple[Call, ...] = ()  # the edits, first to last; empty if the values stay
+    places: tuple[Site, ...] = ()  # where the leaf was when each call was made, which random values depend on
     labels: tuple[Label, ...] = ()
-    was: str = ""
+    was: str = ""  # the path in the source, if it is another
+    # For each key of a moved leaf, the depth in the source of the template of its container, or None.
     depths: tuple[int | None, ...] = ()
+    # What a run of the edits did to values that the dtype cannot hold.
     damage: Damage = field(default_factory=Damage, compare=False)
-    added: str = ""
+    added: str = ""  # where it comes from, in reports of what came to a checkpoint in its own files
+    # What it is made of before the calls, an origin or its text, if it is not the leaf of its path.
     made: Origin | str = ""
-    coding: Coding | None = None
+    coding: Coding | None = None  # of a quantised weight that a report shows as one leaf, how it is edited
 
     def __repr__(self) -> str:
         return f"<{self.path}: {self.spec}, {self.outcome or 'as it is'}>"
@@ -123,21 +113,13 @@ def _said(edit: Call) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Plan(Paged):
-    """What an edit of some leaves will do. Its text is the table of a dry run.
+    """What an edit of some leaves will do. Its text is the table of a dry run. A plan never changes: editing it returns
+    a new plan, in which leaves keep their numbers."""
 
-    A plan never changes: editing it returns a new plan, in which leaves keep their numbers.
-
-    Attributes:
-        leaves: the leaves that the numbers in the rows refer to.
-        rows: one for each leaf of the result, in order.
-        deleted: the rows of the deleted leaves.
-        texts: the files beside the weights that change.
-    """
-
-    leaves: Leaves
-    rows: tuple[Row, ...]
-    deleted: tuple[Row, ...] = ()
-    texts: tuple[Document, ...] = ()
+    leaves: Leaves  # the leaves that the numbers in the rows refer to
+    rows: tuple[Row, ...]  # one for each leaf of the result, in order
+    deleted: tuple[Row, ...] = ()  # the rows of the deleted leaves
+    texts: tuple[Document, ...] = ()  # the files beside the weights that change
 
     def __reduce__(self) -> tuple[Any, ...]:
         calls = [(row, edit) for row in self.changed for edit in row.calls]

@@ -29,12 +29,8 @@ def check_calls(leaves: Editable, calls: Mapping[int, Call]) -> None:
 
 
 def check_values(leaves: Leaves, numbers: Iterable[int], said: str, *ways: str) -> None:
-    """Raise `Quantized` for what computes or puts values, if it meets a quantised weight; nothing is read before.
-
-    Args:
-        said: what is refused, as a predicate of the leaf.
-        ways: ways out, for the hint.
-    """
+    """Raise `Quantized` for what computes or puts values, if it meets a quantised weight; nothing is read before. What
+    is refused is said as a predicate of the leaf, before ways out for the hint."""
     if getattr(leaves, "raw", False) or not may_hold_groups(leaves):
         return
     chosen = list(numbers)

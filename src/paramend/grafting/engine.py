@@ -28,10 +28,8 @@ from paramend.trees.tree import Tree
 def assign(tree: Tree, new: dict[int, Any]) -> None:
     """Assign all values to their leaves; if one of them fails, restore those before it."""
     for number, first in tree.apart(new).items():
-        raise Unsupported(
-            f"{tree.index.path(first)} and {tree.index.path(number)} are one array, which cannot take two values",
-            hint="pm.graft returns a new tree: params, report = pm.graft(params, source)",
-        )
+        why = f"{tree.index.path(first)} and {tree.index.path(number)} are one array, which cannot take two values"
+        raise Unsupported(why, hint="pm.graft returns a new tree: params, report = pm.graft(params, source)")
     old: dict[int, Any] = {}
     try:
         for number in list(new):
@@ -123,11 +121,7 @@ def _parts(plan: GraftPlan, move: Move, leaf: Any) -> Origin | None:
 
 
 def _converted(value: Any, dtype: str) -> Any:
-    """An array in another dtype: of its own library for floats and complex numbers, else of numpy.
-
-    >>> _converted(np.array([1.5, 2.0]), "int32")
-    array([1, 2], dtype=int32)
-    """
+    """An array in another dtype: of its own library for floats and complex numbers, else of numpy."""
     if kind_of(dtype) in ("float", "complex"):
         with np.errstate(over="ignore"):
             return backend(value).cast(value, dtype)
@@ -150,10 +144,8 @@ def planned(target: Leaves, source: Leaves, options: Options) -> GraftPlan:
     for tree, name in ((target, "your model"), (source, "the source")):
         if len(tree.index.numbers) == len(counts(tree)):
             what, meant = barren(tree.root) if isinstance(tree, Tree) else ("", "")
-            raise BadArgument(
-                f"{name} holds no arrays{what and f': it is {what}'}",
-                hint=f"pass {meant}" if meant else "pm.graft(target, source): the model first",
-            )
+            why = f"{name} holds no arrays{what and f': it is {what}'}"
+            raise BadArgument(why, hint=f"pass {meant}" if meant else "pm.graft(target, source): the model first")
     plan = GraftPlan(target, source, options)
     check_groups(plan)
     if not plan.cases:

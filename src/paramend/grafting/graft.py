@@ -5,7 +5,7 @@ change. So a refused graft changes nothing.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from paramend.checkpoints.keys import matched, numbered
 from paramend.checkpoints.report import read_by
@@ -18,11 +18,9 @@ from paramend.grafting.report import GraftReport, GraftRow
 from paramend.leaves.leaves import Editable, Leaves
 from paramend.leaves.specs import AnyTree, Spec
 from paramend.reports.ends import Ends
+from paramend.resize.rules import Resize
 from paramend.selectors.selector import SelectorLike
 from paramend.trees.lookup import find_kind
-
-if TYPE_CHECKING:
-    from paramend.resize.rules import Resize
 
 T = TypeVar("T")
 
@@ -35,7 +33,7 @@ def graft(
     only: SelectorLike = "**",
     mismatch: Mismatch | Mapping[Any, Mismatch] = "error",
     place: Place | Mapping[Any, Place] = "corner",
-    resize: "Mapping[Any, Resize] | None" = None,
+    resize: Mapping[Any, Resize] | None = None,
     unused: Unused = "error",
     missing: Missing = "fresh",
     dtype: Dtype = "target",
@@ -126,7 +124,7 @@ def graft_(
     only: SelectorLike = "**",
     mismatch: Mismatch | Mapping[Any, Mismatch] = "error",
     place: Place | Mapping[Any, Place] = "corner",
-    resize: "Mapping[Any, Resize] | None" = None,
+    resize: Mapping[Any, Resize] | None = None,
     unused: Unused = "error",
     missing: Missing = "fresh",
     dtype: Dtype = "target",
@@ -177,7 +175,7 @@ def _planned(tree: Counted, source: Leaves, options: Options) -> tuple[dict[int,
 
         done = graft_whole(tree, leaves, options)
         if done is not None:
-            engine.refuse_abstract(tree, done.values, done.report)
-            return done.values, done.report
+            engine.refuse_abstract(tree, *done)
+            return done
     plan = engine.planned(tree, leaves, options)
     return engine.values(plan), plan.report()

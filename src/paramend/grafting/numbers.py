@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from paramend.errors import Unsupported
-from paramend.grafting.links import pieces_of
+from paramend.grafting.report import pieces_of
 from paramend.leaves.leaves import Index, Layered, Leaves, uncollected
 from paramend.leaves.paths import Names, text_of
 from paramend.leaves.specs import Spec
@@ -109,10 +109,8 @@ class Counted(Tree):
             super().in_place(number)
         elif number not in self.boxes and not isinstance(self._holders[number][0], dict | list):
             kind = type(self.values[number]).__name__
-            raise Unsupported(
-                f"{self.index.path(number)} cannot change in place: a Python {kind} never does, nor what holds it",
-                hint="pm.graft returns a new tree: tree, report = pm.graft(target, source)",
-            )
+            why = f"{self.index.path(number)} cannot change in place: a Python {kind} never does, nor what holds it"
+            raise Unsupported(why, hint="pm.graft returns a new tree: tree, report = pm.graft(target, source)")
 
     def assign(self, number: int, value: Any) -> None:
         if number not in self.counts or number in self.boxes:
@@ -216,11 +214,7 @@ def is_state(kind: type) -> bool:
 
 def with_numbers(source: Any, target: Leaves) -> Any:
     """A checkpoint with the numbers in its file for which a tree in memory may have a place."""
-    wanted = {
-        target.index.pieces(n)[-1]
-        for n in target.index.numbers
-        if n in counts(target) or (isinstance(target, Tree) and target.spec(n).shape == ())
-    }
+    wanted = {target.index.pieces(n)[-1] for n in target.index.numbers if target.spec(n).shape == ()}
     names = {pieces_of(path): value for path, value in source.metadata.items() if type(value) in _NUMBERS}
     names = {path: value for path, value in names.items() if path[-1:] and path[-1] in wanted}
     if not names:

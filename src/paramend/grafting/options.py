@@ -41,15 +41,11 @@ class Options:
                 _check(name, choice, get_args(kind))
         rules = {} if self.resize is None else self.resize
         if not isinstance(rules, Mapping) or not all(isinstance(rule, Resize) for rule in rules.values()):
-            raise BadArgument(
-                f"resize={rules!r} is not a mapping of selectors to rules of pm.resize",
-                hint='resize={"**/pos_embed": pm.resize.positions()}',
-            )
+            why = f"resize={rules!r} is not a mapping of selectors to rules of pm.resize"
+            raise BadArgument(why, hint='resize={"**/pos_embed": pm.resize.positions()}')
         if self.place != "corner" and isinstance(self.place, str) and not self._overlaps(self.mismatch):
-            raise BadArgument(
-                f"place={self.place!r} says where leaves overlap, and mismatch= does not allow overlap",
-                hint=f'mismatch="overlap", place="{self.place}"',
-            )
+            why = f"place={self.place!r} says where leaves overlap, and mismatch= does not allow overlap"
+            raise BadArgument(why, hint=f'mismatch="overlap", place="{self.place}"')
 
     def _overlaps(self, mismatch: str | Mapping[Any, str]) -> bool:
         return "overlap" in (mismatch.values() if isinstance(mismatch, Mapping) else [mismatch])
@@ -71,11 +67,8 @@ class Options:
     def given(self) -> dict[str, Any]:
         """The options that differ from the defaults, by name."""
         found = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "in_place"}
-        return {
-            name: value
-            for name, value in found.items()
-            if value and not (isinstance(value, str) and value == getattr(_DEFAULTS, name))
-        }
+        usual = {name for name, value in found.items() if isinstance(value, str) and value == getattr(_DEFAULTS, name)}
+        return {name: value for name, value in found.items() if value and name not in usual}
 
     def call(self, **changes: Any) -> str:
         """The call with these options and some changes, as code."""
@@ -114,9 +107,8 @@ def _check(name: str, given: Any, known: Sequence[str]) -> None:
         default = getattr(_DEFAULTS, name)
         other = ", the default" if meant == default else f", or {quoted(default)}, the default"
         hint = f"{name}={quoted((near or known)[0])}{other if meant else ''}"
-    raise BadArgument(
-        f"{name}={given!r} is not one of {wording.listing([repr(choice) for choice in known])}", hint=hint
-    )
+    why = f"{name}={given!r} is not one of {wording.listing([repr(choice) for choice in known])}"
+    raise BadArgument(why, hint=hint)
 
 
 def _code(value: Any) -> str:

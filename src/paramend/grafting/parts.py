@@ -13,11 +13,11 @@ from paramend.arrays.registry import backend, to_numpy
 from paramend.checkpoints.assemble import exchanged
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.gathering import ties_of
-from paramend.edits.choosing import carried, members
 from paramend.edits.decoding import floats, followed
 from paramend.edits.memory import Memory, editable
 from paramend.edits.quantized import check_renamed, check_whole
 from paramend.edits.structure import boxes, enter, relocate
+from paramend.edits.weights import carried, members
 from paramend.errors import NoMatch, RenameClash, Unsupported
 from paramend.formats.jsontext import CONFIG
 from paramend.leaves.groups import groups_of
@@ -159,10 +159,8 @@ def moved_report(
     name: str, separator: str, of: Editable, paths: Mapping[int, Path], rest: Iterable[str], did: tuple[str, str]
 ) -> LayoutReport:
     """The report on leaves of a tree that have other paths in the result."""
-    rows = [
-        Moved(write_path(labels_of(path), separator), of.spec(n), of.index.path(n), (of.index.path(n),))
-        for n, path in paths.items()
-    ]
+    old = {n: of.index.path(n) for n in paths}
+    rows = [Moved(write_path(labels_of(p), separator), of.spec(n), old[n], (old[n],)) for n, p in paths.items()]
     return LayoutReport(name, tuple(rows), tuple(rest), did)
 
 

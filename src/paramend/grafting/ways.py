@@ -185,10 +185,8 @@ def _transposed(plan: GraftPlan) -> list[str]:
     shown = made[:_MOST_NAMED] + ["..."] * (len(made) > _MOST_NAMED)
     alike = all(target.spec(number).shape == source.spec(guest).shape for number, (guest, _) in plan.orders.items())
     remark = "  # without the transposition, if your source stores it as your model does" * alike
-    fits = all(
-        layouts.permuted(source.spec(guest).shape, order) == target.spec(number).shape
-        for number, (guest, order) in plan.orders.items()
-    )
+    orders = plan.orders.items()
+    fits = all(layouts.permuted(source.spec(g).shape, order) == target.spec(n).shape for n, (g, order) in orders)
     last = "kernels)" if fits else 'kernels, mismatch="keep")'
     taken = {guest for guest, _ in plan.orders.values()}
     left = _left_behind(plan, taken)

@@ -29,10 +29,8 @@ def deepened(
 ) -> tuple[Checkpoint, DeepenReport]:
     """A checkpoint with the layers of another in a given order, and the report; nothing is written."""
     if isinstance(layers, Sliced):
-        raise Unsupported(
-            "stacked layers of a checkpoint can be deepened only in memory",
-            hint="tree, report = pm.deepen(pm.load(path), ...); pm.save(tree, out)",
-        )
+        why = "stacked layers of a checkpoint can be deepened only in memory"
+        raise Unsupported(why, hint="tree, report = pm.deepen(pm.load(path), ...); pm.save(tree, out)")
     document = document_of(checkpoint)
     config = None if document is None else document.values
     work = DepthPlan(checkpoint, layers, order, identity, lambda where: config, given)

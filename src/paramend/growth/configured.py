@@ -13,8 +13,7 @@ from paramend.edits.call import Call
 from paramend.edits.memory import editable
 from paramend.errors import Unsupported
 from paramend.formats.jsontext import CONFIG
-from paramend.leaves.leaves import Group, keys_of
-from paramend.leaves.paths import Label
+from paramend.leaves.leaves import Group
 from paramend.reports import wording
 from paramend.trees.lookup import is_torch_module
 
@@ -117,8 +116,3 @@ def _alike(made: Any, module: Any) -> None:
 def copied(value: Any) -> Any:
     """A copy of an array, so that two leaves are not one; an origin as it is."""
     return value if backend_of(type(value)) is None else backend(value).like(value, value)
-
-
-def keys(path: Sequence[Label]) -> list[tuple[str, int | None]]:
-    """A path in the form of `renames.keys`, whose containers are those of the leaf that it comes in the place of."""
-    return [(key, depth) for depth, key in enumerate(keys_of(tuple(path)))]

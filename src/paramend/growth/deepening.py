@@ -130,10 +130,8 @@ def deepen_(
     """
     kind = find_kind(module)
     if kind is None or kind.replace is None:
-        raise Unsupported(
-            f"{wording.described(module)} cannot be changed in place",
-            hint="tree, report = pm.deepen(tree, layers=..., order=...)",
-        )
+        why = f"{wording.described(module)} cannot be changed in place"
+        raise Unsupported(why, hint="tree, report = pm.deepen(tree, layers=..., order=...)")
     if isinstance(layers, Sliced):
         raise Unsupported("stacked layers cannot be deepened in place", hint="module, report = pm.deepen(module, ...)")
     memory = Memory(module)
@@ -208,10 +206,8 @@ def deepened_stack(tree: Any, layers: Sliced, order: Any, identity: Any) -> tupl
     lengths = {memory.spec(number).shape[axis : axis + 1] for number in chosen}
     if len(lengths) != 1 or () in lengths:
         specs = [f"{memory.index.path(number)} {memory.spec(number)}" for number in chosen]
-        raise SpecMismatch(
-            f"{layers!r}: axis {axis} differs in length among these leaves: {wording.listing(specs, 6)}",
-            hint="select only the leaves of the stack, and the axis that counts its layers",
-        )
+        why = f"{layers!r}: axis {axis} differs in length among these leaves: {wording.listing(specs, 6)}"
+        raise SpecMismatch(why, hint="select only the leaves of the stack, and the axis that counts its layers")
     count = lengths.pop()[0]
     order = order_of(order, count)
     new = Memory(memory.with_leaves({n: backend(v := memory.read(n)).take(v, order.sources, axis) for n in chosen}))
@@ -247,10 +243,8 @@ def deepened_stack(tree: Any, layers: Sliced, order: Any, identity: Any) -> tupl
 def _axis(index: Any) -> int:
     parts = index if isinstance(index, tuple) else (index,)
     if not parts or any(part != slice(None) for part in parts):
-        raise BadArgument(
-            "`layers` must select all layers of the stack; the order says which of them are taken",
-            hint='layers=pm.sel("params/blocks/**")[:], or [:, :] if the second axis counts layers',
-        )
+        why = "`layers` must select all layers of the stack; the order says which of them are taken"
+        raise BadArgument(why, hint='layers=pm.sel("params/blocks/**")[:], or [:, :] if the second axis counts layers')
     return len(parts) - 1
 
 

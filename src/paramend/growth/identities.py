@@ -22,11 +22,7 @@ Identity: TypeAlias = Writers | None
 
 
 def rules_of(identity: Identity) -> Rules | None:
-    """The rules that the user gave: selector relative to a layer → value; None for "auto" or the name of a family.
-
-    >>> rules_of(["mlp.down_proj.*", "self_attn.o_proj.*"])
-    {'mlp.down_proj.*': 0.0, 'self_attn.o_proj.*': 0.0}
-    """
+    """The rules that the user gave: selector relative to a layer → value; None for "auto" or the name of a family."""
     if isinstance(identity, str):
         if identity == "auto" or identity in families.NAMES:
             return None
@@ -58,11 +54,8 @@ def calls(leaves: Leaves, layers: list[Names], rules: Rules, where: str, *, stri
         if strict and not numbers:
             have = [leaves.index.path(n)[len(where) + 1 :] for n in leaves_below(layers)]
             near = wording.closest(text, [*families.NAMES, *have], limit=1) or have[:1]
-            raise NoMatch(
-                f"identity={text!r} matches none of the leaves of {where}, which has {wording.listing(have, 6)}",
-                hint="\n      ".join(f'identity="{name}"' for name in near),
-                near=near,
-            )
+            why = f"identity={text!r} matches none of the leaves of {where}, which has {wording.listing(have, 6)}"
+            raise NoMatch(why, hint="\n      ".join(f'identity="{name}"' for name in near), near=near)
         for number in numbers:
             found[number] = call(value)
     if not found:
@@ -78,13 +71,7 @@ def check_values(leaves: Leaves, numbers: Iterable[int]) -> None:
 
 
 def call(value: float, index: Any = None) -> Call:
-    """The edit that sets a leaf, or a slice of it, to a value.
-
-    >>> print(call(0.0)), print(call(-1.0))
-    zero()
-    fill(-1.0)
-    (None, None)
-    """
+    """The edit that sets a leaf, or a slice of it, to a value."""
     return Call(OPS["fill"], {"value": value}, index) if value else Call(OPS["zero"], {}, index)
 
 

@@ -13,8 +13,7 @@ from paramend.growth import numbered
 from paramend.growth.axes import KEYS
 from paramend.growth.deepening import deepen
 from paramend.growth.spreads import layer_of
-from paramend.growth.widening import Work
-from paramend.growth.widths import WidthReport
+from paramend.growth.widening import WidthReport, Work
 from paramend.leaves.origins.stored import Held
 from paramend.leaves.specs import AnyArray, Array
 from paramend.reports import wording
@@ -149,10 +148,8 @@ class _Choice:
         found = np.asarray(what)
         rows = found.reshape(*found.shape[:-1], -1, size) if not found.shape[-1] % size else found[..., None]
         if rows.shape[-1] != size or (rows - rows[..., :1] != np.arange(size)).any() or (rows[..., 0] % size).any():
-            raise BadArgument(
-                f"heads {np.ravel(found).tolist()} break groups of {size} that read one head of keys",
-                hint=f"heads: {list(range(size))}",
-            )
+            why = f"heads {np.ravel(found).tolist()} break groups of {size} that read one head of keys"
+            raise BadArgument(why, hint=f"heads: {list(range(size))}")
         return rows[..., 0] // size
 
     def chosen(self, axis: str, what: Any, size: int, scores: Any, layers: int = 1) -> list[list[int]]:

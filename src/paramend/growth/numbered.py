@@ -66,15 +66,12 @@ def find(leaves: Leaves, text: str | None) -> list[Layers]:
     for one in found:
         for other in found:
             if one.place(other.parent) is not None:
-                raise BadArgument(
-                    f'layers="{text}" names layers within layers: {"/".join(one.parent)} and {"/".join(other.parent)}',
-                    hint=known(index),
-                )
+                why = f'layers="{text}" names layers within layers: {"/".join(one.parent)} and {"/".join(other.parent)}'
+                raise BadArgument(why, hint=known(index))
     if len({len(one.numbers) for one in found}) > 1:
         counts = [f"{'/'.join((*one.parent, one.head))} has {len(one.numbers)}" for one in found]
-        raise BadArgument(
-            f'layers="{text}" matches different numbers of layers: {wording.listing(counts)}', hint=known(index)
-        )
+        why = f'layers="{text}" matches different numbers of layers: {wording.listing(counts)}'
+        raise BadArgument(why, hint=known(index))
     return found
 
 
@@ -136,18 +133,12 @@ def _check_alike(leaves: Leaves, found: Numbered, text: str) -> None:
     start, stop = _longest(layers)
     if stop - start > 1:
         text = text.replace("[*]", f"[{start or ''}:{stop - len(layers) or ''}]")
-    raise BadArgument(
-        f"`layers` is ambiguous: {wording.plural(len(layers), 'sibling')} {found.head}<n> are not alike",
-        hint=f'layers="{text}"',
-    )
+    why = f"`layers` is ambiguous: {wording.plural(len(layers), 'sibling')} {found.head}<n> are not alike"
+    raise BadArgument(why, hint=f'layers="{text}"')
 
 
 def _longest(layers: Sequence[object]) -> tuple[int, int]:
-    """Where the longest run of equal entries starts and ends.
-
-    >>> _longest("abbbc")
-    (1, 4)
-    """
+    """Where the longest run of equal entries starts and ends."""
     sizes = [len(list(run)) for _, run in groupby(layers)]
     place = sizes.index(max(sizes))
     return sum(sizes[:place]), sum(sizes[: place + 1])
@@ -205,11 +196,7 @@ def shared(leaves: Leaves, runs: Sequence[Layers]) -> set[int]:
 
 
 def renumbered(path: Sequence[Label], at: int, text: str) -> tuple[Label, ...]:
-    """A path with one piece replaced.
-
-    >>> renumbered(("layers", "0", "w"), 1, "5")
-    ('layers', '5', 'w')
-    """
+    """A path with one piece replaced."""
     label = path[at]
     new: Label = label._replace(text=text) if isinstance(label, Part) else text
     return (*path[:at], new, *path[at + 1 :])

@@ -76,10 +76,8 @@ class DeepenReport(Paged):
             BadArgument: the layers are slices of leaves, and no selector combines whole leaves and slices.
         """
         if self.stacked and self.new is not None:
-            raise BadArgument(
-                "the new layers are slices of leaves: freeze all, and thaw these from the start",
-                hint='pm.freeze(tx, "**", until={report.new: 0})',
-            )
+            why = "the new layers are slices of leaves: freeze all, and thaw these from the start"
+            raise BadArgument(why, hint='pm.freeze(tx, "**", until={report.new: 0})')
         return sel("**") if self.new is None else ~self.new
 
     @property

@@ -13,7 +13,7 @@ from paramend.edits.moves import whole_numbers
 from paramend.errors import BadArgument, Quantized, SpecMismatch, Unsupported
 from paramend.formats.jsontext import CONFIG
 from paramend.growth.configured import Configured
-from paramend.growth.mixtures import ExpertsReport
+from paramend.growth.experts import ExpertsReport
 from paramend.leaves.groups import groups_of
 from paramend.leaves.leaves import Group, plain
 from paramend.leaves.origins.boxes import Box, shape_of
@@ -88,10 +88,8 @@ def upcycle(
     """
     configured = Configured(model)
     if not configured.config:
-        raise BadArgument(
-            "a model becomes a mixture with its configuration, and this one has none",
-            hint='pm.upcycle(pm.open("model/"), experts=8, top_k=2)',
-        )
+        why = "a model becomes a mixture with its configuration, and this one has none"
+        raise BadArgument(why, hint='pm.upcycle(pm.open("model/"), experts=8, top_k=2)')
     if not (type(experts) is type(top_k) is int and 1 <= top_k <= experts):
         raise BadArgument(f"top_k={top_k!r} of experts={experts!r} cannot be chosen", hint="experts=8, top_k=2")
     if not (isinstance(drop, int | float) and 0 <= drop <= 1):
@@ -212,10 +210,8 @@ class _Upcycling:
             return list(values)
         site = path, "experts", str(number)
         units = np.sort(generator(self.seed, Site(site)).permutation(self.inner)[: self.redrawn])
-        return [
-            _redrawn(value, units, axis, self.seed, (*site, role))
-            for value, role, axis in zip(values, _ROLES, (0, 0, 1), strict=True)
-        ]
+        rows = zip(values, _ROLES, (0, 0, 1), strict=True)
+        return [_redrawn(value, units, axis, self.seed, (*site, role)) for value, role, axis in rows]
 
 
 def _slides(config: Mapping[str, Any]) -> bool:

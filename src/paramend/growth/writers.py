@@ -58,18 +58,14 @@ def residual_writers(
     if is_torch_module(model):
         return _torch_writers(model, example, layers)
     if params is None or not callable(model):
-        raise BadArgument(
-            "residual_writers takes a torch model, or a function of one block with params=",
-            hint="pm.residual_writers(lambda params, x: block.apply(params, x), x, params=params)",
-        )
+        why = "residual_writers takes a torch model, or a function of one block with params="
+        raise BadArgument(why, hint="pm.residual_writers(lambda params, x: block.apply(params, x), x, params=params)")
     tree = Memory(params)
     library: Any = backend(example)
     spec = library.spec(example)
     if not hasattr(library, "key"):
-        raise Unsupported(
-            f"a function takes a JAX array as its example, and this is {wording.described(example)}",
-            hint="jnp.asarray(x)",
-        )
+        why = f"a function takes a JAX array as its example, and this is {wording.described(example)}"
+        raise Unsupported(why, hint="jnp.asarray(x)")
     inputs = [library.normal(library.key(seed), spec.shape, spec.dtype) for seed in range(_TRIALS)]
     numbers = [number for number in tree.index.numbers if tree.spec(number).kind == "float"]
     units = [[(tree.index.path(number), 0.0)] for number in numbers]

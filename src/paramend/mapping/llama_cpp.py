@@ -57,9 +57,8 @@ def translated(checkpoint: Any, form: str) -> tuple[Any, tuple[str, ...]]:
     if kind is None:
         return checkpoint, ()
     if kind not in _ARCHITECTURES:
-        raise Unsupported(
-            f"how llama.cpp stores models of {kind} is not known here", hint=f"{', '.join(_ARCHITECTURES)} are"
-        )
+        why = f"how llama.cpp stores models of {kind} is not known here"
+        raise Unsupported(why, hint=f"{', '.join(_ARCHITECTURES)} are")
     return _to_gguf(checkpoint, values, _ARCHITECTURES[kind])
 
 

@@ -335,10 +335,8 @@ def _apart(x: Any, args: Data) -> tuple[Any, Any]:
         return x, None
     if not size or length != _padded(args, size):
         said = f"and for {size:,} places `pad` makes {_padded(args, size):,}" if size else "of which `size` are true"
-        raise SpecMismatch(
-            f"pad: axis {axis} of {spec} is {length:,} long, {said}",
-            hint="the numbers that `pad` names, such as vocab_size=32000",
-        )
+        why = f"pad: axis {axis} of {spec} is {length:,} long, {said}"
+        raise SpecMismatch(why, hint="the numbers that `pad` names, such as vocab_size=32000")
     return hands.take(x, range(size), axis), hands.take(x, range(size, length), axis)
 
 
@@ -373,20 +371,16 @@ def _sum(bundle: Bundle, args: Data, count: int) -> Bundle:
     groups = args.get("groups", [list(range(len(bundle)))])
     if sum(map(len, groups)) + len(args.get("zero", ())) != len(bundle):
         raise BadArgument(f"sum: groups {groups} are not those of {len(bundle)} leaves")
-    return [
-        {key: hands.add(parts) for key, parts in _abreast("sum", [bundle[place] for place in group]).items()}
-        for group in groups
-    ]
+    parts = (_abreast("sum", [bundle[place] for place in group]) for group in groups)
+    return [{key: hands.add(each) for key, each in family.items()} for family in parts]
 
 
 def _check_zero(bundle: Bundle, args: Data) -> None:
     """Raise if a leaf that no sum takes is not zero."""
     for x in (x for place in args.get("zero", ()) for x in bundle[place].values()):
         if not hands.is_zero(x):
-            raise BadArgument(
-                f"a part of it, {hands.spec_of(x)}, must be zero, because the other side has no place for it",
-                hint="a model with a place for it",
-            )
+            why = f"a part of it, {hands.spec_of(x)}, must be zero, because the other side has no place for it"
+            raise BadArgument(why, hint="a model with a place for it")
 
 
 def _spread(bundle: Bundle, args: Data, count: int) -> Bundle:

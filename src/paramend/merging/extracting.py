@@ -169,11 +169,8 @@ def _part(bases: Destinations, number: int, added: Array, rank: int | None, ener
     is_rows = not parameter and (last in EMBEDDINGS or "embed" in last or last == "wpe" or name == "embedding")
     if is_rows:
         sides = "lora_embedding_A", "lora_embedding_B"
-    first = (
-        _experts_first(bases, spec)
-        if experts
-        else is_rows or (added.ndim == 2 and not parameter and bases.inputs_first(number, conv1d=False))
-    )
+    plain = added.ndim == 2 and not parameter and bases.inputs_first(number, conv1d=False)
+    first = _experts_first(bases, spec) if experts else is_rows or plain
     matrices = matrices.transpose(0, 2, 1) if first else matrices
     parts = [np.linalg.svd(matrix, full_matrices=False) for matrix in matrices]
     rank = int(min(rank or max(_rank(sigma, energy) for _, sigma, _ in parts), len(parts[0][1])))

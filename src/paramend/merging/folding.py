@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.tying import untie as untied
+from paramend.edits.hands import equal
 from paramend.edits.memory import editable, valued
 from paramend.edits.plan import call
 from paramend.edits.quantized import check_values
@@ -255,7 +256,7 @@ class _Folding:
         if new.spec.shape != self.leaves.spec(target).shape:
             raise SpecMismatch(f"it is {self.leaves.spec(target)}, and that of the adapter is {new.spec}")
         change = self.changes.setdefault(target, _Change())
-        if change.whole is not None and not _same(change.whole, new):
+        if change.whole is not None and (change.whole.spec != new.spec or not equal(change.whole, new)):
             raise SpecMismatch("it is to be replaced by two leaves that differ")
         change.whole = new
         change.sources.append(adapter.leaves.index.path(number))
@@ -302,12 +303,6 @@ class _Folding:
                 rows.append(Moved(path, self.leaves.spec(number), made, tuple(dict.fromkeys(change.sources))))
         did = ("changed", "kept")
         return LayoutReport(f"fold {wording.listing(self.names, 2)}", tuple(rows), tuple(kept), did, tuple(self.said))
-
-
-def _same(one: Origin, other: Origin) -> bool:
-    ranges = one.ranges() if one.spec == other.spec else [(0, 0)]
-    same = (one.read_range(*each).tobytes() == other.read_range(*each).tobytes() for each in ranges)
-    return one.spec == other.spec and all(same)
 
 
 def _with_rows(base: Origin, rows: Sequence[int], values: Origin) -> Origin:

@@ -15,8 +15,7 @@ from paramend.growth.deepening import deepen
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.specs import dtype_name
 from paramend.mapping.report import LayoutReport
-from paramend.merging.matching import Models
-from paramend.merging.merge import check_models, finished, reduced
+from paramend.merging.merge import Models, check_models, finished, reduced
 from paramend.merging.methods import METHODS, settings_of
 from paramend.merging.settings import Settings
 from paramend.reports import wording

@@ -9,7 +9,7 @@ import numpy as np
 
 from paramend.errors import BadArgument
 from paramend.leaves.specs import Array
-from paramend.merging import blends
+from paramend.merging.blends import karcher, model_stock, multislerp, slerp
 from paramend.merging.settings import Convention, Settings
 from paramend.reports import wording
 
@@ -47,22 +47,15 @@ class Method:
 
 _WEIGHED: dict[str, Any] = {"weights": 1.0}
 _CHANGES = _WEIGHED | {"scale": 1.0}
-_LARGEST = _CHANGES | {"density": None, "gamma": 0.01}
-_RANDOM = _CHANGES | {"density": None, "seed": 0}
-_RANKED = _CHANGES | {"density": None, "epsilon": 0.15, "seed": 0}
+_LARGEST: dict[str, Any] = {"keep": "largest", "takes": _CHANGES | {"density": None, "gamma": 0.01}}
+_DRAWN: dict[str, Any] = {"keep": "random", "takes": _CHANGES | {"density": None, "seed": 0}}
+_RANKED: dict[str, Any] = {"keep": "ranked", "takes": _CHANGES | {"density": None, "epsilon": 0.15, "seed": 0}}
 METHODS: dict[str, Method] = {
     row.name: row
     for row in (
         Method("linear", "the weighted mean (arXiv:2203.05482)", "refused", takes=_WEIGHED, divides=True),
         Method("task_arithmetic", "the base with the weighted sum of all changes (arXiv:2212.04089)", takes=_CHANGES),
-        Method(
-            "slerp",
-            "along the arc between two models (Shoemake 1985)",
-            "refused",
-            (2, 2),
-            {"t": 0.5},
-            blends=blends.slerp,
-        ),
+        Method("slerp", "along the arc between two models (Shoemake 1985)", "refused", (2, 2), {"t": 0.5}, slerp),
         Method(
             "ties",
             "the largest changes, and of those of an element the ones of one sign (arXiv:2306.01708)",
@@ -71,42 +64,26 @@ METHODS: dict[str, Method] = {
             elect=True,
             divides=True,
         ),
-        Method(
-            "dare", "changes left out at random, the others larger (arXiv:2311.03099)", takes=_RANDOM, keep="random"
-        ),
-        Method("dare_ties", "dare, then the signs of ties", takes=_RANDOM, keep="random", elect=True, divides=True),
-        Method(
-            "breadcrumbs",
-            "neither the largest changes nor the small ones (arXiv:2312.06795)",
-            takes=_LARGEST,
-            keep="largest",
-        ),
-        Method("breadcrumbs_ties", "breadcrumbs, then the signs of ties", takes=_LARGEST, keep="largest", elect=True),
+        Method("dare", "changes left out at random, the others larger (arXiv:2311.03099)", **_DRAWN),
+        Method("dare_ties", "dare, then the signs of ties", **_DRAWN, elect=True, divides=True),
+        Method("breadcrumbs", "neither the largest changes nor the small ones (arXiv:2312.06795)", **_LARGEST),
+        Method("breadcrumbs_ties", "breadcrumbs, then the signs of ties", **_LARGEST, elect=True),
         Method(
             "della",
             "changes left out at random, small ones more often, then the signs of ties (arXiv:2406.11617)",
-            takes=_RANKED,
-            keep="ranked",
+            **_RANKED,
             elect=True,
             divides=True,
         ),
-        Method("della_linear", "della without signs", takes=_RANKED, keep="ranked"),
+        Method("della_linear", "della without signs", **_RANKED),
         Method(
             "model_stock",
             "from the base towards the mean, by the angle between changes (arXiv:2403.19522)",
             models=(2, _MANY),
-            blends=blends.model_stock,
+            blends=model_stock,
         ),
-        Method(
-            "karcher", "the mean on the sphere (arXiv:2603.04972)", "refused", takes=_WEIGHED, blends=blends.karcher
-        ),
-        Method(
-            "multislerp",
-            "a barycentre on the sphere, as in mergekit",
-            "taken",
-            takes=_WEIGHED,
-            blends=blends.multislerp,
-        ),
+        Method("karcher", "the mean on the sphere (arXiv:2603.04972)", "refused", takes=_WEIGHED, blends=karcher),
+        Method("multislerp", "a barycentre on the sphere, as in mergekit", "taken", takes=_WEIGHED, blends=multislerp),
         Method(
             "nearswap",
             "the base, moved towards the other model by `t` at most in each element, as in mergekit",

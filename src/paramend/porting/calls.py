@@ -23,28 +23,15 @@ from paramend.trees.walks import containers
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of a module.
+    """One call of a module."""
 
-    Attributes:
-        path: the module: the keys with which the paths of its leaves begin, for linen those after the collection.
-        kind: the name of its class.
-        inputs: the arrays among its arguments, those in containers too, with floats as float64.
-        outputs: the arrays that it returned. Both are empty if JAX traced it, as in a scan; it is then noted once.
-        composite: whether it called other modules.
-        module: the module.
-    """
-
-    path: str
-    kind: str
-    inputs: tuple[Values, ...]
+    path: str  # the module: the keys with which the paths of its leaves begin, for linen those after the collection
+    kind: str  # the name of its class
+    inputs: tuple[Values, ...]  # the arrays among its arguments, those in containers too, with floats as float64
+    # The arrays that it returned. Both are empty if JAX traced it, as in a scan; it is then noted once.
     outputs: tuple[Values, ...]
-    composite: bool = False
+    composite: bool = False  # whether it called other modules
     module: Any = field(default=None, repr=False, compare=False)
-
-    @property
-    def output(self) -> Values | None:
-        """The first array that it returned, or None."""
-        return self.outputs[0] if self.outputs else None
 
 
 # Modules that draw numbers: they pass on what they are given.
@@ -144,29 +131,23 @@ class Run(NamedTuple):
 
 
 def calls(model: object, inputs: object) -> list[Call]:
-    """The calls of modules in one run of a model, in the order in which they return.
-
-    A copy of the model runs, in float64: parameters, statistics and mode of the model itself stay. Dropout passes on
-    what it is given. A function runs as it is, on float64 inputs.
-
-    Args:
-        model: a torch, NNX or Equinox module, a bound linen module, or a function (`functools.partial(f.apply, params,
-            None)` for Haiku). A module that fails on a batch, as those of Equinox do, runs on each example.
-        inputs: a tuple of arguments, a dict of keywords, or one argument; with arrays of any library.
-
-    Raises:
-        BadArgument: the model cannot run.
+    """The calls in one run of a model.
 
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh())
-    >>> [(call.path, call.kind, call.output.shape, str(call.output.dtype)) for call in calls(model, torch.ones(2, 3))]
-    [('0', 'Linear', (2, 4), 'float64'), ('1', 'Tanh', (2, 4), 'float64'), ('', 'Sequential', (2, 4), 'float64')]
+    >>> [(call.path, call.kind, call.outputs[0].shape) for call in calls(model, torch.ones(2, 3))]
+    [('0', 'Linear', (2, 4)), ('1', 'Tanh', (2, 4)), ('', 'Sequential', (2, 4))]
     """
     return run(model, inputs).calls
 
 
 def run(model: Any, inputs: object) -> Run:
-    """What a model returns, and the calls in it. Arguments and errors are those of `calls`."""
+    """What a model returns, and the calls of modules in it, in the order in which they return.
+
+    A copy of a torch, NNX or Equinox module or of a bound linen module runs, in float64: parameters, statistics and
+    mode of the model itself stay, and dropout passes on what it is given. A module that fails on a batch, as those of
+    Equinox do, runs on each example. A function runs as it is, on float64 inputs.
+    """
     if not runs(model):
         if not callable(model) or hasattr(model, "init_with_output"):
             what, hint = wording.described(model), "module.bind(variables) for linen, or a function of the inputs"

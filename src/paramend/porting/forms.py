@@ -196,14 +196,8 @@ NESTED = tuple(form for form in FORMS if any("/" in name for name in form.names)
 
 
 # A part with these axes is of this kind.
-_NDIM = {
-    "linear": (2, 99),
-    "conv": (3, 5),
-    "conv_transpose": (3, 5),
-    "embedding": (2, 2),
-    "norm": (1, 3),
-    "prelu": (0, 1),
-}
+_NDIM = {"linear": (2, 99), "conv": (3, 5), "conv_transpose": (3, 5), "embedding": (2, 2)}
+_NDIM |= {"norm": (1, 3), "prelu": (0, 1)}
 
 
 @dataclass(frozen=True)
@@ -329,9 +323,11 @@ def _steps(
     if shapes == list(new):
         return [*opening, *closing]
     alike = len({*shapes}) == len({*new}) == 1 and math.prod(shapes[0]) == math.prod(new[0])
-    aligned = _squeezed(shapes[0]) == _squeezed(new[0]) or (
-        loose in ("linear", "attention") and (len(shapes[0]) == 1 or _aligned(shapes[0], new[0]))
-    )
+    aligned = _squeezed(shapes[0]) == _squeezed(new[0])
+    if not aligned and loose in ("linear", "attention"):
+        # Some of the first axes of a kernel are the rows of a matrix, and the rest its columns.
+        rows = (math.prod(new[0][:at]) for at in range(1, len(new[0])))
+        aligned = len(shapes[0]) == 1 or shapes[0][0] in rows
     if not alike or not aligned:
         return None
     return [*opening, *closing, read_step({"reshape": {"shape": list(new[0]), "back": list(shapes[0])}})]
@@ -339,11 +335,6 @@ def _steps(
 
 def _squeezed(shape: Shape) -> Shape:
     return tuple(length for length in shape if length != 1)
-
-
-def _aligned(matrix: Shape, shape: Shape) -> bool:
-    """Whether some of the first axes of a kernel are the rows of a matrix, and the rest its columns."""
-    return any(math.prod(shape[:at]) == matrix[0] for at in range(1, len(shape)))
 
 
 def _shortened(steps: Sequence[Step]) -> list[Step]:

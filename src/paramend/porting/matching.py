@@ -11,6 +11,7 @@ from paramend.porting.forms import Move, Path, Shaped, moves
 from paramend.porting.models import Unit
 
 Order: TypeAlias = Mapping[Path, int]
+Orders: TypeAlias = tuple[Order, Order] | None  # of both sides, where both can run
 
 
 class Way(NamedTuple):
@@ -82,10 +83,7 @@ def _rare(way: Way, source: Unit, target: Unit) -> bool:
 
 
 def match(
-    sources: Sequence[Unit],
-    targets: Sequence[Unit],
-    renamed: Mapping[Unit, Unit],
-    order: tuple[Order, Order] | None = None,
+    sources: Sequence[Unit], targets: Sequence[Unit], renamed: Mapping[Unit, Unit], order: Orders = None
 ) -> Matching:
     """The pairs of units, `renamed` as the user gave them. Where both sides can run, `order` has the place of the first
     call of each module."""
@@ -103,7 +101,7 @@ def _left(units: Iterable[Unit], search: "_Search") -> list[Unit]:
 
 
 class _Search:
-    def __init__(self, order: tuple[Order, Order] | None) -> None:
+    def __init__(self, order: Orders) -> None:
         self.order = order
         self.found = Matching()
         self.taken: set[Unit] = set()
@@ -146,14 +144,10 @@ class _Search:
         for target in targets:
             for key in {shaped.key for shaped in target.shaped}:
                 keyed.setdefault(key, []).append(target)
-        near = {
-            source: [
-                target
-                for target in dict.fromkeys(t for shaped in source.shaped for t in keyed.get(shaped.key, ()))
-                if self.ways(source, target)
-            ]
-            for source in sources
-        }
+        near: dict[Unit, list[Unit]] = {}
+        for source in sources:
+            some = dict.fromkeys(target for shaped in source.shaped for target in keyed.get(shaped.key, ()))
+            near[source] = [target for target in some if self.ways(source, target)]
         for ours, theirs in _clusters(near):
             self._resolve(ours, theirs, "shape")
 
@@ -188,10 +182,8 @@ class _Search:
     def _by_calls(self, sources: list[Unit], targets: list[Unit]) -> bool:
         if self.order is None or len(sources) != len(targets):
             return False
-        places = [
-            [_called(unit.path, order) for unit in units]
-            for units, order in zip((sources, targets), self.order, strict=True)
-        ]
+        sides = list(zip((sources, targets), self.order, strict=True))
+        places = [[_called(unit.path, order) for unit in units] for units, order in sides]
         if any(None in each or len(set(each)) < len(each) for each in places):
             return False
         return self._in_order(
@@ -207,12 +199,9 @@ class _Search:
         ours, theirs = families(sources), families(targets)
         if any(sum(map(len, side.values())) != len(units) for side, units in ((ours, sources), (theirs, targets))):
             return False  # names that occur twice
-        bijections = [
-            (members, others)
-            for members in ours.values()
-            for others in theirs.values()
-            if len(members) == len(others) and (len(ours) == len(theirs) == 1 or _alone(members, ours, theirs))
-        ]
+        every = [(mine, other) for mine in ours.values() for other in theirs.values() if len(mine) == len(other)]
+        single = len(ours) == len(theirs) == 1
+        bijections = [pair for pair in every if single or _alone(pair[0], ours, theirs)]
         if len(bijections) != len(ours) or len(ours) != len(theirs):
             return False
         done = True
@@ -318,11 +307,8 @@ def families(units: Iterable[Unit]) -> dict[str, Family]:
             if (*numbers, 0) not in numbered:
                 numbered[*numbers, 0] = members
                 del found[text][numbers]
-    return {
-        text: {numbers: units[0] for numbers, units in members.items()}
-        for text, members in found.items()
-        if members and all(len(units) == 1 for units in members.values())
-    }
+    clear = {text: each for text, each in found.items() if each and all(len(units) == 1 for units in each.values())}
+    return {text: {numbers: units[0] for numbers, units in each.items()} for text, each in clear.items()}
 
 
 def words(path: Path) -> set[str]:

@@ -9,7 +9,6 @@ from typing import Any
 from paramend.errors import BadArgument
 from paramend.leaves.leaves import Editable, keys_of
 from paramend.leaves.paths import labels, text_of
-from paramend.leaves.specs import Spec
 from paramend.porting.calls import Call
 from paramend.porting.forms import FORMS, NESTED, PARAMETER, Form, Path, Shaped
 from paramend.porting.frameworks import is_linen
@@ -51,10 +50,8 @@ class Model:
         self.root = root  # what the user gave
         self.bound = is_linen(root)
         if self.bound and root.scope is None:
-            raise BadArgument(
-                "a linen module holds no parameters",
-                hint="module.bind(variables), where variables = module.init(key, x)",
-            )
+            why = "a linen module holds no parameters"
+            raise BadArgument(why, hint="module.bind(variables), where variables = module.init(key, x)")
         # The tree of its leaves: the variables of a bound linen module, else `root`.
         self.tree = root.variables if self.bound else root
         self.leaves: Any = root if isinstance(root, Editable) else Tree(self.tree)
@@ -144,7 +141,7 @@ class Model:
             else:
                 names = {next(iter(leaves))}
                 (name,) = names
-                shape = self.spec(leaves[name]).shape
+                shape = self.leaves.spec(leaves[name]).shape
                 yield Unit((*path, name), {"": leaves[name]}, (Shaped(PARAMETER, (("", shape),)),))
             leaves = {name: number for name, number in leaves.items() if name not in names}
 
@@ -163,7 +160,7 @@ class Model:
         out = []
         for form in named or fit:
             names = [name for hold in form.present(leaves) for name in hold.names]
-            shaped = Shaped(form, tuple((name, self.spec(leaves[name]).shape) for name in names))
+            shaped = Shaped(form, tuple((name, self.leaves.spec(leaves[name]).shape) for name in names))
             if names and shaped.key is not None:
                 out.append(shaped)
         return tuple(out)
@@ -177,10 +174,6 @@ class Model:
         elif kind == "Einsum":
             names = einsum_names(getattr(module, "einsum_str", None))
         return bool(kind) and not names.isdisjoint(form.classes)
-
-    def spec(self, number: int) -> Spec:
-        found: Spec = self.leaves.spec(number)
-        return found
 
     def text(self, number: int) -> str:
         """The path of a leaf, as its library writes it; it is a selector."""

@@ -10,7 +10,7 @@ from paramend.mapping.layout import Layout
 from paramend.mapping.steps import Step, read_step
 from paramend.porting.flattening import Flat, Flattening, Layer, flattenings
 from paramend.porting.forms import Move, Path
-from paramend.porting.matching import Order, Pair, match
+from paramend.porting.matching import Orders, Pair, match
 from paramend.porting.models import Model, Unit
 from paramend.selectors.renames import captures, pieces, rename as parse_rename
 from paramend.selectors.selector import resolve
@@ -29,21 +29,15 @@ class PortPlan:
     """Which leaf of a target is made of which leaves of a source."""
 
     def __init__(
-        self,
-        target: Model,
-        source: Model,
-        rename: Renames | None = None,
-        rules: Rules | None = None,
-        order: tuple[Order, Order] | None = None,
+        self, target: Model, source: Model, rename: Renames | None, rules: Rules | None, order: Orders = None
     ) -> None:
         self.target, self.source = target, source
         self._given, steps = _read_rules(rules)
         self._steps = {target.text(number): do for path, do in steps.items() for number in resolve(path, target.leaves)}
         self.left: list[Unit] = []  # units of the source that `rename` leaves behind
         if not isinstance(rename, Mapping | None) or not all(isinstance(old, str) for old in rename or ()):
-            raise BadArgument(
-                f"rename={rename!r} is not a dict of paths", hint='rename={"layer/of/source": "layer/of/target"}'
-            )
+            why = f"rename={rename!r} is not a dict of paths"
+            raise BadArgument(why, hint='rename={"layer/of/source": "layer/of/target"}')
         renamed = self._renamed(rename or {})
         sources = [unit for unit in source.units if unit not in self.left]
         self.notes: dict[str, str] = {}  # target path → what was assumed
@@ -59,7 +53,7 @@ class PortPlan:
         self._second_names(sources, renamed)
         self._look_closer()
 
-    def _find(self, sources: Sequence[Unit], renamed: Mapping[Unit, Unit], order: tuple[Order, Order] | None) -> None:
+    def _find(self, sources: Sequence[Unit], renamed: Mapping[Unit, Unit], order: Orders) -> None:
         """Pair the units, all but those that are second names of others."""
         ours = [unit for unit in sources if not self._second(self.source, unit)]
         theirs = [unit for unit in self.target.units if not self._second(self.target, unit)]
@@ -264,7 +258,8 @@ class PortPlan:
     def _flat_steps(self, pair: Pair, move: Move, flat: Flat) -> list[Step]:
         back = self.channels_last(self.source)
         side, name = (pair.source, move.sources[0]) if back else (pair.target, move.targets[0])
-        steps = flat.steps((self.source if back else self.target).spec(side.leaves[name]).shape[::-1])
+        leaves = (self.source if back else self.target).leaves
+        steps = flat.steps(leaves.spec(side.leaves[name]).shape[::-1])
         return [step.inverse() for step in reversed(steps)] if back else steps
 
     def choose(self, path: str, steps: Sequence[Step]) -> None:
@@ -347,8 +342,7 @@ def _read_rules(rules: Rules | None) -> tuple[list[Mapping[str, Any]], dict[str,
         return [], {path: [read_step(step) for step in steps] for path, steps in rules.items()}
     listed = isinstance(rules, list | tuple)
     if not listed or not all(isinstance(rule, Mapping) and {"from", "to"} <= rule.keys() for rule in rules):
-        raise BadArgument(
-            f"rules={rules!r} is not a list of rules", hint='[{"from": "fc.weight", "to": "fc/kernel", "do": [...]}]'
-        )
+        why = f"rules={rules!r} is not a list of rules"
+        raise BadArgument(why, hint='[{"from": "fc.weight", "to": "fc/kernel", "do": [...]}]')
     steps = {_listed(rule["to"])[0]: [read_step(step) for step in rule.get("do") or ()] for rule in rules}
     return list(rules), steps

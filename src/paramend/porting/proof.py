@@ -287,9 +287,8 @@ def sides_of(inputs: Any) -> dict[str, Any]:
     """The inputs of the target and of the source."""
     if isinstance(inputs, Mapping) and (there := {"target", "source"} & set(inputs)):
         if len(there) < 2 or len(inputs) > 2:
-            raise BadArgument(
-                f"the inputs are named {wording.listing(list(inputs))}", hint='{"target": (x,), "source": (x,)}'
-            )
+            why = f"the inputs are named {wording.listing(list(inputs))}"
+            raise BadArgument(why, hint='{"target": (x,), "source": (x,)}')
         return dict(inputs)
     return {"target": inputs, "source": inputs}
 
@@ -312,11 +311,7 @@ _WORDS = {
 
 
 def family(kind: str) -> str:
-    """What kind of layer a class is, by its name.
-
-    >>> family("Conv2d"), family("LinearGeneral"), family("Block")
-    ('conv', 'dense', 'block')
-    """
+    """What kind of layer a class is, by its name."""
     name = kind.lower()
     return next((family for word, family in _WORDS.items() if word in name), name)
 

@@ -61,11 +61,8 @@ def tried(
 
 def _pairings(plan: PortPlan) -> Iterator[dict[str, str]]:
     """The ways to pair what is in doubt, as renames."""
-    rows = [
-        [list(zip(ours, other, strict=True)) for other in itertools.permutations(theirs)]
-        for ours, theirs in plan.doubtful
-        if len(ours) == len(theirs) <= 4
-    ]
+    pairs = [(ours, theirs) for ours, theirs in plan.doubtful if len(ours) == len(theirs) <= 4]
+    rows = [[list(zip(ours, each, strict=True)) for each in itertools.permutations(theirs)] for ours, theirs in pairs]
     for chosen in itertools.islice(itertools.product(*rows), _MOST):
         yield {"/".join(a.path): "/".join(b.path) for pairs in chosen for a, b in pairs}
 
@@ -90,10 +87,8 @@ def _proven(plan: PortPlan, random: Model, given: dict[str, Any], order: dict[Pa
 
 def _calls(model: Model, inputs: Any, side: str) -> list[Call]:
     if not callable(model.root):
-        raise BadArgument(
-            f"prove= runs both models, and the {side} is parameters alone",
-            hint="the module: a torch, NNX or Equinox module, or linen_module.bind(variables)",
-        )
+        why = f"prove= runs both models, and the {side} is parameters alone"
+        raise BadArgument(why, hint="the module: a torch, NNX or Equinox module, or linen_module.bind(variables)")
     return calls(model.root, inputs)
 
 
@@ -110,10 +105,8 @@ def _unflattened(plan: PortPlan, source: Model, given: dict[str, Any], order: di
     theirs, ours = calls(source.root, given["source"]), calls(made, given["target"])
     makers: list[Pair] = []  # a dense layer, and the norms after it
     for pair in called:
-        one, other = (
-            _input(model, path, found)
-            for model, path, found in ((plan.target, pair.target.path, ours), (plan.source, pair.source.path, theirs))
-        )
+        sides = (plan.target, pair.target.path, ours), (plan.source, pair.source.path, theirs)
+        one, other = (_input(*side) for side in sides)
         if one is None or other is None:
             continue
         one, other = (other, one) if last else (one, other)
@@ -185,13 +178,6 @@ def perturbed(model: M, seed: int = 0) -> M:
 
     What is positive throughout stays so, and so do variances. Values have half of the digits of their dtype, so that
     sums of two (the biases of a recurrent layer) are exact. Integers and tables that are not saved stay as they are.
-
-    Args:
-        model: a torch, NNX or Equinox module, a bound linen module, or a tree.
-        seed: of the numbers.
-
-    Raises:
-        BadArgument: it is not a model that holds its parameters.
 
     >>> model = {"scale": np.ones(3), "bias": np.zeros(3), "steps": np.array(7)}
     >>> new = perturbed(model)

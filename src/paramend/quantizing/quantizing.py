@@ -31,8 +31,7 @@ from paramend.leaves.paths import Label, renamed, write_path
 from paramend.leaves.rules import Codec
 from paramend.leaves.schemes import WEIGHTS
 from paramend.leaves.specs import Array, Spec
-from paramend.quantizing.dequantizing import named, whole
-from paramend.quantizing.report import Coded, QuantizeReport
+from paramend.quantizing.dequantizing import Coded, QuantizeReport, named, whole
 from paramend.selectors.selector import SelectorLike, Union, resolve, sel
 
 T = TypeVar("T")
@@ -187,9 +186,8 @@ def _new(seen: Weights, number: int, scheme: str, group_size: int | None, *, sim
     spec, path, name = seen.spec(number), seen.index.path(number), seen.index.pieces(number)[-1]
     turned = name in ("kernel", "w")  # the outputs are last, as in JAX
     if spec.ndim > 2 and (turned or scheme != "fp8-block"):
-        raise Unsupported(
-            f"{path} is {spec}: which of its axes are inputs is not known", hint="pm.sel(selector).where(ndim=2)"
-        )
+        why = f"{path} is {spec}: which of its axes are inputs is not known"
+        raise Unsupported(why, hint="pm.sel(selector).where(ndim=2)")
     if not simulate and turned:
         raise Unsupported(f"{path} has its inputs first, as JAX does, and {scheme} its outputs", hint="simulate=True")
     if not simulate and len(seen.twins(number)) > 1:

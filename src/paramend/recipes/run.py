@@ -13,10 +13,9 @@ from paramend.checkpoints.config import config
 from paramend.edits.arguments import read_index
 from paramend.edits.call import Call, sliced_shape
 from paramend.edits.checks import fitted
-from paramend.edits.choosing import chosen
 from paramend.edits.memory import editable
 from paramend.edits.ops import OPS
-from paramend.edits.weights import Weights, weighed
+from paramend.edits.weights import Weights, chosen, weighed
 from paramend.errors import NoMatch, ParamendError, Problem
 from paramend.leaves.leaves import Editable, unique
 from paramend.leaves.specs import Spec

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from paramend.disk.copying import begin_write_back
+from paramend.disk.copying import BLOCK, begin_write_back
 from paramend.disk.io import release
-from paramend.disk.sharing import BLOCK
 from paramend.edits.plan import Plan, Row
 from paramend.leaves.codecs.encoding import Misfit
 from paramend.piecewise.rows import expression

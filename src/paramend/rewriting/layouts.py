@@ -12,7 +12,7 @@ from paramend.edits.plan import Plan, Row
 from paramend.errors import Unsupported
 from paramend.formats.registry import DEFAULT, Format
 from paramend.formats.source import Relabelled, Tiled
-from paramend.leaves.origins.partly import Partly
+from paramend.leaves.origins.origin import Partly
 from paramend.leaves.origins.stored import Stored
 from paramend.piecewise.rows import expression
 from paramend.reports import wording

@@ -32,11 +32,13 @@ from paramend.rewriting.files import Computed, Copy, File, sources
 from paramend.rewriting.jobs import Done, Job
 from paramend.rewriting.layouts import Layout
 
+_SEAL = 17  # bytes before the text of a line
 _ANEW = "without --resume, or resume=True, it begins anew"
 
 
 class Manifest:
-    """Lines of JSON beside the temporary of an output.
+    """Lines of JSON beside the temporary of an output, each after the digest of all so far. From the first one on that
+    is damaged, they do not count.
 
     The first one says what is written: by which plan, from which files, and the size of each file. Then there is one
     for each job that is done, with the digest of its bytes.
@@ -53,6 +55,7 @@ class Manifest:
         }
         self._done: dict[tuple[str, int, int], Done] = {}
         self._descriptor = -1
+        self._digest, self._nbytes = hashlib.sha256(), 0
 
     @classmethod
     def of(cls, made: Plan, out: Path, asked: Layout, layout: Layout, recipe: str | None) -> "Manifest":
@@ -65,12 +68,10 @@ class Manifest:
     def takes_up(self, temporary: Path) -> bool:
         """Whether what is done in a temporary is known, and is a part of this output; `CannotWrite` if it is a part of
         another one."""
-        lines = manifest_of(temporary).read_bytes().split(b"\n")[:-1]  # the last line may have been cut short
-        try:
-            head, *rest = (json.loads(line) for line in lines)
-            done = dict(map(_read, rest))
-        except (ValueError, KeyError, TypeError):
+        entries, digest, nbytes = _sound(manifest_of(temporary).read_bytes())
+        if not entries:
             return False
+        head, *rest = entries
         for path, seen in self._sources.items():
             if head["sources"].get(path, seen) != seen:
                 raise CannotWrite(f"{self._out}: {path} has changed since this was begun", hint=_ANEW)
@@ -79,7 +80,7 @@ class Manifest:
             said = {"paramend": "another version of Paramend", "sources": "other sources"}
             what = wording.listing(list(dict.fromkeys(said.get(name, "other edits or options") for name in names)))
             raise CannotWrite(f"{self._out}: what was begun here has {what}", hint=_ANEW)
-        self._done = done
+        self._done, self._digest, self._nbytes = dict(map(_read, rest)), digest, nbytes
         return True
 
     def begin(self, temporary: Path) -> None:
@@ -87,7 +88,7 @@ class Manifest:
         path, flags = manifest_of(temporary), os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
         if path.exists():
             self._descriptor = os.open(path, flags)
-            os.truncate(self._descriptor, path.read_bytes().rfind(b"\n") + 1)
+            os.truncate(self._descriptor, self._nbytes)
         else:
             self._descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
             self._put(self._head)
@@ -102,12 +103,29 @@ class Manifest:
         self._put({"file": job.name, "start": job.start, "stop": job.stop} | data)
 
     def _put(self, data: Mapping[str, Any]) -> None:
-        put(self._descriptor, json.dumps(data, separators=(",", ":")).encode() + b"\n")
+        put(self._descriptor, _sealed(json.dumps(data, separators=(",", ":")).encode() + b"\n", self._digest))
 
     def close(self) -> None:
         """Close its file."""
         if self._descriptor >= 0:
             release(self._descriptor)
+
+
+def _sealed(line: bytes, digest: Any) -> bytes:
+    digest.update(line)
+    return bytes(digest.hexdigest()[: _SEAL - 1] + " ", "ascii") + line
+
+
+def _sound(raw: bytes) -> tuple[list[Any], Any, int]:
+    """What the lines say that are as they were written, the digest of them, and the bytes that they take."""
+    found, digest, nbytes = [], hashlib.sha256(), 0
+    for line in raw.splitlines(keepends=True):
+        then = digest.copy()
+        if line != _sealed(line[_SEAL:], then):
+            break
+        found.append(json.loads(line[_SEAL:]))
+        digest, nbytes = then, nbytes + len(line)
+    return found, digest, nbytes
 
 
 def _seen(status: os.stat_result) -> list[int]:

@@ -39,8 +39,7 @@ from paramend.formats.files import open_bytes
 from paramend.formats.jsontext import bad, json_type, parse_object
 from paramend.formats.limits import shown
 from paramend.formats.registry import format_of, open_source
-from paramend.formats.safetensors import SafetensorsFile
-from paramend.formats.safetensors_header import RECORD
+from paramend.formats.safetensors import RECORD, SafetensorsFile
 from paramend.formats.shards import Shards
 from paramend.journal.undo import recover
 from paramend.leaves.origins.origin import Origin

@@ -8,11 +8,9 @@ from paramend.disk.publishing import there
 from paramend.edits.plan import Plan, Row
 from paramend.errors import BadArgument
 from paramend.formats.gathered import Gathered
-from paramend.formats.index import index_name, index_text
 from paramend.formats.registry import DEFAULT, Format
-from paramend.formats.safetensors import SafetensorsFile
-from paramend.formats.safetensors_header import RECORD, layout
-from paramend.formats.shards import Shards
+from paramend.formats.safetensors import RECORD, SafetensorsFile, layout
+from paramend.formats.shards import Shards, index_name, index_text
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.specs import BITS
 from paramend.rewriting.arrangement import base_of

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from paramend.disk.urls import unanswered
-from paramend.formats.index import is_index
 from paramend.formats.registry import FOREIGN_WEIGHTS, SUFFIXES
-from paramend.formats.shards import Shards
+from paramend.formats.shards import Shards, is_index
 from paramend.rewriting.files import File, copied_file
 
 # Weights of the same model in another form would contradict the edited ones.

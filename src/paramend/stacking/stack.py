@@ -99,8 +99,7 @@ def unstack_layers(tree: T, stack: str, *, into: str, axis: int = 0, like: AnyTr
     """The tree with the layers of a stack under numbered names: the inverse of `stack_layers`.
 
     Args:
-        tree: nested dicts, FrozenDict, an NNX State, a train state, a state dict; or a checkpoint opened by `pm.open`:
-            then the result is a checkpoint, written by its `.save(out)`.
+        tree: as in `stack_layers`.
         stack: the path of the stack: `"params/layers"`. With wildcards, as in `"**/layers"`, several stacks.
         into: the path of the layers, with the same wildcards and a number: `"params/layers_<n>"`. A number that is a
             whole key, as in `"layers/<n>"` or `"layers[*]"`, makes a list; in an NNX State, which has no lists, int
@@ -109,14 +108,12 @@ def unstack_layers(tree: T, stack: str, *, into: str, axis: int = 0, like: AnyTr
         like: a tree or a checkpoint with the wanted layers: its shapes determine the axis, and `axis` is ignored.
 
     Returns:
-        A new tree of the same containers. Leaves outside the stack are the same objects. A checkpoint is read only when
-        it is saved, in bounded memory; along axis 0 its bytes are copied by the kernel.
+        A new tree of the same containers, as `stack_layers` makes it.
 
     Raises:
         NoMatch: there is no such stack.
         BadArgument: the leaves of a stack hold different numbers of layers, or no axis fits.
-        RenameClash: something is already at a new path.
-        Unsupported: the tree is a module, whose class determines what it holds.
+        RenameClash, Unsupported: as in `stack_layers`.
 
     >>> scanned = {"layers": {"w": np.zeros((2, 2, 3))}, "head": np.ones(3)}
     >>> unrolled = unstack_layers(scanned, "layers", into="layers_<n>")
@@ -259,10 +256,8 @@ def picked(tree: Leaves, layers: str) -> tuple[str, dict[int, int] | None]:
     said, found = layers_of(tree.index, layers)
     texts = {said.with_number(one) for one in found}
     if len(texts) > 1:
-        raise BadArgument(
-            f"layers={layers!r} matches {wording.listing(sorted(texts))}",
-            hint=f'layers="{min(texts)}", one after the other',
-        )
+        why = f"layers={layers!r} matches {wording.listing(sorted(texts))}"
+        raise BadArgument(why, hint=f'layers="{min(texts)}", one after the other')
     places: dict[int, int] = {}
     for one in found:
         which: dict[int | None, int] = {one.numbers[position]: place for place, position in enumerate(said.pick(one))}
@@ -352,15 +347,11 @@ def checked(tree: Leaves, members: Sequence[Member], layers: str) -> list[list[M
             if len(specs) > 1:
                 differ.append(f"{name} is " + ", ".join(f"{spec} in layer {layer}" for spec, layer in specs.items()))
     if wrong:
-        raise BadArgument(
-            f"the layers {layers} do not hold the same leaves:\n  " + "\n  ".join(wrong[:16]),
-            hint=f"pm.at(tree, {layers + '/**'!r}).paths lists them",
-        )
+        why = f"the layers {layers} do not hold the same leaves:\n  " + "\n  ".join(wrong[:16])
+        raise BadArgument(why, hint=f"pm.at(tree, {layers + '/**'!r}).paths lists them")
     if differ:
-        raise SpecMismatch(
-            f"the layers {layers} differ:\n  " + "\n  ".join(differ[:16]),
-            hint="stack only layers of equal specs, one stack for each spec",
-        )
+        said = f"the layers {layers} differ:\n  " + "\n  ".join(differ[:16])
+        raise SpecMismatch(said, hint="stack only layers of equal specs, one stack for each spec")
     return [[found[i] for i in range(len(found))] for rests in stacks.values() for found in rests.values()]
 
 
@@ -374,10 +365,8 @@ def depths_of(tree: Leaves, members: Sequence[Member], axes: Mapping[Path, int])
     for found in sizes.values():
         if len(found) > 1:
             said = "; ".join(f"{size} in {wording.listing(paths, 2)}" for size, paths in found.items())
-            raise BadArgument(
-                f"the leaves of one stack hold different numbers of layers: {said}",
-                hint="axis=1, or like=params of the model with the wanted layers",
-            )
+            why = f"the leaves of one stack hold different numbers of layers: {said}"
+            raise BadArgument(why, hint="axis=1, or like=params of the model with the wanted layers")
         if 0 in found:
             raise BadArgument("a stack without layers cannot be unstacked", hint='pm.at(tree, "layers/**").delete()')
     return {stack: next(iter(found)) for stack, found in sizes.items()}

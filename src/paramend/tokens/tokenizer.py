@@ -122,10 +122,8 @@ class Tokenizer:
         new = {path.name: path.read_bytes() for path in self.others} | {n: each.text for n, each in self.files.items()}
         shown = {JSON: (Change(JSON, "tokens", str(len(other.ids)), str(len(self.ids))),)}
         folder = other.files[JSON].file.parent
-        return [
-            Document(folder / name, old.get(name, b""), new.get(name, b""), shown=shown.get(name, ()))
-            for name in sorted({*old, *new})
-        ]
+        every = sorted({*old, *new})
+        return [Document(folder / n, old.get(n, b""), new.get(n, b""), shown=shown.get(n, ())) for n in every]
 
 
 def tokenizer_of(leaves: Any) -> Tokenizer | None:
@@ -219,12 +217,8 @@ def _characters(vocab: Sequence[Sequence[Any]], kept: set[int]) -> set[int]:
     numbers = {piece: number for number, (piece, _) in enumerate(vocab)}
     letters = {letter for number in kept if number < len(vocab) for letter in vocab[number][0]}
     least = min(range(len(vocab)), key=lambda number: vocab[number][1], default=0)
-    return {
-        *kept,
-        least,
-        *(numbers[letter] for letter in letters if letter in numbers),
-        *(number for piece, number in numbers.items() if _BYTE.fullmatch(piece)),
-    }
+    pieces = {number for piece, number in numbers.items() if piece in letters or _BYTE.fullmatch(piece)}
+    return {*kept, least, *pieces}
 
 
 class Merges:

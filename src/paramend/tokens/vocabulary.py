@@ -3,6 +3,7 @@
 import json
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
@@ -23,14 +24,59 @@ from paramend.errors import BadArgument, OutOfRange, SpecMismatch, Unsupported
 from paramend.formats.jsontext import CONFIG
 from paramend.leaves.leaves import Editable
 from paramend.leaves.specs import AnyArray, Spec
+from paramend.pages.page import Column, Page
+from paramend.pages.paged import Paged
 from paramend.reports import wording
-from paramend.tokens.report import VocabularyReport
+from paramend.reports.report import Line, Section
 from paramend.tokens.rows import Mix, Rows, arranged
 from paramend.tokens.tables import Table, tables_of
 from paramend.tokens.tokenizer import Tokenizer, tokenizer_of
 
 T = TypeVar("T")
 Init: TypeAlias = Literal["mean", "subwords", "zero"] | AnyArray
+
+
+@dataclass(frozen=True, repr=False)
+class VocabularyReport(Paged):
+    """What became of a vocabulary.
+
+    Attributes:
+        did: "kept", "extended", "padded" or "transplanted".
+        tables: path of a table → its shape and dtype before and after.
+        size: how many rows they had and have.
+        ids: old number of a token → its new one, of all that stay.
+        tokens: token → its number, of those that are new.
+        unasked: the numbers, as they were, of tokens that stay unasked: special ones, and those that others need.
+        files: what changes in the files beside the weights.
+    """
+
+    did: str
+    tables: dict[str, tuple[Spec, Spec]]
+    size: tuple[int, int]
+    ids: dict[int, int] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    unasked: tuple[int, ...] = ()
+    files: tuple[str, ...] = ()
+
+    def headline(self) -> str:
+        """The numbers of rows and tokens, and the files that follow."""
+        before, after = self.size
+        said = f"vocabulary {self.did}: {before:,} rows -> {after:,} in {wording.plural(len(self.tables), 'table')}"
+        said += f", {wording.plural(len(self.tokens), 'new token')}" if self.tokens else ""
+        said += f", {wording.plural(len(self.unasked), 'token')} kept unasked" if self.unasked else ""
+        return "\n".join((said, *self.files))
+
+    def sections(self) -> list[Section]:
+        """The tables."""
+        lines = [Line((path,), (str(old), f"-> {new}"), new.size) for path, (old, new) in self.tables.items()]
+        return [Section("tables", lines)]
+
+    def page(self) -> Page:
+        """The tables as a map."""
+        before, after = ([str(pair[side]) for pair in self.tables.values()] for side in (0, 1))
+        columns = [Column("before", before, "text"), Column("spec", after, "text")]
+        sizes = [new.size for _, new in self.tables.values()]
+        return Page("vocabulary", self.headline(), [*self.tables], sizes, columns)
 
 
 def vocabulary(model: T, *, tables: Mapping[str, int] | None = None) -> "Vocabulary[T]":

@@ -70,10 +70,8 @@ def carried(fresh_state: Any, state: Any, params: set[Path], mismatch: str) -> t
         hint = 'pm.graft_opt_state(state, old_state, mismatch="keep") starts these as tx.init makes them'
         refuse_misfits([f"{row.path} {row.did}" for row in report.mismatched], hint)
     if fresh and not used:
-        raise BadArgument(
-            f"nothing in this state belongs to this optimizer: it has {_shown(old)}, the optimizer {_shown(fresh)}",
-            hint="tx.init(params) starts anew",
-        )
+        said = f"nothing in this state belongs to this optimizer: it has {_shown(old)}, the optimizer {_shown(fresh)}"
+        raise BadArgument(said, hint="tx.init(params) starts anew")
     return structure.unflatten(values), report
 
 

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from paramend.errors import BadArgument, GraftRefused, Unsupported
-from paramend.grafting.links import Link, Links, Path
-from paramend.grafting.report import GraftReport, GraftRow, refuse_left, refuse_misfits
+from paramend.grafting.report import GraftReport, GraftRow, Link, Links, Path, refuse_left, refuse_misfits
 from paramend.leaves.specs import Spec, dtype_name
 from paramend.reports import wording
 from paramend.trees.tree import Tree
@@ -126,11 +125,8 @@ def refuse_kinds(optimizer: Any, old: Any) -> None:
         theirs = f"an optimizer with {wording.listing(settings) or 'no settings'}"
     else:
         raise Unsupported("this dict is not the state dict of an optimizer", hint="old_optimizer.state_dict()")
-    raise GraftRefused(
-        f"the earlier state is of {theirs}, and this is {type(optimizer).__name__}: their moments differ",
-        report=GraftReport(refused=True),
-        hint=_ANEW,
-    )
+    why = f"the earlier state is of {theirs}, and this is {type(optimizer).__name__}: their moments differ"
+    raise GraftRefused(why, report=GraftReport(refused=True), hint=_ANEW)
 
 
 def steps_as_tensors(optimizer: Any) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from paramend.grafting.links import Path, without
+from paramend.grafting.report import Path, without
 from paramend.grafting.states.carry_optax import Leaf, split, without_wrappers
 from paramend.leaves.paths import labels, text_of
 from paramend.trees.kind import ELIDED
@@ -45,13 +45,12 @@ class Survey:
         survey._visit(tree.root, (), False, set())
         return survey
 
-    def _visit(self, node: Any, path: Path, inside: bool, above: set[int]) -> bool:
-        """Whether there are records in a node, after entering its leaves."""
+    def _visit(self, node: Any, path: Path, inside: bool, above: set[int]) -> None:
         kind = find_kind(node)
-        if kind is None or id(node) in above:
-            if kind is None:
-                self._enter(path, [path], inside)
-            return False
+        if kind is None:
+            return self._enter(path, [path], inside)
+        if id(node) in above:
+            return None
         found = is_record(type(node))
         if found and not inside:
             self.roots.append(path)
@@ -61,11 +60,10 @@ class Survey:
         for key, child in kind.entries(node):
             below[path if key is ELIDED else (*path, *map(text_of, labels(key)))] = child
         if not found and not any(_leads_to_record(child, above) for child in below.values()):
-            self._enter(path, list(_paths(node, path, self.absent, len(path), above - {id(node)})), inside)
-            return False
+            return self._enter(path, list(_paths(node, path, self.absent, len(path), above - {id(node)})), inside)
         for here, child in below.items():
             self._visit(child, here, inside, above)
-        return True
+        return None
 
     def _enter(self, path: Path, leaves: list[Path], inside: bool) -> None:
         if inside:
@@ -195,11 +193,7 @@ def _paths(node: Any, path: Path, absent: set[Path], depth: int, above: set[int]
 
 
 def prefix_of(known: set[Path], paths: Iterable[Path], near: Path = ()) -> Path | None:
-    """The prefix below which most of these paths are known; of several, the one with most in common with `near`.
-
-    >>> prefix_of({("params", "a", "w"), ("params", "b", "w")}, [("a", "w"), ("b", "w")])
-    ('params',)
-    """
+    """The prefix below which most of these paths are known; of several, the one with most in common with `near`."""
     wanted = sorted(paths, key=len)[-64:]
     for rest in reversed(wanted):
         found: dict[Path, tuple[int, int]] = {}

@@ -8,10 +8,9 @@ from functools import partial
 import numpy as np
 
 from paramend.errors import BadArgument, SpecMismatch
-from paramend.leaves.codecs.codec import Codec
+from paramend.leaves.codecs.codec import NOTHING, Codec, Stated
 from paramend.leaves.codecs.codes import codes_of
 from paramend.leaves.codecs.ggml import WRITABLE as WRITABLE_BLOCKS
-from paramend.leaves.codecs.stated import NOTHING, Stated
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.stored import Held, Made
 from paramend.leaves.schemes import IN_BLOCKS, SCHEMES
@@ -25,18 +24,11 @@ _Leaf = tuple[str, str, Sequence[int]]
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Layout:
-    """The leaves of a new group.
+    """The leaves of a new group, by role."""
 
-    Attributes:
-        names: role → name of the leaf, with "*" for the name of the weight.
-        specs: role → its spec.
-        known: the leaves that do not depend on the values of the weight, by role.
-        stated: what a configuration says of it.
-    """
-
-    names: Mapping[str, str]
+    names: Mapping[str, str]  # with "*" for the name of the weight
     specs: Mapping[str, Spec]
-    known: Mapping[str, Array]
+    known: Mapping[str, Array]  # those that do not depend on the values of the weight
     stated: Stated
 
 

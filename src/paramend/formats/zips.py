@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from paramend.errors import BadArgument, BadCheckpoint
 from paramend.formats.files import FileSource, OpenFile
-from paramend.formats.limits import shown
+from paramend.formats.limits import is_within, shown
 from paramend.leaves.origins.origin import Extent
 from paramend.reports import wording
 
@@ -296,8 +296,7 @@ def _name(encoded: bytes, flags: int, file: OpenFile, place: str) -> str:
         name = encoded.decode("utf-8" if flags & _UTF8 else "cp437")
     except UnicodeDecodeError:
         raise BadCheckpoint(f"{file.path}: {place}: the name {shown(_decode(encoded))} is not UTF-8") from None
-    pieces = name.removesuffix("/").split("/")
-    if any(piece in ("", ".", "..") for piece in pieces) or "\\" in name or "\0" in name:
+    if not is_within(name.removesuffix("/")):
         raise BadCheckpoint(f"{file.path}: {place}: the name {shown(name)} is not a path within the file")
     return name
 
@@ -331,3 +330,66 @@ def _widen(
     values = (int.from_bytes(wide[at : at + 8], "little") for at in range(0, len(wide), 8))
     nbytes, packed, header = (next(values) if is_full else n for n, is_full in zip(narrow, full, strict=True))
     return nbytes, packed, header
+
+
+# From this value on, lengths and offsets need the wide fields of zip64; a test lowers it.
+WIDE = _U32
+ALIGNMENT = 64
+_DAY = 0x21  # 1 January 1980, the first day of zip's calendar
+
+
+class ZipHeaders:
+    """The headers of a zip file that has grown to `at` bytes. Records are uncompressed and aligned."""
+
+    def __init__(self, alignment: int = ALIGNMENT) -> None:
+        self.at = 0
+        self._alignment = alignment
+        self._directory: list[bytes] = []
+
+    def member(self, name: str, data: bytes) -> Iterator[bytes]:
+        """A member of these bytes, with the headers around it."""
+        yield self.open(name, len(data), zlib.crc32(data))
+        yield data
+        yield self.close()
+
+    def open(self, name: str, nbytes: int, crc: int = 0) -> bytes:
+        """The bytes before a member; its checksum is 0 if it is corrected later."""
+        self._header, self._name, self._nbytes, self._crc = self.at, name.encode(), nbytes, crc
+        wide = nbytes >= WIDE
+        sizes = struct.pack("<HHQQ", 1, 16, nbytes, nbytes) if wide else b""
+        pad = -(self.at + 30 + len(self._name) + len(sizes) + 4) % self._alignment
+        extra = sizes + struct.pack("<2sH", b"FB", pad) + b"Z" * pad
+        length = _U32 if wide else nbytes
+        self._fixed = (45 if wide else 20, _UTF8, 0, 0, _DAY)
+        lengths = (length, length, len(self._name), len(extra))
+        head = struct.pack("<I5H3I2H", _LOCAL_MAGIC, *self._fixed, crc, *lengths)
+        self.at += len(head) + len(self._name) + len(extra)
+        return head + self._name + extra
+
+    def close(self, crc: int | None = None) -> bytes:
+        """The bytes after the member: none. The directory at the end of the file will list it, with its checksum if it
+        is known only now."""
+        self._crc = self._crc if crc is None else crc
+        self.at += self._nbytes
+        numbers = [self._nbytes, self._nbytes, self._header]
+        full = [number >= WIDE for number in numbers]
+        wide = b"".join(struct.pack("<Q", number) for number, is_full in zip(numbers, full, strict=True) if is_full)
+        extra = struct.pack("<HH", 1, len(wide)) + wide if wide else b""
+        packed, plain, offset = (_U32 if is_full else n for n, is_full in zip(numbers, full, strict=True))
+        head = struct.pack("<IH5H3I", _CENTRAL_MAGIC, 45, *self._fixed, self._crc, packed, plain)
+        tail = struct.pack("<5H2I", len(self._name), len(extra), 0, 0, 0, 0, offset)
+        self._directory.append(head + tail + self._name + extra)
+        return b""
+
+    def finish(self) -> bytes:
+        start, count = self.at, len(self._directory)
+        out = b"".join(self._directory)
+        size, end = len(out), start + len(out)
+        if start >= WIDE or size >= WIDE or count >= _U16:
+            out += _END64.pack(_END64_MAGIC, 44, 45, 45, 0, 0, count, count, size, start)
+            out += _LOCATOR.pack(_LOCATOR_MAGIC, 0, end, 1)
+        few = min(count, _U16)
+        small = (min(size, _U32), _U32 if start >= WIDE else start)
+        out += _END.pack(_END_MAGIC, 0, 0, few, few, *small, 0)
+        self.at += len(out)
+        return out
