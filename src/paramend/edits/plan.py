@@ -72,7 +72,7 @@ class Row:
         """
         added = (f"inserted from {self.added}",) if self.added else ()
         moved = (f"renamed from {self.was}",) if self.was else ()
-        return ", ".join((*added, *map(_said, self.calls), *moved))
+        return ", ".join((*added, *self.edits, *moved))
 
     @property
     def outcome(self) -> str:
@@ -83,15 +83,25 @@ class Row:
         edit = " ".join(filter(None, (edit, coded)))
         return f"{edit}: {damage}" if damage else edit
 
+    @property
+    def edits(self) -> list[str]:
+        """The calls, each as text after its slice."""
+        return list(map(_said, self.calls))
+
+    @property
+    def origin(self) -> str:
+        """What it is made of before the calls, as text; "" if it is the leaf of its path."""
+        return str(self.made) if self.made else ""
+
     def to_dict(self) -> dict[str, Any]:
-        spec = "spec.dtype", "spec.shape", "spec.nbytes", "before.dtype as dtype_before", "before.shape as shape_before"
-        edits, made = [_said(call) for call in self.calls], {"origin": str(self.made)} if self.made else {}
-        found = (
-            picked(self, "path", *spec)
-            | {"edits": edits}
-            | picked(self, "was as renamed_from?", "added as inserted_from?")
-        )
-        return found | made | picked(self, "damage.overflowed?", "damage.lost?") | (data_of(self.coding) or {})
+        return picked(self, *_FIELDS) | (data_of(self.coding) or {})
+
+
+_FIELDS = (
+    *("path", "spec.dtype", "spec.shape", "spec.nbytes", "before.dtype as dtype_before"),
+    *("before.shape as shape_before", "edits", "was as renamed_from?", "added as inserted_from?"),
+    *("origin?", "damage.overflowed?", "damage.lost?"),
+)
 
 
 def _said(edit: Call) -> str:
