@@ -2,6 +2,7 @@
 
 import copyreg
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from paramend.formats.registry import Format
 from paramend.formats.source import Opened
 from paramend.leaves.codecs.encoding import Misfit
 from paramend.piecewise.rows import expression
-from paramend.rewriting.files import Computed
+from paramend.rewriting.files import Computed, sources
 from paramend.rewriting.layouts import Layout
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...))
@@ -32,10 +33,12 @@ def fingerprint(made: Plan, layout: Layout, recipe: str | None) -> str:
 
 class _Walk:
     """Digests of values by their content, of each object once; the order of sets, and what is kept of data, is left
-    out. A source counts by the paths of its files."""
+    out. A source counts by the paths of its files, and what an edit reads beside those, such as a delta, also by what
+    the files were when it was opened."""
 
     def __init__(self, made: Plan) -> None:
         self._made = made
+        self._paths = {path for source in sources(made) for path in source.stats}
         self._known: dict[int, tuple[bytes, Any]] = {}  # by id, and what keeps the id from being another's
 
     def of(self, value: Any) -> bytes:
@@ -69,7 +72,8 @@ class _Walk:
         if isinstance(value, CodeType):
             return self._all(value.co_code, value.co_consts, value.co_names)
         if isinstance(value, Opened) and not isinstance(value, Gathered) and (stats := getattr(value, "stats", {})):
-            return self._all(*stats)
+            known = self._paths
+            return self._all(*(path if path in known else (path, *seen(status)) for path, status in stats.items()))
         if isinstance(value, Mapping):
             return [part for item in value.items() for part in self._all(*item)]
         if isinstance(value, Set):
@@ -93,6 +97,11 @@ class _Walk:
 
     def _all(self, *values: Any) -> list[bytes]:
         return list(map(self.of, values))
+
+
+def seen(status: os.stat_result) -> list[int]:
+    """What tells a file that changed, or was replaced, from what it was."""
+    return [status.st_ino, status.st_size, status.st_mtime_ns]
 
 
 def _hash(*parts: bytes | str) -> bytes:

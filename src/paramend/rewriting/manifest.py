@@ -14,7 +14,7 @@ from paramend.edits.plan import Plan
 from paramend.errors import CannotWrite
 from paramend.reports import wording
 from paramend.rewriting.files import Copy, File, sources
-from paramend.rewriting.fingerprints import fingerprint
+from paramend.rewriting.fingerprints import fingerprint, seen
 from paramend.rewriting.jobs import Done, Job
 from paramend.rewriting.layouts import Layout
 
@@ -32,7 +32,7 @@ class Manifest:
 
     def __init__(self, out: Path, plan: str, files: Sequence[File], sources: Mapping[Path, os.stat_result]) -> None:
         self._out = out
-        self._sources = {str(path.absolute()): _seen(status) for path, status in sources.items()}
+        self._sources = {str(path.absolute()): seen(status) for path, status in sources.items()}
         self._head = {
             "paramend": version("paramend"),
             "plan": plan,
@@ -46,10 +46,10 @@ class Manifest:
     @classmethod
     def of(cls, made: Plan, out: Path, asked: Layout, layout: Layout, recipe: str | None) -> "Manifest":
         """The manifest of a plan, from its layout without and with a record."""
-        seen = {path: status for source in sources(made) for path, status in source.stats.items()}
+        stats = {path: status for source in sources(made) for path, status in source.stats.items()}
         copied = {piece.path for file in asked.files for piece in file.pieces if isinstance(piece, Copy)}
-        seen |= {path: path.stat() for path in copied - set(seen)}
-        return cls(out, fingerprint(made, asked, recipe), layout.files, seen)
+        stats |= {path: path.stat() for path in copied - set(stats)}
+        return cls(out, fingerprint(made, asked, recipe), layout.files, stats)
 
     def takes_up(self, temporary: Path) -> bool:
         """Whether what is done in a temporary is known, and is a part of this output.
@@ -61,8 +61,8 @@ class Manifest:
         if not entries:
             return False
         head, *rest = entries
-        for path, seen in self._sources.items():
-            if head["sources"].get(path, seen) != seen:
+        for path, now in self._sources.items():
+            if head["sources"].get(path, now) != now:
                 raise CannotWrite(f"{self._out}: {path} has changed since this was begun", hint=_ANEW)
         if head != self._head:
             names = [name for name in ("paramend", "plan", "sources", "files") if head.get(name) != self._head[name]]
@@ -115,10 +115,6 @@ def _sound(raw: bytes) -> tuple[list[Any], Any, int]:
         found.append(json.loads(line[_SEAL:]))
         digest, nbytes = then, nbytes + len(line)
     return found, digest, nbytes
-
-
-def _seen(status: os.stat_result) -> list[int]:
-    return [status.st_ino, status.st_size, status.st_mtime_ns]
 
 
 def _read(entry: Mapping[str, Any]) -> tuple[tuple[str, int, int], Done]:
