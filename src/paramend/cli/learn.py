@@ -18,7 +18,6 @@ import click
 
 from paramend.cli._ui import Refusal
 from paramend.cli.options import takes
-from paramend.errors import ParamendError
 from paramend.lessons.grading import draw, grade, summary
 from paramend.lessons.lesson import ROWS, Lesson, find, row_of
 from paramend.lessons.observation import sketch
