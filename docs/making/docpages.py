@@ -1,6 +1,5 @@
 """Pages of the site that are made while it is built: the Python API, and a page for each table of the code."""
 
-import inspect
 import json
 import re
 from collections.abc import Callable
@@ -15,7 +14,6 @@ from paramend.cli.main import ROWS, cli, edits
 from paramend.edits.arguments import DEFINITIONS
 from paramend.edits.ops import OPS
 from paramend.formats.registry import FORMATS
-from paramend.journal import records
 from paramend.mapping import layout as shelf
 from paramend.recipes.verbs import VERBS
 
@@ -211,18 +209,6 @@ def formats_page() -> str:
     )
 
 
-def undo_page() -> str:
-    said = inspect.getdoc(records) or ""
-    # Indented blocks of a docstring are tables of fields: text as it stands.
-    blocks = re.split(r"(?m)((?:^    .*\n(?:\n(?=    ))?)+)", f"{said}\n")
-    body = "\n\n".join(
-        text(inspect.cleandoc(block)) if index % 2 else block.strip()
-        for index, block in enumerate(blocks)
-        if block.strip()
-    )
-    return f"# The format of undo records\n\n[Patching in place](../patching.md) says what they are for.\n\n{body}"
-
-
 PAGES: dict[str, Callable[[], str]] = {
     "reference/edits.md": ops_page,
     "reference/recipe-steps.md": steps_page,
@@ -231,7 +217,6 @@ PAGES: dict[str, Callable[[], str]] = {
     "reference/layouts.md": layouts_page,
     "reference/families.md": families_page,
     "reference/formats.md": formats_page,
-    "reference/undo-records.md": undo_page,
 }
 
 

@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     from paramend.growth import depth as depth, init as init
     from paramend.growth.deepening import deepen as deepen, deepen_ as deepen_
     from paramend.growth.experts import experts as experts
-    from paramend.growth.init import init_zero_ as init_zero_
     from paramend.growth.liveness import check_live as check_live
     from paramend.growth.narrowing import narrow as narrow
     from paramend.growth.upcycling import upcycle as upcycle
     from paramend.growth.widening import widen as widen, widen_ as widen_
     from paramend.growth.writers import residual_writers as residual_writers
+    from paramend.growth.zeroing import init_zero_ as init_zero_
     from paramend.journal.undo import history as history, undo as undo
     from paramend.leaves.rules import Codec as Codec
     from paramend.leaves.specs import Spec as Spec
@@ -87,7 +87,7 @@ _LATER = {
         "paramend.growth.upcycling": ("upcycle",),
         "paramend.growth.widening": ("widen", "widen_"),
         "paramend.growth.writers": ("residual_writers",),
-        "paramend.growth.init": ("init_zero_",),
+        "paramend.growth.zeroing": ("init_zero_",),
         "paramend.checkpoints.patching": ("patch",),
         "paramend.porting.proof": ("prove",),
         "paramend.quantizing.dequantizing": ("dequantize",),

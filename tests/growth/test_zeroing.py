@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from paramend.errors import Unsupported
-from paramend.growth.init import init_zero_
+from paramend.growth.zeroing import init_zero_
 
 LAYERS = {
     "Linear": nn.Linear(3, 4),

@@ -43,6 +43,10 @@ _HEADS = ("self_attn.q_norm", "self_attn.k_norm")
 _NORMS = (*_BEFORE, *_HEADS)
 _OUT = "self_attn.o_proj"
 _SUBLAYERS = (_OUT, "mlp.down_proj")
+_ALL = (*_QKV, *_GATED, *_SUBLAYERS)
+_GEMMA_NORMS = ("input_layernorm", "pre_feedforward_layernorm", *_HEADS)
+_BERT = tuple(f"attention.self.{name}" for name in ("query", "key", "value"))
+_BERT += ("attention.output.dense", "intermediate.dense", "output.dense")
 _FUSED = ("mlp.gate", "mlp.experts.gate_up_proj")
 _EXPERTS = ("mlp.gate", "mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")
 _SPARSE = ("block_sparse_moe.gate", "block_sparse_moe.experts.*.w1", "block_sparse_moe.experts.*.w3")
@@ -60,16 +64,8 @@ FAMILIES: tuple[Family, ...] = (
     Family("llama", _LLAMAS, _SUBLAYERS, (*_QKV, *_GATED), (*_BEFORE, *_HEADS, "self_attn.rotary_emb.inv_freq")),
     # A norm comes between the projection and the residual stream. Zero projections would be the identity too, but at
     # zero the slope of a norm is gain / sqrt(eps): one optimizer step would destroy what the model computes.
-    Family("olmo2", ("olmo2", "olmo3"), _AFTER, (*_QKV, *_GATED, *_SUBLAYERS), _HEADS),
-    Family(
-        "gemma2",
-        ("gemma2", "gemma3", "gemma3_text"),
-        _AFTER,
-        (*_QKV, *_GATED, *_SUBLAYERS),
-        ("input_layernorm", "pre_feedforward_layernorm", *_HEADS),
-        value=-1.0,
-        by_name=False,
-    ),
+    Family("olmo2", ("olmo2", "olmo3"), _AFTER, _ALL, _HEADS),
+    Family("gemma2", ("gemma2", "gemma3", "gemma3_text"), _AFTER, _ALL, _GEMMA_NORMS, value=-1.0, by_name=False),
     Family("phi", ("phi",), ("self_attn.dense", "mlp.fc2"), (*_QKV, "mlp.fc1"), _PHI_NORMS),
     Family("phi3", ("phi3",), _SUBLAYERS, ("self_attn.qkv_proj", "mlp.gate_up_proj"), _BEFORE),
     Family("mixtral", ("mixtral", "qwen3_moe"), (_OUT, "mlp.experts.down_proj"), (*_QKV, *_FUSED), _NORMS),
@@ -93,12 +89,7 @@ FAMILIES: tuple[Family, ...] = (
         "bert",
         ("bert", "roberta", "electra"),
         ("output.LayerNorm",),
-        (
-            *(f"attention.self.{name}" for name in ("query", "key", "value")),
-            "attention.output.dense",
-            "intermediate.dense",
-            "output.dense",
-        ),
+        _BERT,
         ("attention.output.LayerNorm",),
         refused="its layers end in a norm over the residual stream (post-LN), and no gain or bias makes that norm "
         "return its input",

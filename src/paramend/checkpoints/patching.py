@@ -27,7 +27,7 @@ from paramend.disk.urls import path_of
 from paramend.edits.plan import Plan
 from paramend.errors import BadArgument, BadCheckpoint, Unsupported
 from paramend.formats.gathered import Gathered
-from paramend.formats.source import Chunked, Gathering, Overlapping, Relabelled, Released, Sealed, Source, Tiled
+from paramend.formats.source import Chunked, Gathering, Overlapping, Relabelled, Sealed, Source, Tiled
 from paramend.journal.exchange import NewFiles, WholeFiles, check_replaceable
 from paramend.journal.ranges import OpenRanges, Ranges
 from paramend.journal.store import PUT, UndoStore
@@ -280,7 +280,7 @@ class _Patch:
         descriptors = dict(zip(target.files, target.descriptors, strict=True))
         if any(operands(row) for row in self.plan.changed):  # which may be made of what is in these files
             for file in self.source.sources if isinstance(self.source, Gathering) else ():
-                if file.path in descriptors and isinstance(file, Released):
+                if file.path in descriptors:
                     file.hold()
         change_all(descriptors, self.source, [each for each in self.work if each.tile is None], meter)
         change_tiles(descriptors, self.source, [each for each in self.work if each.tile is not None], meter)

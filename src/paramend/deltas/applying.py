@@ -238,9 +238,8 @@ def _document(delta: "Delta", source: Shards, row: FileChange) -> Document | Non
     if found == row.result:
         return None
     if found != row.base:
-        raise UnexpectedChange(
-            f"{file} is not that of the base of the delta, nor of its outcome", changes={row.name: "its bytes differ"}
-        )
+        told = f"{file} is not that of the base of the delta, nor of its outcome"
+        raise UnexpectedChange(told, changes={row.name: "its bytes differ"})
     content = delta.payload.bytes(f"file/{row.name}")
     assert content is not None
     text = content.tobytes() if row.result else b""

@@ -18,7 +18,7 @@ from paramend.edits.selection import at, param_count
 from paramend.formats.safetensors import SafetensorsFile
 from paramend.freezing.freeze import freeze
 from paramend.grafting.graft import graft
-from paramend.growth.init import init_zero_
+from paramend.growth.zeroing import init_zero_
 from paramend.reports.tables import aligned
 
 STEPS: list[DemoStep] = []

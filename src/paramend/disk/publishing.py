@@ -56,10 +56,7 @@ def published(
         if folder:
             _sync_tree(temporary)
         _clear(manifest_of(temporary))
-        if folder:
-            _publish_folder(temporary, out, force=force)
-        else:
-            _publish_file(temporary, out, force=force)
+        _publish(temporary, out, force=force, folder=folder)
     except BaseException as error:
         stays = resumes is not None and manifest_of(temporary).exists()
         if not stays:
@@ -275,35 +272,27 @@ def _sync_tree(folder: Path) -> None:
     sync_folder(folder)
 
 
-def _publish_file(temporary: Path, out: Path, *, force: bool) -> None:
-    if force:
-        temporary.replace(out)
-        return
-    try:
-        # Neither replaces a file that appeared meanwhile, as a plain rename would; the first leaves no second name.
-        if not _rename_at_once(temporary, out, _NOREPLACE):
-            out.hardlink_to(temporary)
-            _clear(temporary)
-    except FileExistsError:
-        raise exists(out) from None
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        if os.path.lexists(out):
-            raise exists(out) from None
-        temporary.rename(out)
-
-
 _NOREPLACE, _EXCHANGE = 1, 2
 
 
-def _publish_folder(temporary: Path, out: Path, *, force: bool) -> None:
+def _publish(temporary: Path, out: Path, *, force: bool, folder: bool) -> None:
+    if force and not folder:
+        temporary.replace(out)
+        return
     replaces = force and os.path.lexists(out)
     try:
+        # Neither replaces a file that appeared meanwhile, as a plain rename would; the first leaves no second name.
         if _rename_at_once(temporary, out, _EXCHANGE if replaces else _NOREPLACE):
+            return
+        if not folder:
+            out.hardlink_to(temporary)
+            _clear(temporary)
             return
     except FileExistsError:
         raise exists(out) from None
+    except OSError as error:
+        if folder or error.errno not in _NO_LINKS:
+            raise
     if not replaces:
         if os.path.lexists(out):
             raise exists(out)

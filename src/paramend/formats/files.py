@@ -180,6 +180,12 @@ class FileSource(Opened):
     def fileno(self) -> int:
         return self._file.fileno()
 
+    def release(self) -> None:
+        """Close the descriptor, if the file can be opened again when a leaf is read."""
+
+    def hold(self) -> None:
+        """Keep the descriptor from now on: whoever changes the file goes on reading it."""
+
     def spec(self, number: int) -> Spec:
         return self.rows[number].spec
 

@@ -48,11 +48,8 @@ class MsgpackWriter(Writer):
 
     def _tree(self, outline: Outline) -> Any:
         own, holds = outline.format == "msgpack", once(self.holds)
-        entries = [
-            (_path(keys, value, own=own), value)
-            for keys, value in outline.entries
-            if type(value) is Place or holds(value)
-        ]
+        held = ((keys, value) for keys, value in outline.entries if type(value) is Place or holds(value))
+        entries = [(_path(keys, value, own=own), value) for keys, value in held]
         containers = outline.containers if own else {}
         return Outline(entries, containers).nested(lambda value: value if own else _as_flax(value))
 

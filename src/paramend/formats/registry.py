@@ -69,10 +69,6 @@ def _is_safetensors(path: Path, head: bytes) -> bool:
     return head[8:].lstrip()[:1] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32
 
 
-def _is_torch(path: Path, head: bytes) -> bool:
-    return _is_zip(path, head) and _holds_pickle(path)
-
-
 def _is_zip(path: Path, head: bytes) -> bool:
     return head.startswith((b"PK\x03\x04", b"PK\x05\x06"))  # a record, or the end of an empty archive
 
@@ -135,7 +131,7 @@ FORMATS: tuple[Format, ...] = (
         "torch",
         "zip files of torch.save",
         (".pt", ".pth", ".bin", ".ckpt", ".pth.tar", ".pt.tar"),
-        _is_torch,
+        lambda path, head: _is_zip(path, head) and _holds_pickle(path),
         "torch.source:TorchFile",
         keeps="entries that are not tensors, shared storages",
         framework="pt",
@@ -206,10 +202,8 @@ SUFFIXES = tuple(suffix for row in FORMATS for suffix in row.suffixes)
 
 # Suffixes of formats that cannot be written here: those of weights, and others.
 FOREIGN_WEIGHTS = (".ggml", ".h5", ".hdf5", ".keras", ".onnx", ".ot", ".tflite", ".pkl", ".pickle", ".npy")
-FOREIGN_SUFFIXES = (
-    *FOREIGN_WEIGHTS,
-    *(".zarr", ".tar", ".gz", ".tgz", ".zip", ".7z", ".json", ".yaml", ".parquet", ".distcp", ".mlmodel"),
-)
+_OTHERS = (".zarr", ".tar", ".gz", ".tgz", ".zip", ".7z", ".json", ".yaml", ".parquet", ".distcp", ".mlmodel")
+FOREIGN_SUFFIXES = (*FOREIGN_WEIGHTS, *_OTHERS)
 
 
 def find_format(path: Path, head: bytes) -> Format | None:
@@ -325,10 +319,8 @@ def _open_folder(path: Path) -> Source:
     inside = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
     below = [name for name in inside if any((path / name).glob("*.safetensors")) or _is_dcp(path / name, b"")]
     held = f"it holds {wording.listing(inside, 4)}" if inside else "it is empty"
-    raise BadCheckpoint(
-        f"{path}: it is a directory without a checkpoint: {held}",
-        hint=f"{path / below[0]}" if below else "a directory with *.safetensors or *.bin files, or one of Orbax",
-    )
+    hint = f"{path / below[0]}" if below else "a directory with *.safetensors or *.bin files, or one of Orbax"
+    raise BadCheckpoint(f"{path}: it is a directory without a checkpoint: {held}", hint=hint)
 
 
 def _holds_weights(name: str) -> bool:

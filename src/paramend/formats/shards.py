@@ -11,9 +11,10 @@ from typing import Any
 
 from paramend.disk.urls import Url, opened_together
 from paramend.errors import BadCheckpoint, CannotRead
+from paramend.formats.files import FlatFile
 from paramend.formats.jsontext import bad, json_type, parse_object
 from paramend.formats.limits import shown
-from paramend.formats.source import Few, Flat, Gathering, Overlapping, Source, opening, release
+from paramend.formats.source import Few, Gathering, Overlapping, Source, opening
 from paramend.leaves.leaves import Index, separator_of
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.outlines import Keys, Outline, Place, outline_of
@@ -230,7 +231,7 @@ def open_directory(path: Path, opener: Callable[[Path], Source], weights: Callab
     with opening() as files:
         for place in opened_together([folder / name for name in chosen]):
             files.append(opener(place))
-            release(files[-1])
+            files[-1].release()
         return Shards(path, folder, files, shard_index)
 
 
@@ -245,6 +246,6 @@ def _check_all(folder: Path, names: Sequence[str]) -> None:
 
 def _names(file: Source) -> Iterable[tuple[int, str]]:
     """The leaf numbers of a file, each with its name. A flat file has its names without an index."""
-    if isinstance(file, Flat):
+    if isinstance(file, FlatFile):
         return enumerate(file.names)
     return ((number, file.index.name(number)) for number in file.index.numbers)

@@ -174,39 +174,19 @@ class Relabelled(Protocol):
         `RenameClash` if something else has one of the names."""
 
 
-@runtime_checkable
-class Flat(Protocol):
-    """A file that is a table of names, which it has without making an index."""
-
-    @property
-    def names(self) -> Sequence[str]:
-        """The names, by leaf number."""
-
-
-@runtime_checkable
-class Released(Protocol):
-    """A file whose descriptor can be closed until a leaf is read again: of many files only a few need to be open."""
-
-    def release(self) -> None:
-        """Close the descriptor."""
-
-    def hold(self) -> None:
-        """Keep the descriptor from now on: whoever changes the file goes on reading it."""
-
-
 class Few:
     """Of many files, those that were read last: the others are released. Systems limit a process to a few hundred open
     files; the largest models have more."""
 
     def __init__(self, most: int = 64) -> None:
         self._most = most
-        self._open: OrderedDict[int, Released] = OrderedDict()
+        self._open: OrderedDict[int, Any] = OrderedDict()
 
     def touch(self, file: Any) -> None:
         self._open[id(file)] = file
         self._open.move_to_end(id(file))
         if len(self._open) > self._most:
-            release(self._open.popitem(last=False)[1])
+            self._open.popitem(last=False)[1].release()
 
 
 @contextmanager
@@ -220,12 +200,6 @@ def opening() -> Iterator[list[Any]]:
             for file in files:
                 file.close()
             raise
-
-
-def release(file: Any) -> None:
-    """Close the descriptor of a file that can be opened again."""
-    if isinstance(file, Released):
-        file.release()
 
 
 def check_readable(leaves: Leaves, number: int) -> None:

@@ -87,12 +87,10 @@ def _flaw(shape: tuple[int, ...], tiles: Sequence[Tile], what: str) -> BadCheckp
     for _, corner in zip(range(_TRIES), product(*edges), strict=False):
         here = [tile for tile in tiles if all(at in places for at, places in zip(corner, tile.box, strict=True))]
         if not here:
-            names = "; ".join(tile.named for tile in tiles[:4]) or "none"
-            return BadCheckpoint(
-                f"{what}: no chunk holds its element at {list(corner)}: a file or a part of the checkpoint is missing "
-                f"(its chunks: {names}{'; ...' if tiles[4:] else ''})",
-                hint="copy or download the checkpoint again",
-            )
+            names = f"{'; '.join(tile.named for tile in tiles[:4]) or 'none'}{'; ...' if tiles[4:] else ''}"
+            why = f"a file or a part of the checkpoint is missing (its chunks: {names})"
+            told = f"{what}: no chunk holds its element at {list(corner)}: {why}"
+            return BadCheckpoint(told, hint="copy or download the checkpoint again")
         if here[1:]:
             return BadCheckpoint(f"{what}: its chunks {here[0].named} and {here[1].named} overlap")
     return Unsupported(f"{what}: its {len(tiles):,} chunks do not result from cuts along its axes")

@@ -37,10 +37,12 @@ class NewFiles:
     checkpoint. The manifest of a database, or the index of shards, comes last among the names: it puts the other files
     into effect."""
 
-    def __init__(self, base: Path, staged: Path, moved: Moved = (), *, private: bool = False) -> None:
-        """Look at what they replace. With `private`, those that replace nothing stay as private as they are."""
-        self.staged, self._private = staged, private
-        names = [path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file()]
+    def __init__(self, base: Path, staged: Path | None, moved: Moved = (), *, private: bool = False) -> None:
+        """Look at what they replace; without a folder, there are none. With `private`, those that replace nothing stay
+        as private as they are."""
+        self.staged, self._private = staged or base, private
+        inside = staged.rglob("*") if staged else ()
+        names = [path.relative_to(self.staged).as_posix() for path in inside if path.is_file()]
         self.base = home = base if base.is_dir() else base.parent
         self.names = sorted(names, key=lambda name: (os.path.lexists(home / name), name))
         self.old = WholeFiles(base, self.names, moved)
@@ -67,9 +69,7 @@ class NewFiles:
         writer.files([*states, *(State(size, "" if n else seen) for n, size in enumerate(sizes))])
         rows = [(-1, len(names) + n, 0, size) for n, size in enumerate(sizes) if size >= 0]
         ranges = Ranges(np.concatenate([target.ranges.table, np.array(rows, np.int64).reshape(-1, 4)]))
-        files = [*target.files, *self.old.files]
-        with contextlib.closing(_OneOpen(files, target.descriptors)) as descriptor:
-            writer.old_bytes(ranges, descriptor, files, meter)
+        writer.old_bytes(ranges, [*target.files, *self.old.files], target.descriptors, meter)
         if self.names:
             writer.frame(b"DONE", b"".join(WholeFiles(self.staged, self.names).digests()))
         writer.become(PENDING)
@@ -262,29 +262,6 @@ def check_replaceable(base: Path, file: Path) -> None:
     for path in file, file.parent:
         if not os.access(path, os.W_OK):
             raise CannotWrite(f"{base}: no permission to write ({path}); nothing was changed", hint=ELSEWHERE)
-
-
-class _OneOpen:
-    """Files by number, the first ones open already; of the others one at a time is, as systems limit how many can
-    be."""
-
-    def __init__(self, files: Sequence[Path], opened: Sequence[int]) -> None:
-        self._files, self._opened = files, opened
-        self._now, self._descriptor = -1, -1
-
-    def __call__(self, file: int) -> int:
-        if file < len(self._opened):
-            return self._opened[file]
-        if file != self._now:
-            self.close()
-            self._descriptor = os.open(self._files[file], os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            self._now = file
-        return self._descriptor
-
-    def close(self) -> None:
-        descriptor, self._descriptor, self._now = self._descriptor, -1, -1
-        if descriptor >= 0:
-            release(descriptor)
 
 
 def _pieces(path: Path) -> Iterator[memoryview]:

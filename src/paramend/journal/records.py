@@ -1,43 +1,6 @@
 """Undo records: what a file held before it was changed in place, on disk, checked and durable.
 
-The records of a file `model.safetensors` are beside it in the folder `.model.safetensors.undo`; those of a checkpoint
-that is a folder are in `.undo` inside it. A record is one file whose name is its number and its state:
-
-    000003.partial   being written; no byte of the checkpoint has changed because of it; can be deleted
-    000003.pending   durable; bytes may have changed; the next program of its user puts the old ones back
-    000003.done      the change is complete and durable; `undo` takes back the one with the highest number
-
-`.partial` becomes `.pending`, and `.pending` becomes `.done`, by renaming, so each step is atomic. `undo` renames
-`.done` to `.pending` before it writes: an interrupted undo is finished, not reverted. `lock` in the same folder is held
-meanwhile. Before a record becomes pending, `paramend.journal.claims` notes the digests of its frames elsewhere: a
-record without such a note is not trusted when a checkpoint is opened, only when its user asks for it.
-
-The format, version 1. All numbers are little-endian. Eight bytes `PMUNDO1\\n`, then frames one after the other:
-
-    4 bytes    kind: HEAD, FILE, SPAN or DONE
-    8 bytes    length of the payload, unsigned
-    payload
-    32 bytes   SHA-256 of kind, length and payload
-
-    HEAD   first and once. JSON: {"time": seconds since 1970, "edits": [text], "rows": [[leaf, edit number]],
-           "files": [[path relative to the checkpoint's folder]]}
-           With "whole": n, the last n files were replaced whole by others; true stands for all. A SPAN then covers a
-           whole file, and the size is -1 where there was none. A first DONE, which comes before the record is
-           pending, has one digest for each new file.
-           "moved": [[old name, new name]] are files that got another name, with the content that they had.
-    FILE   JSON: [{"size", "witness"}], one for each file, as it was when the frame was written; the last such
-           frame counts. The witness is the SHA-256 of samples of bytes that no span covers; of the whole files only
-           the first has one, computed from the other files that a patch could replace, and from those that moved.
-    SPAN   old bytes: a count (8 bytes), then that many quadruples of signed 8-byte integers (row, file, start, stop),
-           with row -1 for bytes that a format maintains itself, such as checksums; then the bytes start to stop of
-           each. It is durable before the first byte that it covers changes.
-    DONE   last, except for FILE frames that undo adds: for each row and then for row -1, the SHA-256 of the checksums
-           of its new bytes: CRC-32 (4 bytes), one for each range, or for each MiB of a longer one. There is none if
-           all files were replaced whole.
-
-HEAD, FILE and SPAN, the first three, are complete before the record is pending, and DONE before it is done; what comes
-after these may be cut short and then does not count. Anything else that does not fit is damage: `BadCheckpoint`, and
-nothing is written.
+docs/undo-records.md has their format. Anything in a file that does not fit it is damage, and nothing is written then.
 """
 
 import hashlib

@@ -89,6 +89,9 @@ class UndoStore:
     ) -> Rollback:
         """The rollback of the patch of a record. Unless this program is writing it (`own`), it cannot be trusted:
         `BadCheckpoint` if it has files that patches of the checkpoint never write."""
+        names = record.head.names
+        if not self.is_folder and len(names) == 1 and look(self.home / min(names)) is None:
+            record.head = replace(record.head, files=(self.base.name,))  # the file was renamed, and its records with it
         others = [] if own else self._foreign(record)
         if others:
             what = wording.listing(others)
@@ -124,6 +127,8 @@ class UndoStore:
                     if recovers:
                         self.recover_related()
                         self.recover_held()
+                    with contextlib.suppress(OSError):
+                        self._sweep()
                     yield
                 finally:
                     self.close()
@@ -139,28 +144,36 @@ class UndoStore:
         status = self.base.stat()
         access = replace(access_of([status]), uid=status.st_uid)  # who may open the checkpoint looks for records
         access = access if self.is_folder else of_folder(access)
-        self.folder.mkdir(access.mode, exist_ok=True)  # another program may be quicker
+        claims.begin(self.folder)  # if this is cut short, the next one that opens the checkpoint removes the folder
         try:
+            self.folder.mkdir(access.mode, exist_ok=True)  # another program may be quicker
             settle(self.folder, replace(access, asked=True))
             sync_folder(self.folder.parent)
         except OSError:
-            self.folder.rmdir()
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
+            if look(self.folder) is None:
+                claims.end(self.folder)
             raise
 
     def close(self) -> None:
         """Remove what a killed program left half written, and the folder if it is empty, with the lock held."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as last:
             if not self.records(PENDING):
-                claims.end(self.folder)
-            folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                for name in filter(_LEFT.fullmatch, os.listdir(folder)):  # noqa: PTH208 - of a descriptor
-                    _remove(folder, name)
-                if set(os.listdir(folder)) <= {"lock"}:  # noqa: PTH208
-                    self.lock.unlink(missing_ok=True)
-                    self.folder.rmdir()
-            finally:
-                release(folder)
+                claims.clear(self.folder)
+                last.callback(claims.end, self.folder)  # if this is cut short, the next one that opens it goes on
+            self._sweep()
+            if {path.name for path in self.folder.iterdir()} <= {"lock"}:
+                self.lock.unlink(missing_ok=True)
+                self.folder.rmdir()
+
+    def _sweep(self) -> None:
+        folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            for name in filter(_LEFT.fullmatch, os.listdir(folder)):  # noqa: PTH208 - of a descriptor
+                _remove(folder, name)
+        finally:
+            release(folder)
 
     def recover(self) -> list[HistoryRow]:
         """Take back this user's own patches that were cut short, unless they are still being made; `BadCheckpoint` if a

@@ -4,12 +4,15 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 
 from paramend.disk.copying import WriteBack
-from paramend.disk.io import put, release
+from paramend.disk.io import put, reading, release
 from paramend.disk.permissions import Access, create_file
 from paramend.disk.publishing import sync_folder
 from paramend.disk.scattered import gather
@@ -61,8 +64,8 @@ class Writer:
     def files(self, states: Sequence[State]) -> None:
         self.frame(b"FILE", states_text(states))
 
-    def old_bytes(self, ranges: Ranges, descriptor: Callable[[int], int], names: Sequence[Path], meter: Tally) -> None:
-        """Add the bytes that the files, each with its descriptor by number, hold now."""
+    def old_bytes(self, ranges: Ranges, files: Sequence[Path], opened: Sequence[int], meter: Tally) -> None:
+        """Add the bytes that the files hold now. The first ones are `opened`; the others are, one at a time, here."""
         table = np.ascontiguousarray(ranges.table, "<i8")
         head = FRAME.pack(b"SPAN", COUNT.size + table.nbytes + ranges.nbytes) + COUNT.pack(len(table))
         rows = table.reshape(-1).view(np.uint8).data
@@ -70,11 +73,14 @@ class Writer:
         digest.update(rows)
         self._put(head)
         self._put(rows)
-        for file, lines in ranges.batches():
-            data = gather(descriptor(file), lines[:, 2:], names[file])
-            digest.update(data)
-            self._put(data)
-            meter(len(data))
+        for file, batches in groupby(ranges.batches(), key=itemgetter(0)):
+            there = file < len(opened)
+            with nullcontext(opened[file]) if there else reading(files[file], os.O_NOFOLLOW) as descriptor:
+                for _, lines in batches:
+                    data = gather(descriptor, lines[:, 2:], files[file])
+                    digest.update(data)
+                    self._put(data)
+                    meter(len(data))
         self._digests.append(digest.digest())
         self._put(self._digests[-1])
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from paramend.growth.init import init_zero_
+from paramend.growth.zeroing import init_zero_
 from paramend.lessons.lesson import Case, Lesson, Solve, mistake
 from paramend.lessons.observation import Observation, observed
 

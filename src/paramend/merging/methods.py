@@ -9,7 +9,7 @@ import numpy as np
 
 from paramend.errors import BadArgument
 from paramend.leaves.specs import Array
-from paramend.merging import blends
+from paramend.merging.blends import karcher, model_stock, multislerp, slerp
 from paramend.merging.settings import Convention, Settings
 from paramend.reports import wording
 
@@ -23,6 +23,7 @@ class Method:
     """A merge method."""
 
     name: str
+    says: str  # what it does, and where it comes from
     base: Base = "needed"  # whether it needs the model that the others come from
     models: tuple[int, int] = (1, _MANY)  # the least and the most number of other models
     # The settings that mean something to it, with their defaults; None: it must be given.
@@ -46,34 +47,50 @@ class Method:
 
 _WEIGHED: dict[str, Any] = {"weights": 1.0}
 _CHANGES = _WEIGHED | {"scale": 1.0}
-_LARGEST = _CHANGES | {"density": None, "gamma": 0.01}
-_RANDOM = _CHANGES | {"density": None, "seed": 0}
-_RANKED = _CHANGES | {"density": None, "epsilon": 0.15, "seed": 0}
+_LARGEST: dict[str, Any] = {"keep": "largest", "takes": _CHANGES | {"density": None, "gamma": 0.01}}
+_DRAWN: dict[str, Any] = {"keep": "random", "takes": _CHANGES | {"density": None, "seed": 0}}
+_RANKED: dict[str, Any] = {"keep": "ranked", "takes": _CHANGES | {"density": None, "epsilon": 0.15, "seed": 0}}
 METHODS: dict[str, Method] = {
     row.name: row
     for row in (
-        Method("linear", "refused", takes=_WEIGHED, divides=True),  # the weighted mean (arXiv:2203.05482)
-        Method("task_arithmetic", takes=_CHANGES),  # the base with the weighted sum of all changes (arXiv:2212.04089)
-        # Along the arc between two models (Shoemake 1985).
-        Method("slerp", "refused", (2, 2), {"t": 0.5}, blends=blends.slerp),
-        # The largest changes, and of those of an element the ones of one sign (arXiv:2306.01708).
-        Method("ties", takes=_CHANGES | {"density": 0.2}, keep="largest", elect=True, divides=True),
+        Method("linear", "the weighted mean (arXiv:2203.05482)", "refused", takes=_WEIGHED, divides=True),
+        Method("task_arithmetic", "the base with the weighted sum of all changes (arXiv:2212.04089)", takes=_CHANGES),
+        Method("slerp", "along the arc between two models (Shoemake 1985)", "refused", (2, 2), {"t": 0.5}, slerp),
         Method(
-            "dare", takes=_RANDOM, keep="random"
-        ),  # changes left out at random, the others larger (arXiv:2311.03099)
-        Method("dare_ties", takes=_RANDOM, keep="random", elect=True, divides=True),  # dare, then the signs of ties
-        Method("breadcrumbs", takes=_LARGEST, keep="largest"),  # neither the largest nor the small (arXiv:2312.06795)
-        Method("breadcrumbs_ties", takes=_LARGEST, keep="largest", elect=True),  # breadcrumbs, then the signs of ties
-        # Changes left out at random, small ones more often, then the signs of ties (arXiv:2406.11617).
-        Method("della", takes=_RANKED, keep="ranked", elect=True, divides=True),
-        Method("della_linear", takes=_RANKED, keep="ranked"),  # della without signs
-        # From the base towards the mean, by the angle between changes (arXiv:2403.19522).
-        Method("model_stock", models=(2, _MANY), blends=blends.model_stock),
-        # The mean on the sphere (arXiv:2603.04972), and a barycentre there, as in mergekit.
-        Method("karcher", "refused", takes=_WEIGHED, blends=blends.karcher),
-        Method("multislerp", "taken", takes=_WEIGHED, blends=blends.multislerp),
-        # The base, moved towards the other model by `t` at most in each element, as in mergekit.
-        Method("nearswap", models=(1, 1), takes={"t": None}, swaps=True),
+            "ties",
+            "the largest changes, and of those of an element the ones of one sign (arXiv:2306.01708)",
+            takes=_CHANGES | {"density": 0.2},
+            keep="largest",
+            elect=True,
+            divides=True,
+        ),
+        Method("dare", "changes left out at random, the others larger (arXiv:2311.03099)", **_DRAWN),
+        Method("dare_ties", "dare, then the signs of ties", **_DRAWN, elect=True, divides=True),
+        Method("breadcrumbs", "neither the largest changes nor the small ones (arXiv:2312.06795)", **_LARGEST),
+        Method("breadcrumbs_ties", "breadcrumbs, then the signs of ties", **_LARGEST, elect=True),
+        Method(
+            "della",
+            "changes left out at random, small ones more often, then the signs of ties (arXiv:2406.11617)",
+            **_RANKED,
+            elect=True,
+            divides=True,
+        ),
+        Method("della_linear", "della without signs", **_RANKED),
+        Method(
+            "model_stock",
+            "from the base towards the mean, by the angle between changes (arXiv:2403.19522)",
+            models=(2, _MANY),
+            blends=model_stock,
+        ),
+        Method("karcher", "the mean on the sphere (arXiv:2603.04972)", "refused", takes=_WEIGHED, blends=karcher),
+        Method("multislerp", "a barycentre on the sphere, as in mergekit", "taken", takes=_WEIGHED, blends=multislerp),
+        Method(
+            "nearswap",
+            "the base, moved towards the other model by `t` at most in each element, as in mergekit",
+            models=(1, 1),
+            takes={"t": None},
+            swaps=True,
+        ),
     )
 }
 

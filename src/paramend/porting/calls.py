@@ -33,11 +33,6 @@ class Call:
     composite: bool = False  # whether it called other modules
     module: Any = field(default=None, repr=False, compare=False)
 
-    @property
-    def output(self) -> Values | None:
-        """The first array that it returned, or None."""
-        return self.outputs[0] if self.outputs else None
-
 
 # Modules that draw numbers: they pass on what they are given.
 _RANDOM = re.compile(r"(Alpha|Feature|FeatureAlpha)?Dropout([123]d)?|DropPath|StochasticDepth")
@@ -136,29 +131,23 @@ class Run(NamedTuple):
 
 
 def calls(model: object, inputs: object) -> list[Call]:
-    """The calls of modules in one run of a model, in the order in which they return.
-
-    A copy of the model runs, in float64: parameters, statistics and mode of the model itself stay. Dropout passes on
-    what it is given. A function runs as it is, on float64 inputs.
-
-    Args:
-        model: a torch, NNX or Equinox module, a bound linen module, or a function (`functools.partial(f.apply, params,
-            None)` for Haiku). A module that fails on a batch, as those of Equinox do, runs on each example.
-        inputs: a tuple of arguments, a dict of keywords, or one argument; with arrays of any library.
-
-    Raises:
-        BadArgument: the model cannot run.
+    """The calls in one run of a model.
 
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh())
-    >>> [(call.path, call.kind, call.output.shape, str(call.output.dtype)) for call in calls(model, torch.ones(2, 3))]
-    [('0', 'Linear', (2, 4), 'float64'), ('1', 'Tanh', (2, 4), 'float64'), ('', 'Sequential', (2, 4), 'float64')]
+    >>> [(call.path, call.kind, call.outputs[0].shape) for call in calls(model, torch.ones(2, 3))]
+    [('0', 'Linear', (2, 4)), ('1', 'Tanh', (2, 4)), ('', 'Sequential', (2, 4))]
     """
     return run(model, inputs).calls
 
 
 def run(model: Any, inputs: object) -> Run:
-    """What a model returns, and the calls in it. Arguments and errors are those of `calls`."""
+    """What a model returns, and the calls of modules in it, in the order in which they return.
+
+    A copy of a torch, NNX or Equinox module or of a bound linen module runs, in float64: parameters, statistics and
+    mode of the model itself stay, and dropout passes on what it is given. A module that fails on a batch, as those of
+    Equinox do, runs on each example. A function runs as it is, on float64 inputs.
+    """
     if not runs(model):
         if not callable(model) or hasattr(model, "init_with_output"):
             what, hint = wording.described(model), "module.bind(variables) for linen, or a function of the inputs"

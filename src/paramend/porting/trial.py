@@ -179,13 +179,6 @@ def perturbed(model: M, seed: int = 0) -> M:
     What is positive throughout stays so, and so do variances. Values have half of the digits of their dtype, so that
     sums of two (the biases of a recurrent layer) are exact. Integers and tables that are not saved stay as they are.
 
-    Args:
-        model: a torch, NNX or Equinox module, a bound linen module, or a tree.
-        seed: of the numbers.
-
-    Raises:
-        BadArgument: it is not a model that holds its parameters.
-
     >>> model = {"scale": np.ones(3), "bias": np.zeros(3), "steps": np.array(7)}
     >>> new = perturbed(model)
     >>> bool((new["scale"] > 0).all() and (new["scale"] != 1).all() and (new["bias"] != 0).all()), int(new["steps"])

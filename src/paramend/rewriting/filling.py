@@ -98,7 +98,8 @@ class Inputs:
         for source in sources:
             self.seen |= source.stats
         self.touched: set[Path] = set()
-        self._records = records_of(self.seen, refuses=True)
+        self._weights = list(self.seen)
+        self._records = records_of(self._weights, refuses=True)
         self._open: OrderedDict[Path, Readable] = OrderedDict()
 
     def descriptor(self, path: Path) -> Readable:
@@ -119,7 +120,7 @@ class Inputs:
         return self._open[path]
 
     def check(self) -> None:
-        if records_of(self.seen) != self._records:  # a patch, which times alone may not show
+        if records_of(self._weights) != self._records:  # a patch, which times alone may not show
             raise changed(next(iter(self.seen)))
         for path in self.touched:
             held = self._open.get(path)

@@ -78,19 +78,13 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a `.metadata` says.
+    """What a `.metadata` says."""
 
-    Attributes:
-        tensors: by name.
-        objects: what is not a tensor, by name.
-        paths: name → the keys of its place in the nested state dict, text and positions of lists.
-        kind: the class of it, with those of its attributes that are carried as they are.
-    """
-
-    tensors: Mapping[str, Entry]
-    objects: Mapping[str, Item] = field(default_factory=dict)
+    tensors: Mapping[str, Entry]  # by name
+    objects: Mapping[str, Item] = field(default_factory=dict)  # what is not a tensor, by name
+    # Name → the keys of its place in the nested state dict, text and positions of lists.
     paths: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
-    kind: str = f"{_METADATA}Metadata"
+    kind: str = f"{_METADATA}Metadata"  # the class of it, with those of its attributes that are carried as they are
     carried: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -169,7 +163,7 @@ def _items(node: Any) -> Iterator[tuple[tuple[str, Any], Item]]:
             raise Flaw(f"{shown(name)} has no offset and length in {shown(file)}")
         if type(transforms) not in (list, tuple) or any(type(each) is not str for each in transforms):
             raise Flaw(f"{shown(name)} went through extensions of an unknown kind")
-        yield (name, offset), Item(file, start, nbytes, tuple(transforms))
+        yield (name, offset if offset is None else _wholes(offset)), Item(file, start, nbytes, tuple(transforms))
 
 
 def _paths(node: Any) -> Iterator[tuple[str, tuple[str | int, ...]]]:
@@ -263,8 +257,9 @@ def metadata_bytes(manifest: Manifest) -> bytes:
         tensors[name] = _made("BytesStorageMetadata")
         storage[_made("MetadataIndex", name)] = _info(item)
     paths = dict(manifest.paths) or None
-    carried = [_again(manifest.carried.get("storage_meta")), _VERSION]
-    carried += [_again(manifest.carried["mcore_data"])] if "mcore_data" in manifest.carried else []
+    made: dict[int, Any] = {}
+    carried = [_again(manifest.carried.get("storage_meta"), made), _VERSION]
+    carried += [_again(manifest.carried["mcore_data"], made)] if "mcore_data" in manifest.carried else []
     return pickled(Rebuilt(Name(manifest.kind), (tensors, paths, storage, *carried)))
 
 
@@ -280,12 +275,20 @@ def _info(item: Item) -> Rebuilt:
     return Rebuilt(Name(_INFO), (*item[:3], *([list(item.transforms)] if item.transforms else [])))
 
 
-def _again(node: Any) -> Any:
-    """A value that is carried, as it is written again."""
+def _again(node: Any, made: dict[int, Any]) -> Any:
+    """A value that is carried, as it is written again; one that is in many places is `made` once."""
+    if type(node) in (Foreign, dict, list, tuple) and id(node) not in made:
+        made[id(node)] = _remade(node, made)
+    return made.get(id(node), node)
+
+
+def _remade(node: Any, made: dict[int, Any]) -> Any:
     if type(node) is Foreign:
         named = _CLASSES[node.text]
         parts = list(map(_fields(node, node.text).get, named)) if named else node.parts
-        return Rebuilt(Name(node.text.replace("pathlib._local", "pathlib")), tuple(map(_again, parts)))
+        return Rebuilt(
+            Name(node.text.replace("pathlib._local", "pathlib")), tuple(_again(part, made) for part in parts)
+        )
     if isinstance(node, dict):
-        return {key: _again(value) for key, value in node.items()}
-    return type(node)(map(_again, node)) if type(node) in (list, tuple) else node
+        return {key: _again(value, made) for key, value in node.items()}
+    return type(node)(_again(each, made) for each in node)

@@ -27,7 +27,7 @@ from paramend.formats.dcp.writer import DcpWriter
 from paramend.formats.files import FlatFile, OpenFile
 from paramend.formats.jsontext import parse_object
 from paramend.formats.limits import shown
-from paramend.formats.source import Few, Gathering, check_readable, opening, release
+from paramend.formats.source import Few, Gathering, check_readable, opening
 from paramend.formats.tiles import Tile, assembled
 from paramend.formats.torch.pickles import Foreign
 from paramend.formats.torch.source import TorchFile
@@ -93,7 +93,8 @@ class ItemRow(NamedTuple):
 
 
 class DistFile(FlatFile):
-    """A `.distcp` file as a source of chunks. What is within an item is read when it is first used."""
+    """A `.distcp` file as a source of chunks: items one after the other, each a whole file of `torch.save`, which is
+    read when it is first used."""
 
     format = "dcp"
     rows: Sequence[ItemRow]
@@ -157,13 +158,8 @@ class DistFile(FlatFile):
 
     def _item(self, number: int) -> TensorItem:
         """The item of a chunk, those used last being kept; `BadCheckpoint` if it is not that tensor."""
-        if number not in self._items:
-            if len(self._items) >= _KEPT:
-                self._items.clear()
-            self._items[number] = self._opened(number)
-        return self._items[number]
-
-    def _opened(self, number: int) -> TensorItem:
+        if number in self._items:
+            return self._items[number]
         row = self.rows[number]
         place = row.chunk.item
         item = TensorItem(Section(self._file, place.start, place.nbytes))
@@ -172,6 +168,9 @@ class DistFile(FlatFile):
             held = f"it holds {f'{len(item.tensors)} tensors' if found is None else found}"
             reason = f"a chunk of {row.name}, {row.spec}, should be there, and {held}"
             raise BadCheckpoint(f"{self.path}: byte {place.start:,}: {reason}")
+        if len(self._items) >= _KEPT:
+            self._items.clear()
+        self._items[number] = item
         return item
 
 
@@ -215,7 +214,6 @@ class DcpCheckpoint(Assembled):
     """A directory of `torch.distributed.checkpoint` as `Leaves`: `.metadata`, and files of chunks."""
 
     format = "dcp"
-    steps = ()
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         path = path_of(path)
@@ -300,7 +298,9 @@ _NAME = re.compile(r"shard-(\d{5,9})-model-(\d{5,9})-of-(\d{5,9})\.safetensors")
 
 
 class ShardedModel(Assembled):
-    """A directory of such files as one model, of whole tensors. Written anew, it is a plain model."""
+    """A directory that `HuggingFaceStorageWriter` of torch wrote, as one model of whole tensors. Each rank has files of
+    its parts, whose `__metadata__` says under DCP_SHARDING_INFO where these begin in the whole ones. Only newer files
+    tell how large those are, so a part at an end that is missing may not show. Written anew, it is a plain model."""
 
     format = "safetensors"
     shard_index = None
@@ -333,7 +333,7 @@ def open_sharded(path: Path, opener: Callable[[Path], Any]) -> ShardedModel:
     with opening() as files:
         for name in names:
             files.append(opener(path / name))
-            release(files[-1])
+            files[-1].release()
         return ShardedModel(path, files)
 
 
@@ -343,9 +343,9 @@ def _check_all(path: Path, names: Iterable[str]) -> None:
     ranks, places = {rank for rank, _, _ in numbers}, {place for _, place, _ in numbers}
     most = max(count for *_, count in numbers)
     for what, there, count in (("shard-{:05}", ranks, max(ranks)), ("model-{:05}", places, most)):
-        missing = [what.format(number) for number in range(1, count + 1) if number not in there]
-        if missing:
-            said = f"no file is named {wording.listing(missing, 3)}: a part of the checkpoint is missing"
+        missing = next((number for number in range(1, count + 1) if number not in there), None)
+        if missing is not None:
+            said = f"no file is named {what.format(missing)}: a part of the checkpoint is missing"
             raise BadCheckpoint(f"{path}: {said}", hint=_AGAIN)
 
 

@@ -151,13 +151,8 @@ def may_change(folder: Path, name: str) -> bool:
     if _OF_DATABASE.fullmatch(name):
         return True
     parts = name.split("/")
-    return any(
-        _CHUNK.fullmatch("/".join(parts[n:])) and _is_array(folder.joinpath(*parts[:n])) for n in range(1, len(parts))
-    )
-
-
-def _is_array(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (".zarray", "zarr.json"))
+    chunked = (folder.joinpath(*parts[:n]) for n in range(1, len(parts)) if _CHUNK.fullmatch("/".join(parts[n:])))
+    return any((array / said).is_file() for array in chunked for said in (".zarray", "zarr.json"))
 
 
 class Stage:
@@ -235,9 +230,8 @@ class Stage:
             # An omitted chunk of zeros would be read as a missing one.
             spec = {"driver": self.driver, "kvstore": place, "store_data_equal_to_fill_value": True}
             spec |= self._more.get(name, {"open": True})
-            self._arrays[name] = self._tensorstore.open(
-                spec, transaction=self._transaction, context=self._context
-            ).result()
+            opening = self._tensorstore.open(spec, transaction=self._transaction, context=self._context)
+            self._arrays[name] = opening.result()
             if "create" in spec:
                 del self._more[name]
         return self._arrays[name]

@@ -136,11 +136,10 @@ def _cut(spec: Spec, pieces: Iterator[memoryview], chunks: tuple[int, ...]) -> I
 
 def _put_keys(folder: Path, keys: Sequence[tuple[Place, str, Spec]]) -> None:
     """Say of the numbers of typed PRNG keys what they are. Orbax makes keys of them only where it knows a device."""
-    rows = [
-        {"param_name": name, "write_shape": list(spec.shape), "chunk_shape": list(spec.shape)}
-        | {"ext_metadata": {KEY: place.key}}
-        for place, name, spec in keys
-    ]
+    rows = []
+    for place, name, spec in keys:
+        shape = list(spec.shape)
+        rows.append({"param_name": name, "write_shape": shape, "chunk_shape": shape, "ext_metadata": {KEY: place.key}})
     if rows:
         (folder / ARRAYS).mkdir()
         _put(folder / ARRAYS / "process_0", {"array_metadatas": [{"array_metadata": row} for row in rows]})
@@ -187,9 +186,8 @@ def _names(keys: Sequence[Keys]) -> list[str]:
     for key in keys:
         name = ".".join(map(str, key))
         if name in names:
-            raise RenameClash(
-                f"{'/'.join(map(str, key))} and {'/'.join(map(str, names[name]))} are both named {name} in Orbax"
-            )
+            both = " and ".join("/".join(map(str, each)) for each in (key, names[name]))
+            raise RenameClash(f"{both} are both named {name} in Orbax")
         names[name] = key
     return list(names)
 

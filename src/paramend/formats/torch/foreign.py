@@ -38,10 +38,8 @@ def foreign(module: str, name: str) -> Name:
         raise Flaw(f"it holds {text}, {_PARTS[name]}", hint=_WHOLE)
     known = name in _BUILTINS if top == "builtins" else top in _DATA or top not in _CODE
     if not known or "." in name or not module:
-        raise Flaw(
-            f"{text} is not among the names allowed in a checkpoint",
-            hint="ask for the weights alone: torch.save(model.state_dict(), path)",
-        )
+        hint = "ask for the weights alone: torch.save(model.state_dict(), path)"
+        raise Flaw(f"{text} is not among the names allowed in a checkpoint", hint=hint)
     # A defaultdict is the dict that its entries are then put into.
     return Name(text, (lambda *factory: {}) if text == "collections.defaultdict" else partial(Foreign, text))
 

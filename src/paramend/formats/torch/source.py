@@ -65,11 +65,9 @@ class TorchFile(ZipSource):
         """The structure with an array of its number for each leaf, and the calls that rebuild leaves: see `Recorder`.
         `Unsupported` if the pickle holds objects that are carried unread."""
         if self.carried:
-            raise Unsupported(
-                f"{self.path} also holds objects of {wording.listing(self.carried, 4)}, which are carried unread: they "
-                "stay when values change, and not when leaves get other names or specs",
-                hint="a name that ends in .safetensors leaves them out",
-            )
+            what = f"{self.path} also holds objects of {wording.listing(self.carried, 4)}, which are carried unread"
+            why = "they stay when values change, and not when leaves get other names or specs"
+            raise Unsupported(f"{what}: {why}", hint="a name that ends in .safetensors leaves them out")
         calls: list[Any] = []
 
         def fits(node: Any, seen: Any) -> bool:
