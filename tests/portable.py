@@ -22,8 +22,10 @@ import numpy as np
 TESTS = Path(__file__).parent
 VECTORS = np.show_config(mode="dicts")["SIMD Extensions"]["found"]  # that numpy would use here, by its own names
 
-# Programs are optimized as those of users are, which tests/conftest.py asks JAX not to do.
-COMPILED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+# As for users: JAX optimizes and torch has every core, which tests/conftest.py asks them not to do.
+COMPILED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"} | dict.fromkeys(
+    ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(os.cpu_count())
+)
 SSE = {
     "XLA_FLAGS": "--xla_cpu_max_isa=SSE4_2",
     "ATEN_CPU_CAPABILITY": "default",

@@ -90,7 +90,7 @@ def test_no_files_import_each_other_in_a_circle():
     def arrows(name: str) -> set[str]:
         tree = ast.parse(FILES[name].read_text())
         for node in ast.walk(tree):  # what only a type checker reads makes no circle
-            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
                 node.body = [ast.Pass()]
         return imports(tree) & set(FILES)
 

@@ -32,27 +32,27 @@ CALLS = (
 )
 
 
-def tree(seed=0):
+def tree(seed=0, leaves=4):
     rng = np.random.default_rng(seed)
-    return {f"w{n}": rng.normal(size=40).astype("float32") for n in range(2)} | {"bias": np.zeros(8, "float32")}
+    return {f"w{n}": rng.normal(size=40).astype("float32") for n in range(leaves)} | {"bias": np.zeros(8, "float32")}
 
 
-def make(folder, kind):
+def make(folder, kind, leaves=4):
     """A model of a kind in a folder; its path."""
     if kind == "file":
-        safetensors.numpy.save_file(tree(), folder / "model.safetensors")
+        safetensors.numpy.save_file(tree(leaves=leaves), folder / "model.safetensors")
         return folder / "model.safetensors"
     if kind == "torch":
         import torch
 
-        torch.save({name: torch.from_numpy(value) for name, value in tree().items()}, folder / "model.pt")
+        torch.save({name: torch.from_numpy(value) for name, value in tree(leaves=leaves).items()}, folder / "model.pt")
         return folder / "model.pt"
     if kind == "shards":
-        pm.save(tree(), f"{folder}/model/", max_shard_size=300)
+        pm.save(tree(leaves=leaves), f"{folder}/model/", max_shard_size=300)
         return folder / "model"
     import orbax.checkpoint as ocp
 
-    ocp.PyTreeCheckpointer(use_ocdbt=kind == "ocdbt").save(folder / "model.orbax", tree())
+    ocp.PyTreeCheckpointer(use_ocdbt=kind == "ocdbt").save(folder / "model.orbax", tree(leaves=leaves))
     return folder / "model.orbax"
 
 
@@ -99,7 +99,7 @@ class Fails:
 def everywhere(tmp_path, kind, begin, job, *, lasts):
     """(path, state before, state when all goes well, error) for each call of the system that fails within a job."""
     (tmp_path / "template").mkdir()
-    name = make(tmp_path / "template", kind).name
+    name = make(tmp_path / "template", kind, leaves=2).name
     right = None
     for at in range(500):  # 0: nothing fails
         folder = tmp_path / f"run{at}"
