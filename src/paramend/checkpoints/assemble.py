@@ -26,20 +26,6 @@ def assemble(
 
     A leaf brings the edits that were planned for it. Ties are place in `picks` → the first place of the same leaf, for
     leaves with several paths; by default, leaves that are tied in `base` stay tied if each path is taken once.
-
-    >>> import tempfile
-    >>> from pathlib import Path
-    >>> import numpy as np
-    >>> from paramend.checkpoints.checkpoint import open
-    >>> from paramend.checkpoints.whole import save
-    >>> from paramend.edits.selection import at
-    >>> from paramend.leaves.paths import labels
-    >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
-    >>> _ = save({"layers": {"0": np.ones(2, "int8")}}, path)
-    >>> small = open(path)
-    >>> two = assemble(small, [((*labels("layers"), *labels(n)), (small, 0)) for n in ("0", "1")])
-    >>> at(two, "layers[-1]").zero()["layers.1"].tolist(), two["layers.0"].tolist()
-    ([0, 0], [1, 1])
     """
     picks = list(picks)
     leaves = [(path, *_taken(given)) for path, given in picks]

@@ -4,9 +4,10 @@ A field is an attribute, or one of an attribute, under its last name or under an
 "rows as weights". One that ends in "?" is left out where there is nothing in it.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from datetime import datetime
+from functools import cache
 from numbers import Number
 from operator import attrgetter
 from typing import Any
@@ -18,13 +19,23 @@ def picked(one: Any, *names: str) -> dict[str, Any]:
     >>> picked(1 + 2j, "real", "imag as imaginary")
     {'real': 1.0, 'imaginary': 2.0}
     """
-    found = {}
-    for field in names:
-        name, key = parted(field.removesuffix("?"))
-        value = attrgetter(name)(one)
-        if value or not field.endswith("?"):
-            found[key] = data_of(value)
-    return found
+    read, keys, needed = _reader(names)
+    return {
+        key: value if type(value) in _PLAIN else data_of(value)
+        for key, value, always in zip(keys, read(one), needed, strict=False)
+        if always or value
+    }
+
+
+_PLAIN = frozenset({str, int, float, bool, type(None)})  # most values
+
+
+@cache
+def _reader(names: tuple[str, ...]) -> tuple[Callable[[Any], Sequence[Any]], list[str], list[bool]]:
+    """What reads the attributes of fields, what these are called, and which are never left out."""
+    attributes, keys = zip(*(parted(name.removesuffix("?")) for name in names), strict=True)
+    read = attrgetter(*attributes, "__class__")  # of several, it gives a tuple
+    return read, list(keys), [not name.endswith("?") for name in names]
 
 
 def data_of(value: Any) -> Any:
@@ -35,10 +46,10 @@ def data_of(value: Any) -> Any:
     """
     if hasattr(value, "to_dict"):
         return value.to_dict()
+    if isinstance(value, list | tuple):
+        return [each if type(each) in _PLAIN else data_of(each) for each in value]
     if isinstance(value, Mapping):
         return {str(key): data_of(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return list(map(data_of, value))
     if isinstance(value, datetime):
         return value.isoformat()
     if not is_dataclass(value):
@@ -54,7 +65,7 @@ def fields_of(one: Any) -> Sequence[str]:
 def values(rows: Iterable[Any], name: str) -> list[Any]:
     """A field of each of some objects: numbers and None as they are, anything else as text."""
     found = map(attrgetter(name), rows)
-    return [value if isinstance(value, Number | None) else str(value) for value in found]
+    return [value if type(value) in _PLAIN or isinstance(value, Number) else str(value) for value in found]
 
 
 def parted(field: str) -> tuple[str, str]:
