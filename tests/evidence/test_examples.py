@@ -32,11 +32,9 @@ def test_gap():
 
 
 def test_ulps():
-    one = np.float32(1)
-    assert (
-        repr(ulps(np.array([one, -0.0, -1e-45], "float32"), np.array([np.nextafter(one, 2), 0.0, 1e-45], "float32")))
-        == "array([1, 0, 2], dtype=uint32)"
-    )
+    after = np.nextafter(np.float32(1), np.float32(2))
+    found = ulps(np.array([1.0, -0.0, -1e-45], "float32"), np.array([after, 0.0, 1e-45], "float32"))
+    assert repr(found) == "array([1, 0, 2], dtype=uint32)"
 
 
 def test_histograms():

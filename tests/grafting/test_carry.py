@@ -17,6 +17,7 @@ import paramend as pm
 from paramend.errors import BadArgument, GraftRefused, SpecMismatch, Unsupported
 from paramend.freezing.freeze import freeze
 from paramend.selectors.selector import sel
+from support.nnx import pure
 from support.numerics import assert_close
 from support.slow import slow_except
 
@@ -253,8 +254,8 @@ def test_nnx_optimizer():
     grads = nnx.grad(lambda model: model(jnp.ones((1, 2))).sum())(model)
     optimizer.update(model, grads)
     thawed = nnx.Optimizer(model, ADAM, wrt=nnx.Param)
-    state = nnx.as_pure(optimizer.opt_state)
-    new = carried(ADAM, nnx.as_pure(nnx.state(model, nnx.Param)), state)
+    state = pure(optimizer.opt_state)
+    new = carried(ADAM, pure(nnx.state(model, nnx.Param)), state)
     jax.tree.map(
         lambda variable, value: variable.set_raw_value(value),
         thawed.opt_state,

@@ -407,6 +407,17 @@ def test_other_edits_are_not_resumed(first, then, tmp_path, monkeypatch):
     assert not left(tmp_path)
 
 
+def test_another_delta_of_the_same_name_is_not_resumed(tmp_path, monkeypatch):
+    def edit(old):
+        return pm.Delta.load(tmp_path / "delta").apply(old)
+
+    pm.delta(tree(), tree(2.0)).save(tmp_path / "delta")
+    begun(tmp_path, monkeypatch, edit=edit)
+    pm.delta(tree(), tree(3.0)).save(tmp_path / "delta", force=True)
+    with pytest.raises(pm.errors.CannotWrite, match="other edits or options"):
+        edit(pm.open(model(tmp_path))).save(tmp_path / "out", resume=True)
+
+
 def test_other_options_are_not_resumed(tmp_path, monkeypatch):
     begun(tmp_path, monkeypatch)
     for options in ({"record": True}, {"max_shard_size": 9000}):

@@ -94,7 +94,8 @@ def read_shards(path):
     table = None if single.exists() else json.loads(index.read_text())
     files = {single.name} if table is None else set(table["weight_map"].values())
     beside = {"config.json"} | ({index.name} if table else set())
-    assert {file.name for file in path.iterdir() if file.is_file()} == files | beside
+    inside = {file.name for file in path.iterdir() if file.is_file()}
+    assert inside == files | beside, inside ^ (files | beside)
     found = {}
     for file in sorted(files):
         inside = read_file(path / file)[0]

@@ -320,7 +320,7 @@ def concat(arrays: Any, axis: int) -> Any:
 
 
 def take(x: Any, positions: Sequence[int], axis: int) -> Any:
-    """A new array of slices of x, sharded like x if the new length allows it."""
+    """A new array of slices of x, with its order of axes in memory, sharded like x if the new length allows it."""
     result = _moved(lambda x: jnp.take(x, np.asarray(positions, np.int64), axis=axis), x)
     if isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct):
         return result

@@ -18,12 +18,8 @@ class Chosen(NamedTuple):
     def spread(self, value: Any) -> Any:
         """A value that broadcasts to what is chosen, as a view with all of its axes."""
         given = iter(value.shape[::-1])
-        kept = [1 if dropped else next(given, 1) for dropped in self._dropped[::-1]][::-1]
+        kept = [next(given, 1) if place.ndim else 1 for place in self.places[::-1]][::-1]
         return value.reshape(kept if value.ndim else [1] * len(kept))
-
-    @property
-    def _dropped(self) -> list[bool]:
-        return [not place.ndim for place in self.places]
 
 
 def chosen(index: Any, shape: Sequence[int]) -> Chosen | None:

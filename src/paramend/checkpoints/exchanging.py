@@ -48,10 +48,10 @@ def staged(
     must be as they were read. Files that are `moved` get another name; new ones that are `private` stay as private as
     they were made.
     """
-    folder = store.next_path().with_suffix(f".{STAGED}")
     if fill is None:
-        yield NewFiles(store.base, folder)
+        yield NewFiles(store.base, None)
         return
+    folder = store.next_path().with_suffix(f".{STAGED}")
     folder.mkdir(PRIVATE)
     try:
         fill(folder)

@@ -6,8 +6,7 @@ from typing import Any
 
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.disk.urls import path_of
-from paramend.edits.outcome import Outcome
-from paramend.edits.plan import Plan
+from paramend.edits.plan import Outcome, Plan
 from paramend.reports import wording
 from paramend.reports.fields import picked
 

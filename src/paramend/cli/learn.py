@@ -18,7 +18,6 @@ import click
 
 from paramend.cli._ui import Refusal
 from paramend.cli.options import takes
-from paramend.errors import ParamendError
 from paramend.lessons.grading import draw, grade, summary
 from paramend.lessons.lesson import ROWS, Lesson, find, row_of
 from paramend.lessons.observation import sketch
@@ -73,21 +72,17 @@ def lesson(
         return
     if file is not None and solution:
         raise click.UsageError("--grade and --solution are two commands: grade first, look later.")
-    try:
-        row = row_of(name)
-        if file is None:
-            shown = _shown(find(name), seed, solution=solution)
-            _print(shown, as_json, _solution_text if solution else _shown_text)
-            return
-        if timeout:
-            words = [row.name, "--grade", str(file), "--seed", str(seed), *["--json"] * as_json]
-            context.exit(run_limited(["lesson", *words, "--timeout", "0"], timeout, doing=f"grading {file}"))
-        chosen = find(name)
-        with redirect_stdout(sys.stderr):  # only the verdict is data, not what the learner prints
-            verdict = grade(chosen, load(file, chosen.parameters), seed=seed)
-    except ParamendError as error:
-        click.echo(f"error: {error}", err=True)
-        context.exit(2)
+    row = row_of(name)
+    if file is None:
+        shown = _shown(find(name), seed, solution=solution)
+        _print(shown, as_json, _solution_text if solution else _shown_text)
+        return
+    if timeout:
+        words = [row.name, "--grade", str(file), "--seed", str(seed), *["--json"] * as_json]
+        context.exit(run_limited(["lesson", *words, "--timeout", "0"], timeout, doing=f"grading {file}"))
+    chosen = find(name)
+    with redirect_stdout(sys.stderr):  # only the verdict is data, not what the learner prints
+        verdict = grade(chosen, load(file, chosen.parameters), seed=seed)
     _print(verdict.to_dict(), as_json, lambda _: str(verdict))
     context.exit(0 if verdict.passed else 1)
 

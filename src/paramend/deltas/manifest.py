@@ -31,29 +31,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class LeafRow:
-    """What becomes of one leaf.
+    """What becomes of one leaf."""
 
-    Attributes:
-        path: its keys in the outcome; None if it is deleted.
-        was: those in the base; None if it is added.
-        spec: its shape and dtype in the outcome; None if it is deleted, or the delta does not say.
-        before: those in the base; None if it is added, or the delta does not say.
-        base: the checksum of its bytes in the base; "" if it is added, or the delta does not say.
-        result: that in the outcome; "" if it is deleted.
-        changed: how many elements are new.
-        held: the name in the delta of what changes; "" if nothing does.
-        nbytes: the bytes of the leaf in the outcome, if something changes.
-    """
-
-    path: Keys | None
-    was: Keys | None
-    spec: Spec | None
-    before: Spec | None
-    base: str
-    result: str
-    changed: int = 0
-    held: str = ""
-    nbytes: int = 0
+    path: Keys | None  # its keys in the outcome; None if it is deleted
+    was: Keys | None  # those in the base; None if it is added
+    spec: Spec | None  # its shape and dtype in the outcome; None if it is deleted, or the delta does not say
+    before: Spec | None  # those in the base; None if it is added, or the delta does not say
+    base: str  # the checksum of its bytes in the base; "" if it is added, or the delta does not say
+    result: str  # that in the outcome; "" if it is deleted
+    changed: int = 0  # how many elements are new
+    held: str = ""  # the name in the delta of what changes; "" if nothing does
+    nbytes: int = 0  # the bytes of the leaf in the outcome, if something changes
 
     @property
     def kind(self) -> str:

@@ -41,19 +41,13 @@ SPAN = 3 << 22
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Changes of a range of bytes.
+    """Changes of a range of bytes."""
 
-    Attributes:
-        start: the first byte of the leaf that positions count from.
-        values: the new elements as bytes, or what old and new bytes differ in.
-        positions: where the elements are, ascending, counted in elements; None if they follow each other.
-        xor: whether the values are what old and new bytes differ in.
-    """
-
-    start: int
-    values: Array
+    start: int  # the first byte of the leaf that positions count from
+    values: Array  # the new elements as bytes, or what old and new bytes differ in
+    # Where the elements are, ascending, counted in elements; None if they follow each other.
     positions: Array | None = None
-    xor: bool = False
+    xor: bool = False  # whether the values are what old and new bytes differ in
 
     @property
     def width(self) -> int:

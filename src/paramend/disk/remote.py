@@ -121,15 +121,11 @@ def _store(at: Address, settings: tuple[tuple[str, str], ...], seconds: tuple[in
     login, _, host = place.rpartition("@")
     base, said = f"{scheme}://{host}/", f"Basic {b64encode(unquote(login).encode()).decode()}" if login else ""
     if scheme == "hf":
-        base, token = f"{_hub()}/{place}", _token()
+        base, token = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{place}", _token()
         said = f"Bearer {token}" if token else ""
     options |= {"default_headers": {"authorization": said}} if said else {}
     options |= {"allow_http": base.startswith("http://")}
     return stores.HTTPStore(f"{base}?{query}" if query else base, client_options=options, retry_config=tries)
-
-
-def _hub() -> str:
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 
 def _token() -> str:

@@ -124,11 +124,9 @@ class Url(PosixPath):
         child = super().__truediv__(name)
         inside = self.__dict__.get("_inside", {})
         if child.name in inside or (inside and not self.parts[0].startswith("http")):
-            child.__dict__["_mode"] = self._mode_of(child.name)
+            there = child.name in inside
+            child.__dict__["_mode"] = _remote().status(self.at, inside[child.name]).st_mode if there else 0
         return child
-
-    def _mode_of(self, name: str) -> int:
-        return _remote().status(self.at, self._inside[name]).st_mode if name in self._inside else 0
 
     def iterdir(self) -> Generator["Url", None, None]:
         return (self / name for name in sorted(self._inside))

@@ -52,9 +52,6 @@ class Op:
     also: tuple[str, ...] = ()  # other words that users may search for
     # For edits that only move elements: (origin, args) → the origin after it, whose bytes are copied.
     moves: Moves | None = None
-    # Whether it moves stored bytes and takes them for no values, so that it is right for the codes and scales of
-    # quantised weights, too.
-    bytewise: bool = False
     # For edits that add a product of low rank: (spec, args) → the product, or None.
     product: Callable[[Spec, Args], Product | None] | None = None
 

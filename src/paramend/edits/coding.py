@@ -1,6 +1,6 @@
 """How an edit of a quantised weight is made in what it is stored in: by codes, by scales, or encoded anew."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -130,8 +130,3 @@ def _blocks(field: Field, axis: int, places: Array, length: int) -> Array | None
         return None
     found: Array = (blocks[:, None] * words + np.arange(words)).reshape(-1)
     return found[found < field.spec.shape[axis]]
-
-
-def array(values: Sequence[int], spec: Spec) -> Array:
-    """Whole numbers as the leaf that holds a shape."""
-    return np.array(values, numpy_dtype(spec.dtype)).reshape(spec.shape)

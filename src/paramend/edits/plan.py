@@ -12,7 +12,7 @@ from paramend.arrays.initializers import NOWHERE, Site
 from paramend.edits.call import Call, Coding, explained, settled
 from paramend.edits.damage import Damage, said
 from paramend.edits.ops import OPS
-from paramend.errors import BadArgument, RenameClash, Unsupported
+from paramend.errors import BadArgument, RenameClash, Unsupported, printable_lines
 from paramend.formats.gathered import Gathered
 from paramend.leaves.groups import groups_of
 from paramend.leaves.leaves import Described, Index, Leaves, keys_of, plain, uncollected
@@ -26,7 +26,6 @@ from paramend.pages.paged import Paged
 from paramend.reports import wording
 from paramend.reports.fields import data_of, picked
 from paramend.reports.tables import aligned
-from paramend.selectors.selector import resolve, slice_of
 from paramend.selectors.slices import write_index
 
 
@@ -369,6 +368,29 @@ class Plan(Paged):
         return data | {"kept": len(self.rows) - len(changed)}
 
 
+class Outcome(Paged):
+    """A report of a plan that was carried out, whose rows are those of the plan."""
+
+    plan: Plan
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "plan", self.plan.told())
+
+    @property
+    def summary(self) -> str:
+        """What was written, in one line."""
+        raise NotImplementedError
+
+    def headline(self) -> str:
+        return self.summary
+
+    def page(self) -> Page:
+        return replace(self.plan.page(), headline=self.summary)
+
+    def __str__(self) -> str:
+        return f"{self.plan}\n{printable_lines(self.summary)}"
+
+
 def _weight(rows: Sequence[Row]) -> Row:
     """A quantised weight as one row, of the rows of what it is stored in."""
     codings = {each.coding.serial: each.coding for row in rows for each in row.calls if each.coding is not None}
@@ -401,23 +423,6 @@ def call(op: str, args: Mapping[str, Any]) -> Call:
         if name not in args and name not in OPS[op].optional:
             raise BadArgument(f"{op} needs {name}; it takes {takes}")
     return settled(Call(OPS[op], dict(args)))
-
-
-def plan(leaves: Leaves, selector: Any, edit: Call) -> Plan:
-    """The plan of one edit of the selected leaves. Everything that can be checked without data is checked here.
-
-    >>> from paramend.trees.tree import Tree
-    >>> tree = Tree({"a": np.ones((2, 3)), "b": np.ones(3)})
-    >>> print(plan(tree, "b", call("fill", {"value": 0.5})))
-    path  spec        edit
-    b     float64[3]  fill(0.5)
-    <BLANKLINE>
-    1 of 2 leaves changes
-    """
-    selector, index = slice_of(selector)
-    if index is not None:
-        edit = replace(edit, index=index)
-    return Plan.of(leaves).edited(dict.fromkeys(resolve(selector, leaves), edit))
 
 
 _LEAVE_OUT = "leave it out of the selection"

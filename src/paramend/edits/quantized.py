@@ -23,7 +23,7 @@ def check_calls(leaves: Editable, calls: Mapping[int, Call]) -> None:
     """Raise `Quantized` for calls that compute or put values in a quantised weight."""
     if leaves.raw or not may_hold_groups(leaves):
         return
-    taken = {number: call for number, call in calls.items() if not call.op.bytewise and call.coding is None}
+    taken = {number: call for number, call in calls.items() if call.coding is None}
     for said, numbers in groupby(taken, key=lambda number: str(taken[number])):
         check_values(leaves, numbers, f"cannot take {said}")
 

@@ -132,7 +132,10 @@ class _Container:
 
     def close(self, *, close_up: bool) -> Any:
         """The container with its entries. List positions close up if `close_up`; else they must have no holes."""
-        entries = {key: self._closed(child, close_up=close_up) for key, child in self.entries.items()}
+        entries = {
+            key: child.close(close_up=close_up) if isinstance(child, _Container) else child
+            for key, child in self.entries.items()
+        }
         if entries.keys() == self.before.keys():
             if all(child is self.before[key] for key, child in entries.items()):
                 return self.node
@@ -143,7 +146,7 @@ class _Container:
                 f"{name} is a {type(self.node).__name__}, whose entries are fixed",
                 hint="only dicts and lists can lose or gain entries",
             )
-        order = sorted(entries) if self.positional else sorted(entries, key=self._rank)
+        order = sorted(entries, key=None if self.positional else lambda key: self.rank.get(key, math.inf))
         if self.positional and not close_up and order != list(range(len(order))):
             hole = next(i for i in range(len(order) + 1) if i not in entries)
             raise RenameClash(
@@ -153,12 +156,6 @@ class _Container:
         if self.positional:
             return self.kind.rekey(self.node, {i: entries[key] for i, key in enumerate(order)})
         return self.kind.rekey(self.node, {key: entries[key] for key in order})
-
-    def _rank(self, key: Any) -> float:
-        return self.rank.get(key, math.inf)
-
-    def _closed(self, child: Any, *, close_up: bool) -> Any:
-        return child.close(close_up=close_up) if isinstance(child, _Container) else child
 
 
 def _vacated(child: Any) -> bool:

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any, cast
 
+import numpy as np
+
 from paramend.anatomy.quantization import stated
 from paramend.arrays.initializers import NOWHERE, Site
 from paramend.arrays.registry import backend
@@ -20,7 +22,7 @@ from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.stored import Held
 from paramend.leaves.paths import write_path
 from paramend.leaves.rules import Codec
-from paramend.leaves.specs import Spec, dtype_name
+from paramend.leaves.specs import Spec, dtype_name, numpy_dtype
 from paramend.leaves.weights import Weight, labels_of, weight_of
 from paramend.selectors.renames import Keys, Rename, keys
 from paramend.selectors.selector import SelectorLike, resolve, resolve_paths
@@ -259,20 +261,19 @@ class Weights(Editable):
         weight, group = self.weight(number), self.groups[number]
         after = explained(weight.path, call.spec, weight.spec)
         if call.op.name in ("take", "permute") and isinstance(weight, Weight):
-            found = coding.taken(weight, *moves.places_of(weight.spec, call.op.name, call.args))
+            find = moves.places if call.op.name == "take" else moves.permutation
+            found = coding.taken(weight, *find(weight.spec, call.args))
             if found is not None:
-                said = Coding(
-                    weight.path, weight.spec, after, weight.codec.scheme, (call,), ("codes and scales alike",)
-                )
+                said = Coding(weight.path, weight.spec, after, weight.scheme, (call,), ("codes and scales alike",))
                 roles = {group.role(each): each for each in group.numbers}
                 made = {
                     roles[role]: Call(OPS["take"], {"indices": at, "axis": along}, coding=said)
                     for role, (at, along) in found.items()
                 }
                 if "shape" in roles:
-                    shape = self.stored.spec(roles["shape"])
-                    values = Held(coding.array(after.shape, shape))
-                    made[roles["shape"]] = Call(OPS["set"], {"value": values}, coding=said)
+                    leaf = self.stored.spec(roles["shape"])
+                    values = np.array(after.shape, numpy_dtype(leaf.dtype)).reshape(leaf.shape)
+                    made[roles["shape"]] = Call(OPS["set"], {"value": Held(values)}, coding=said)
                 return made
         raise refusal(
             self.stored,
@@ -344,15 +345,7 @@ def weighed(leaves: Editable, *, inputs: bool = False, rule: Codec | None = None
     """The leaves with each quantised weight as one, unless they are taken as they are stored. Weights that cannot be
     decoded stay several leaves: those in schemes without a codec, those of which a part is elsewhere, those without
     values. A rule of the user's goes before what is known, and also takes leaves as they are stored. With `inputs`
-    scales of the inputs of a weight, which its values do not depend on, are leaves of their own.
-
-    >>> from paramend.edits.memory import Memory, editable
-    >>> import numpy as np
-    >>> stored = {"weight_packed": np.array([[0x76543210]], "int32"), "weight_scale": np.ones((1, 1), "float32")}
-    >>> leaves = weighed(editable({"fc": stored}))
-    >>> leaves.index.path(0), str(leaves.spec(0)), leaves.read(0).tolist()
-    ('fc/weight', 'float32[1,8]', [[-8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0]])
-    """
+    scales of the inputs of a weight, which its values do not depend on, are leaves of their own."""
     if isinstance(leaves, Weights) or (leaves.raw and rule is None):
         return leaves
     known: dict[Any, Editable | None] = leaves.__dict__.setdefault("_weighed", {})

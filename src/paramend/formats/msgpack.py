@@ -42,17 +42,9 @@ class MsgpackEntry:
 
 
 # By the first byte of a value: what it is, and the width of its length.
-_KINDS = {
-    first + step: (kind, width)
-    for first, kind, widths in (
-        (0xC4, "bytes", (1, 2, 4)),
-        (0xC7, "ext", (1, 2, 4)),
-        (0xD9, "text", (1, 2, 4)),
-        (0xDC, "list", (2, 4)),
-        (0xDE, "map", (2, 4)),
-    )
-    for step, width in enumerate(widths)
-}
+_SIZED, _COUNTED = ((0xC4, "bytes"), (0xC7, "ext"), (0xD9, "text")), ((0xDC, "list"), (0xDE, "map"))
+_KINDS = {first + step: (kind, 1 << step) for first, kind in _SIZED for step in range(3)}
+_KINDS |= {first + step: (kind, 2 << step) for first, kind in _COUNTED for step in range(2)}
 _NUMBERS = dict(enumerate((">f", ">d", ">B", ">H", ">I", ">Q", ">b", ">h", ">i", ">q"), 0xCA))
 _CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
 

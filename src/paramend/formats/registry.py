@@ -69,10 +69,6 @@ def _is_safetensors(path: Path, head: bytes) -> bool:
     return head[8:].lstrip()[:1] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32
 
 
-def _is_torch(path: Path, head: bytes) -> bool:
-    return _is_zip(path, head) and _holds_pickle(path)
-
-
 def _is_zip(path: Path, head: bytes) -> bool:
     return head.startswith((b"PK\x03\x04", b"PK\x05\x06"))  # a record, or the end of an empty archive
 
@@ -135,7 +131,7 @@ FORMATS: tuple[Format, ...] = (
         "torch",
         "zip files of torch.save",
         (".pt", ".pth", ".bin", ".ckpt", ".pth.tar", ".pt.tar"),
-        _is_torch,
+        lambda path, head: _is_zip(path, head) and _holds_pickle(path),
         "torch.source:TorchFile",
         keeps="entries that are not tensors, shared storages",
         framework="pt",

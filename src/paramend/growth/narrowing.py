@@ -1,6 +1,7 @@
 """Pruning in width: a model with some places of its axes, in every leaf that has them."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
@@ -101,7 +102,6 @@ class _Choice:
             raise BadArgument(f"by={by!r} is not 'norm' and has no scores", hint='by={"mlp": array}')
         self.work, self.keep, self.by = work, dict(keep), by
         self.axes = work.axes
-        self._norms: dict[tuple[str, int | None], Array] = {}
 
     def places(self) -> dict[tuple[str, int | None], list[int]]:
         for axis in self.keep:
@@ -191,8 +191,6 @@ class _Choice:
         given = self._given(axis)
         if given is not None:
             return given
-        if not self._norms:
-            self._measure()
         layers = self._layers(axis) if axis in _LAYERED else [None]
         return np.stack([self._norms[axis, layer] for layer in layers])
 
@@ -200,13 +198,12 @@ class _Choice:
         """The scores of layers: by default the norms of all of their leaves."""
         if self.by != "norm" and "layers" in self.by:
             return to_numpy(self.by["layers"])
-        if not self._norms:
-            self._measure()
         return np.array([self._norms["layers", layer][0] for layer in range(count)])
 
-    def _measure(self) -> None:
-        """Add up squares, leaf by leaf, each read once."""
-        leaves = self.work.leaves
+    @cached_property
+    def _norms(self) -> dict[tuple[str, int | None], Array]:
+        """The sums of squares of what belongs to a place, of each axis and layer; each leaf is read once."""
+        leaves, norms = self.work.leaves, dict[tuple[str, int | None], Array]()
         for number, uses in self.axes.uses.items():
             if leaves.ties.get(number, number) != number or not uses:
                 continue
@@ -219,10 +216,10 @@ class _Choice:
                         continue
                     key = name, layer if name in _LAYERED else None
                     part = sums[start : start + size * unit].reshape(size, unit).sum(1)
-                    self._norms[key] = self._norms.get(key, np.zeros(size)) + part
+                    norms[key] = norms.get(key, np.zeros(size)) + part
                     start += size * unit
-            total = self._norms.get(("layers", layer), np.zeros(1))
-            self._norms["layers", layer] = total + sums.sum()
+            norms["layers", layer] = norms.get(("layers", layer), np.zeros(1)) + sums.sum()
+        return norms
 
 
 def _squares(leaves: Any, number: int) -> list[Array]:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, TypeVar, cast
 import numpy as np
 
 from paramend.anatomy.documents import document_of
+from paramend.checkpoints.anatomy import configuration
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.edits.memory import Memory, editable
 from paramend.errors import BadArgument, Quantized, Unsupported
@@ -22,9 +23,10 @@ from paramend.reports import wording
 from paramend.reports.ends import Ends
 from paramend.reports.report import Line, Section
 from paramend.resize.widths import Growth, Widths
-from paramend.trees.lookup import find_kind, is_torch_module
+from paramend.trees.lookup import find_kind
 
 T = TypeVar("T")
+_WAYS = 'pm.widen(tree, features={"params/Dense_0": 16}), or pm.open("model/"), a directory with config.json'
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +221,10 @@ class Work:
         if features:
             self.axes = consumers.axes_of(self.leaves, features)
         else:
-            self.config = configuration(tree)
+            self.config = configuration(self.leaves)
+            if not self.config:
+                why = f"{wording.described(tree)} has no configuration that says which axes its leaves have"
+                raise BadArgument(why, hint=_WAYS)
             self.axes = Axes.of(self.leaves, self.config)
         self.growths: dict[int, Growth] = {}
         self.new: dict[str, Any] | None = None
@@ -256,17 +261,3 @@ class Work:
         if skipped := document.skipped(checkpoint.path):
             self.report.config = [skipped]
         return [] if skipped else [document.holding(self.new)]
-
-
-def configuration(tree: Any) -> dict[str, Any]:
-    """The configuration of a checkpoint or of a model of transformers."""
-    document = document_of(tree)
-    if document is not None:
-        return document.values
-    config: Any = getattr(tree, "config", None) if is_torch_module(tree) else None
-    if not hasattr(config, "model_type") or not hasattr(config, "to_dict"):
-        raise BadArgument(
-            f"{wording.described(tree)} has no configuration that says which axes its leaves have",
-            hint='pm.widen(tree, features={"params/Dense_0": 16}), or pm.open("model/"), a directory with config.json',
-        )
-    return cast(dict[str, Any], config.to_dict())

@@ -37,10 +37,12 @@ class NewFiles:
     checkpoint. The manifest of a database, or the index of shards, comes last among the names: it puts the other files
     into effect."""
 
-    def __init__(self, base: Path, staged: Path, moved: Moved = (), *, private: bool = False) -> None:
-        """Look at what they replace. With `private`, those that replace nothing stay as private as they are."""
-        self.staged, self._private = staged, private
-        names = [path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file()]
+    def __init__(self, base: Path, staged: Path | None, moved: Moved = (), *, private: bool = False) -> None:
+        """Look at what they replace; without a folder, there are none. With `private`, those that replace nothing stay
+        as private as they are."""
+        self.staged, self._private = staged or base, private
+        inside = staged.rglob("*") if staged else ()
+        names = [path.relative_to(self.staged).as_posix() for path in inside if path.is_file()]
         self.base = home = base if base.is_dir() else base.parent
         self.names = sorted(names, key=lambda name: (os.path.lexists(home / name), name))
         self.old = WholeFiles(base, self.names, moved)

@@ -127,6 +127,8 @@ class UndoStore:
                     if recovers:
                         self.recover_related()
                         self.recover_held()
+                    with contextlib.suppress(OSError):
+                        self._sweep()
                     yield
                 finally:
                     self.close()
@@ -160,15 +162,18 @@ class UndoStore:
             if not self.records(PENDING):
                 claims.clear(self.folder)
                 last.callback(claims.end, self.folder)  # if this is cut short, the next one that opens it goes on
-            folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                for name in filter(_LEFT.fullmatch, os.listdir(folder)):  # noqa: PTH208 - of a descriptor
-                    _remove(folder, name)
-                if set(os.listdir(folder)) <= {"lock"}:  # noqa: PTH208
-                    self.lock.unlink(missing_ok=True)
-                    self.folder.rmdir()
-            finally:
-                release(folder)
+            self._sweep()
+            if {path.name for path in self.folder.iterdir()} <= {"lock"}:
+                self.lock.unlink(missing_ok=True)
+                self.folder.rmdir()
+
+    def _sweep(self) -> None:
+        folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            for name in filter(_LEFT.fullmatch, os.listdir(folder)):  # noqa: PTH208 - of a descriptor
+                _remove(folder, name)
+        finally:
+            release(folder)
 
     def recover(self) -> list[HistoryRow]:
         """Take back this user's own patches that were cut short, unless they are still being made; `BadCheckpoint` if a

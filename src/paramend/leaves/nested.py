@@ -50,15 +50,7 @@ def folded(root: A, children: Callable[[A], Iterable[A]], close: Callable[[A, li
 
 @contextmanager
 def unexhausted(what: str, error: type[ParamendError] = Unsupported) -> Iterator[None]:
-    """Raise an error of ours where the stack ends, because the caller is itself deep within calls.
-
-    >>> with unexhausted("the tree"):
-    ...     raise RecursionError
-    Traceback (most recent call last):
-    paramend.errors.Unsupported: the tree is nested deeper than the calls that are left
-    <BLANKLINE>
-    hint: sys.setrecursionlimit(10_000), or call it from a function that is less deep
-    """
+    """Raise an error of ours where the stack ends, because the caller is itself deep within calls."""
     try:
         yield
     except RecursionError:

@@ -160,9 +160,9 @@ _EETQ = (Companion("scale", ("weight_scales",), "the scale"),)
 _INT8_SCALED = (Companion("scale", _SCALE, "the scale, a multiplier"), _ZERO, _INPUT)
 
 
-def _state(code: str, *, optional: bool = False) -> Companion:
+def _state(code: str) -> Companion:
     name = f"*.quant_state.bitsandbytes__{code}"
-    return Companion("state", (name,), "shape, dtype and block size, as bytes of JSON", optional)
+    return Companion("state", (name,), "shape, dtype and block size, as bytes of JSON")
 
 
 def _optimizer_state(n: str) -> Scheme:

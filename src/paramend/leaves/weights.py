@@ -45,16 +45,6 @@ def weight_of(
     Raises:
         Quantized: no codec of its scheme is known.
         SpecMismatch: leaves and configuration disagree.
-
-    >>> import numpy as np
-    >>> from paramend.leaves.groups import groups_of
-    >>> from paramend.leaves.origins.stored import Held
-    >>> from paramend.trees.tree import Tree
-    >>> stored = {"weight_packed": np.array([[0x76543210]], np.int32), "weight_scale": np.full((1, 1), 0.5, np.float32)}
-    >>> tree = Tree({"fc": stored})
-    >>> weight = weight_of(tree, groups_of(tree)[0], lambda number: Held(tree.read(number)))
-    >>> weight.path, str(weight.spec), weight.origin().read().tolist()
-    ('fc/weight', 'float32[1,8]', [[-4.0, -3.5, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5]])
     """
     index, scheme = leaves.index, group.scheme
     here = ", ".join(index.path(number) for number in group.numbers)

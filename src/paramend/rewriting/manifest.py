@@ -60,10 +60,10 @@ class Manifest:
     @classmethod
     def of(cls, made: Plan, out: Path, asked: Layout, layout: Layout, recipe: str | None) -> "Manifest":
         """The manifest of a plan, from its layout without and with a record."""
-        seen = {path: status for source in sources(made) for path, status in source.stats.items()}
+        stats = {path: status for source in sources(made) for path, status in source.stats.items()}
         copied = {piece.path for file in asked.files for piece in file.pieces if isinstance(piece, Copy)}
-        seen |= {path: path.stat() for path in copied - set(seen)}
-        return cls(out, fingerprint(made, asked, recipe), layout.files, seen)
+        stats |= {path: path.stat() for path in copied - set(stats)}
+        return cls(out, fingerprint(made, asked, recipe), layout.files, stats)
 
     def takes_up(self, temporary: Path) -> bool:
         """Whether what is done in a temporary is known, and is a part of this output; `CannotWrite` if it is a part of
@@ -72,8 +72,8 @@ class Manifest:
         if not entries:
             return False
         head, *rest = entries
-        for path, seen in self._sources.items():
-            if head["sources"].get(path, seen) != seen:
+        for path, now in self._sources.items():
+            if head["sources"].get(path, now) != now:
                 raise CannotWrite(f"{self._out}: {path} has changed since this was begun", hint=_ANEW)
         if head != self._head:
             names = [name for name in ("paramend", "plan", "sources", "files") if head.get(name) != self._head[name]]
@@ -129,6 +129,7 @@ def _sound(raw: bytes) -> tuple[list[Any], Any, int]:
 
 
 def _seen(status: os.stat_result) -> list[int]:
+    """What tells a file that changed, or was replaced, from what it was."""
     return [status.st_ino, status.st_size, status.st_mtime_ns]
 
 
@@ -150,10 +151,12 @@ def fingerprint(made: Plan, layout: Layout, recipe: str | None) -> str:
 
 class _Walk:
     """Digests of values by their content, of each object once; the order of sets, and what is kept of data, is left
-    out. A source counts by the paths of its files."""
+    out. A source counts by the paths of its files, and what an edit reads beside those, such as a delta, also by what
+    the files were when it was opened."""
 
     def __init__(self, made: Plan) -> None:
         self._made = made
+        self._paths = {path for source in sources(made) for path in source.stats}
         self._known: dict[int, tuple[bytes, Any]] = {}  # by id, and what keeps the id from being another's
 
     def of(self, value: Any) -> bytes:
@@ -187,7 +190,8 @@ class _Walk:
         if isinstance(value, CodeType):
             return self._all(value.co_code, value.co_consts, value.co_names)
         if isinstance(value, Opened) and not isinstance(value, Gathered) and (stats := getattr(value, "stats", {})):
-            return self._all(*stats)
+            known = self._paths
+            return self._all(*(path if path in known else (path, *_seen(status)) for path, status in stats.items()))
         if isinstance(value, Mapping):
             return [part for item in value.items() for part in self._all(*item)]
         if isinstance(value, Set):

@@ -18,8 +18,7 @@ from paramend.disk.permissions import Access, create_file, settle
 from paramend.disk.publishing import look, published, sync_file
 from paramend.disk.uploads import Staging
 from paramend.disk.urls import path_of
-from paramend.edits.outcome import Outcome
-from paramend.edits.plan import Plan, Row
+from paramend.edits.plan import Outcome, Plan, Row
 from paramend.formats.registry import DEFAULT, SUFFIXES, format_for
 from paramend.journal.store import retiring
 from paramend.leaves.nested import unexhausted

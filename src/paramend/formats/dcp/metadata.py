@@ -78,19 +78,13 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a `.metadata` says.
+    """What a `.metadata` says."""
 
-    Attributes:
-        tensors: by name.
-        objects: what is not a tensor, by name.
-        paths: name → the keys of its place in the nested state dict, text and positions of lists.
-        kind: the class of it, with those of its attributes that are carried as they are.
-    """
-
-    tensors: Mapping[str, Entry]
-    objects: Mapping[str, Item] = field(default_factory=dict)
+    tensors: Mapping[str, Entry]  # by name
+    objects: Mapping[str, Item] = field(default_factory=dict)  # what is not a tensor, by name
+    # Name → the keys of its place in the nested state dict, text and positions of lists.
     paths: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
-    kind: str = f"{_METADATA}Metadata"
+    kind: str = f"{_METADATA}Metadata"  # the class of it, with those of its attributes that are carried as they are
     carried: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -93,7 +93,8 @@ class ItemRow(NamedTuple):
 
 
 class DistFile(FlatFile):
-    """A `.distcp` file as a source of chunks. What is within an item is read when it is first used."""
+    """A `.distcp` file as a source of chunks: items one after the other, each a whole file of `torch.save`, which is
+    read when it is first used."""
 
     format = "dcp"
     rows: Sequence[ItemRow]
@@ -213,7 +214,6 @@ class DcpCheckpoint(Assembled):
     """A directory of `torch.distributed.checkpoint` as `Leaves`: `.metadata`, and files of chunks."""
 
     format = "dcp"
-    steps = ()
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         path = path_of(path)
@@ -298,7 +298,9 @@ _NAME = re.compile(r"shard-(\d{5,9})-model-(\d{5,9})-of-(\d{5,9})\.safetensors")
 
 
 class ShardedModel(Assembled):
-    """A directory of such files as one model, of whole tensors. Written anew, it is a plain model."""
+    """A directory that `HuggingFaceStorageWriter` of torch wrote, as one model of whole tensors. Each rank has files of
+    its parts, whose `__metadata__` says under DCP_SHARDING_INFO where these begin in the whole ones. Only newer files
+    tell how large those are, so a part at an end that is missing may not show. Written anew, it is a plain model."""
 
     format = "safetensors"
     shard_index = None

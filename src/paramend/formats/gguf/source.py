@@ -40,55 +40,6 @@ GGML = {number: name for first, names in _RUNS.items() for number, name in enume
 _NUMBERS = {name: number for number, name in GGML.items()}
 # What ggml has room for.
 _AXES, _NAME = 4, 63
-
-
-class GgufWriter(Writer):
-    """Lays out files of version 3. Other metadata than keys with a dot has no place, and is left out."""
-
-    copies_raw = flat = True
-
-    def refusal(self, spec: Spec) -> str:
-        if spec.dtype not in _NUMBERS:
-            return f"GGUF cannot hold {spec.dtype}"
-        return f"ggml has no tensor of {spec.ndim} axes" if spec.ndim > _AXES else ""
-
-    def parts(self, items: Sequence[Item], metadata: Mapping[str, Any], outline: Outline | None = None) -> Parts:
-        yield header(items, metadata)
-        step = alignment(metadata)
-        for place, item in enumerate(items):
-            yield LeafBytes(place, 0, item.nbytes)
-            yield b"\0" * (-item.nbytes % step)
-
-
-def header(items: Sequence[Item], metadata: Mapping[str, Any]) -> bytes:
-    """What stands before the tensors, with its padding."""
-    keys = {key: value for key, value in metadata.items() if "." in key}
-    step, at, taken = alignment(keys), 0, set[str]()
-    head = [MAGIC, struct.pack("<IQQ", 3, len(items), len(keys)), *(written(*each) for each in keys.items())]
-    for item in items:
-        head.append(_info(item, taken, at))
-        at += item.nbytes + -item.nbytes % step
-    data = b"".join(head)
-    return data + b"\0" * (-len(data) % step)
-
-
-def _info(item: Item, taken: set[str], offset: int) -> bytes:
-    name, spec = item.name.encode("utf-8", "surrogateescape"), item.spec
-    if item.name in taken or not name:
-        raise RenameClash(f"two leaves would have the same name, {shown(item.name)}", hint="rename or delete one first")
-    if len(name) > _NAME:
-        raise RenameClash(f"{shown(item.name)} is too long: ggml has names of {_NAME} bytes", hint="rename it first")
-    taken.add(item.name)
-    shape, kind = spec.shape, _NUMBERS.get(spec.dtype)
-    if spec.dtype in BLOCKS:
-        shape = (*shape[:-1], shape[-1] * BLOCKS[spec.dtype][0])
-    number = int(spec.dtype[len("raw<ggml ") : -1]) if kind is None else kind
-    dims = struct.pack(f"<{spec.ndim}Q", *reversed(shape))
-    head = struct.pack("<Q", len(name)) + name + struct.pack("<I", spec.ndim)
-    return head + dims + struct.pack("<IQ", number, offset)
-
-
-WRITER = GgufWriter()
 _PART = re.compile(r"(?P<stem>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
@@ -269,3 +220,52 @@ def _placed(cursor: Cursor, infos: Sequence[_Info], first: int, step: int) -> li
         if one.start + one.nbytes > two.start:
             raise cursor.bad(f"tensor {shown(two.name)} begins within {shown(one.name)}", two.at)
     return entries
+
+
+class GgufWriter(Writer):
+    """Lays out files of version 3. Other metadata than keys with a dot has no place, and is left out."""
+
+    copies_raw = flat = True
+
+    def refusal(self, spec: Spec) -> str:
+        if spec.dtype not in _NUMBERS:
+            return f"GGUF cannot hold {spec.dtype}"
+        return f"ggml has no tensor of {spec.ndim} axes" if spec.ndim > _AXES else ""
+
+    def parts(self, items: Sequence[Item], metadata: Mapping[str, Any], outline: Outline | None = None) -> Parts:
+        yield header(items, metadata)
+        step = alignment(metadata)
+        for place, item in enumerate(items):
+            yield LeafBytes(place, 0, item.nbytes)
+            yield b"\0" * (-item.nbytes % step)
+
+
+def header(items: Sequence[Item], metadata: Mapping[str, Any]) -> bytes:
+    """What stands before the tensors, with its padding."""
+    keys = {key: value for key, value in metadata.items() if "." in key}
+    step, at, taken = alignment(keys), 0, set[str]()
+    head = [MAGIC, struct.pack("<IQQ", 3, len(items), len(keys)), *(written(*each) for each in keys.items())]
+    for item in items:
+        head.append(_info(item, taken, at))
+        at += item.nbytes + -item.nbytes % step
+    data = b"".join(head)
+    return data + b"\0" * (-len(data) % step)
+
+
+def _info(item: Item, taken: set[str], offset: int) -> bytes:
+    name, spec = item.name.encode("utf-8", "surrogateescape"), item.spec
+    if item.name in taken or not name:
+        raise RenameClash(f"two leaves would have the same name, {shown(item.name)}", hint="rename or delete one first")
+    if len(name) > _NAME:
+        raise RenameClash(f"{shown(item.name)} is too long: ggml has names of {_NAME} bytes", hint="rename it first")
+    taken.add(item.name)
+    shape, kind = spec.shape, _NUMBERS.get(spec.dtype)
+    if spec.dtype in BLOCKS:
+        shape = (*shape[:-1], shape[-1] * BLOCKS[spec.dtype][0])
+    number = int(spec.dtype[len("raw<ggml ") : -1]) if kind is None else kind
+    dims = struct.pack(f"<{spec.ndim}Q", *reversed(shape))
+    head = struct.pack("<Q", len(name)) + name + struct.pack("<I", spec.ndim)
+    return head + dims + struct.pack("<IQ", number, offset)
+
+
+WRITER = GgufWriter()

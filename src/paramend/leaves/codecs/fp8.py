@@ -20,10 +20,7 @@ def fp8(scheme: str, parts: Parts, stated: Stated) -> Codec:
     every = _every(parts, stated)
     grid = tuple(-(-n // each) if each else 1 for n, each in zip(payload.shape, every, strict=True))
     dtype = scale.dtype if scale.kind == "float" and BITS[scale.dtype] >= 16 else "bfloat16"
-    fields = {
-        "payload": Field(payload, (1,) * payload.ndim),
-        "scale": Field(Spec(grid, scale.dtype), every),
-    }
+    fields = {"payload": Field(payload, (1,) * payload.ndim), "scale": Field(Spec(grid, scale.dtype), every)}
     zeros = None
     if "zero" in parts:
         zero = parts["zero"].spec

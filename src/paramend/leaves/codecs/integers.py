@@ -56,10 +56,7 @@ def gptq(scheme: str, parts: Parts, stated: Stated) -> Codec:
     bits = _gptq_bits(parts, stated)
     inputs = rows * 32 // bits
     every = (_group(parts, inputs, groups, stated), 1)
-    fields = {
-        "payload": Field(payload.spec, (1, 1), Packing(0, bits)),
-        "scale": Field(scale.spec, every),
-    }
+    fields = {"payload": Field(payload.spec, (1, 1), Packing(0, bits)), "scale": Field(scale.spec, every)}
     first = 0
     if "zero" in parts:
         fields["zero"] = Field(parts["zero"].spec, every, Packing(1, bits))
@@ -85,10 +82,7 @@ def awq(scheme: str, parts: Parts, stated: Stated) -> Codec:
     if stated.bits not in (None, 4):
         raise disagree("there are 8 codes in a word", f"the configuration says {stated.bits} bits", payload, scale)
     every = (_group(parts, inputs, groups, stated), 1)
-    fields = {
-        "payload": Field(payload.spec, (1, 1), Packing(1, 4, _AWQ)),
-        "scale": Field(scale.spec, every),
-    }
+    fields = {"payload": Field(payload.spec, (1, 1), Packing(1, 4, _AWQ)), "scale": Field(scale.spec, every)}
     if "zero" in parts:
         fields["zero"] = Field(parts["zero"].spec, every, Packing(1, 4, _AWQ))
     codes = codes_of("0..15" if "zero" in parts else "-8..7")

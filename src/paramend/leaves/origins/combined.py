@@ -68,14 +68,7 @@ class Combined(Unstored, Given):
     """A leaf with products added, in float32, or float64 if that is a dtype of it; then it is rounded once. Products
     come in passes. Those of one are added together; then rows and columns get the norms that it wants, which are
     measured on the leaf with the products of this pass alone. By default the leaf is viewed as one matrix, and keeps
-    its dtype.
-
-    >>> from paramend.leaves.origins.stored import Held
-    >>> column = np.array([[[1.0], [2.0]]])
-    >>> product = Product(0.5, Held(column), Held(column.reshape(1, 1, 2)))
-    >>> Combined(Held(np.zeros((2, 2), np.float32)), [[product]]).read().tolist()
-    [[0.5, 1.0], [1.0, 2.0]]
-    """
+    its dtype."""
 
     tile = 4 * CHUNK  # so many are computed while those before are written
 
