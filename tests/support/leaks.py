@@ -28,7 +28,7 @@ def descriptors():
     found = set()
     for entry in os.scandir("/proc/self/fd"):
         with contextlib.suppress(OSError):
-            found.add((int(entry.name), os.readlink(entry.path)))
+            found.add((int(entry.name), str(Path(entry.path).readlink())))
     return found
 
 
@@ -36,13 +36,8 @@ def held(*folders):
     """Descriptors and maps of files in folders, or of files that have no name any more."""
     lines = Path("/proc/self/maps").read_text().splitlines()
     maps = {line.split(maxsplit=5)[5] for line in lines if "/" in line}
-    places = [
-        *(f"descriptor {number} of {path}" for number, path in descriptors()),
-        *(f"map of {path}" for path in maps),
-    ]
-    return {
-        place for place in places if place.endswith("(deleted)") or any(f" {folder}/" in place for folder in folders)
-    }
+    places = {f"map of {path}" for path in maps} | {f"descriptor {number} of {path}" for number, path in descriptors()}
+    return {each for each in places if each.endswith("(deleted)") or any(f" {folder}/" in each for folder in folders)}
 
 
 def children():
