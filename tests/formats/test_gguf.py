@@ -5,9 +5,7 @@ import struct
 import gguf
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType as Type
-from gguf import GGUFValueType as Kind
-from gguf import quants
+from gguf import GGMLQuantizationType as Type, GGUFValueType as Kind, quants
 
 import paramend as pm
 from paramend.errors import BadCheckpoint, Unsupported
