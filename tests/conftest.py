@@ -1,11 +1,15 @@
 """Eight host devices for the sharding tests, set before JAX starts; examples that do not change; tests on demand."""
 
+import gc
 import os
 import re
 import sys
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# What collecting tests imports lives to the end: looking for garbage in it costs a tenth of the time.
+gc.disable()
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
@@ -54,6 +58,11 @@ def pytest_collection_modifyitems(config, items):
             config.hook.pytest_deselected(items=left)
             items[:] = [item for item in items if not item.get_closest_marker(marker)]
             counts[marker] = len(left)
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_sessionfinish(session):

@@ -17,8 +17,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 from click.testing import CliRunner
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 import paramend as pm
 from paramend.checkpoints import checkpoint as checkpoints

@@ -16,14 +16,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from click.testing import CliRunner
-from hypothesis import HealthCheck, assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, assume, given, settings, strategies as st
 
 import paramend as pm
 from paramend.checkpoints.checkpoint import open as open_checkpoint
 from paramend.checkpoints.patching import patch
-from paramend.cli.undo import history as history_command
-from paramend.cli.undo import undo as undo_command
+from paramend.cli.undo import history as history_command, undo as undo_command
 from paramend.errors import (
     BadArgument,
     BadCheckpoint,

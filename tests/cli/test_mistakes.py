@@ -74,7 +74,7 @@ def test_the_shell_took_a_pattern_for_names_of_files(folder):
         (["convert", M, "o.npz", "--in-place"], "apply, config, insert, "),
         (["fill", M, "**", "--value", "3"], "It is an argument, without a name: paramend fill PATH SELECTOR... VALUE"),
         (["zero", M, "--selector", "**"], "It is an argument, without a name: paramend zero PATH SELECTOR..."),
-        (["zero", M, "**", "--frob"], "No such option '--frob'."),
+        (["zero", M, "**", "--frob"], "No such option"),
         ([M], f"but a file; to look at it: paramend show '{M}'"),
         (["."], "but a directory; to look at it: paramend show ."),
         (["stats", M], "Did you mean 'show'?"),

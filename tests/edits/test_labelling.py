@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 import paramend as pm
+from support.nnx import pure
 
 TRAIN = {"train": optax.sgd(1.0), "freeze": optax.set_to_zero()}
 
@@ -60,9 +61,9 @@ def module():
 MODELS = {
     "dict": lambda: ({"first": jnp.ones(2), "last": jnp.ones(2)},) * 2,
     "nnx state": lambda: (nnx.state(module(), nnx.Param),) * 2,
-    "nnx state, pure parameters": lambda: (nnx.state(module(), nnx.Param), nnx.as_pure(nnx.state(module(), nnx.Param))),
+    "nnx state, pure parameters": lambda: (nnx.state(module(), nnx.Param), pure(nnx.state(module(), nnx.Param))),
     "nnx module": lambda: (module(), nnx.state(module(), nnx.Param)),
-    "nnx module, pure parameters": lambda: (module(), nnx.as_pure(nnx.state(module(), nnx.Param))),
+    "nnx module, pure parameters": lambda: (module(), pure(nnx.state(module(), nnx.Param))),
     "equinox": lambda: (Layers(KEY), eqx.filter(Layers(KEY), eqx.is_array)),
     "equinox, filtered": lambda: (eqx.filter(Layers(KEY), eqx.is_array),) * 2,
     "flax struct": lambda: (Scale(jnp.ones(2), jnp.ones(2)),) * 2,

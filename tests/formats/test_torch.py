@@ -19,12 +19,12 @@ import torch
 
 import paramend as pm
 from paramend.errors import BadArgument, BadCheckpoint, CannotRead, ParamendError, RenameClash, Unsupported
+from paramend.formats import zips as headers
 from paramend.formats.files import OpenFile
 from paramend.formats.registry import FORMATS
+from paramend.formats.source import Item
 from paramend.formats.torch.source import WRITER, TorchFile
-from paramend.formats.writer import Item
-from paramend.formats.zips import headers
-from paramend.formats.zips.archive import Archive
+from paramend.formats.zips import Archive
 from paramend.leaves.origins.origin import Extent
 from paramend.leaves.outlines import Place
 from paramend.leaves.specs import Spec, numpy_dtype

@@ -11,6 +11,7 @@ from flax.core import freeze as frozen_dict
 
 from paramend.errors import Unsupported
 from paramend.freezing.freeze import freeze, frozen
+from support.nnx import pure
 
 ADAM = optax.adam(0.1)
 
@@ -52,7 +53,7 @@ def test_a_training_step_of_nnx_moves_just_what_the_report_says():
     assert moved == paths(report.trained) | {"norm/mean", "norm/var", "dropout/rngs/count"}
     assert paths(report.moving) == {"norm/mean", "norm/var", "dropout/rngs/count", "dropout/rngs/key"}
     assert paths(report.frozen) == {"linear/kernel", "linear/bias", "norm/scale", "norm/bias"}
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.as_pure(optimizer.opt_state)))
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(pure(optimizer.opt_state)))
     assert report.state_nbytes == held
     assert "moved by the model itself: " in str(report)
     assert [row["status"] for row in report.to_dict()["leaves"]].count("moving") == 4

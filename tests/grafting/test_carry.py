@@ -10,14 +10,14 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from flax import linen as nn
-from flax import nnx
+from flax import linen as nn, nnx
 from optax import contrib
 
 import paramend as pm
 from paramend.errors import BadArgument, GraftRefused, SpecMismatch, Unsupported
 from paramend.freezing.freeze import freeze
 from paramend.selectors.selector import sel
+from support.nnx import pure
 from support.numerics import assert_close
 from support.slow import slow_except
 
@@ -254,8 +254,8 @@ def test_nnx_optimizer():
     grads = nnx.grad(lambda model: model(jnp.ones((1, 2))).sum())(model)
     optimizer.update(model, grads)
     thawed = nnx.Optimizer(model, ADAM, wrt=nnx.Param)
-    state = nnx.as_pure(optimizer.opt_state)
-    new = carried(ADAM, nnx.as_pure(nnx.state(model, nnx.Param)), state)
+    state = pure(optimizer.opt_state)
+    new = carried(ADAM, pure(nnx.state(model, nnx.Param)), state)
     jax.tree.map(
         lambda variable, value: variable.set_raw_value(value),
         thawed.opt_state,
@@ -369,7 +369,7 @@ def test_a_state_of_something_else():
 
 def test_arguments():
     with pytest.raises(BadArgument, match="the third argument must be the report"):
-        pm.graft_opt_state(ADAM, PARAMS, ADAM.init(PARAMS))  # as `carry_opt_state` took them
+        pm.graft_opt_state(ADAM, PARAMS, ADAM.init(PARAMS))
     with pytest.raises(Unsupported, match="not an optimizer state"):
         pm.graft_opt_state(PARAMS, ADAM.init(PARAMS))
     with pytest.raises(BadArgument, match="neither"):
@@ -390,12 +390,3 @@ def test_the_report_says_what_went_on_and_what_did_not():
     with pytest.raises(GraftRefused, match="no place here") as caught:
         pm.graft_opt_state(freeze(ADAM, "b/**").init(params), state, unused="error")
     assert len(caught.value.report.unused) == 4
-
-
-def test_the_earlier_name_still_works_and_names_the_new_call():
-    params, old = train(freeze(ADAM, "b/**"))
-    with pytest.warns(DeprecationWarning, match=r"pm\.graft_opt_state\(tx\.init\(params\), state\)"):
-        state = pm.carry_opt_state(ADAM, params, old)
-    assert bits(state) == bits(carried(ADAM, params, old))
-    with pytest.warns(DeprecationWarning), pytest.raises(Unsupported, match="optax transformation"):
-        pm.carry_opt_state(params, params, old)

@@ -21,8 +21,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from flax import nnx
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import paramend as pm
 from paramend.cli.main import cli

@@ -18,14 +18,13 @@ import pytest
 import safetensors
 import safetensors.numpy
 import safetensors.torch
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 import paramend as pm
 from paramend.arrays import initializers
 from paramend.edits.call import Call
 from paramend.edits.ops import OPS
-from paramend.edits.plan import Plan, call, plan
+from paramend.edits.plan import Plan, call
 from paramend.errors import BadArgument, BadCheckpoint, CannotWrite, NoMatch, ParamendError, SpecMismatch, Unsupported
 from paramend.formats.gathered import Gathered
 from paramend.formats.registry import open_source
@@ -36,6 +35,7 @@ from paramend.leaves.paths import labels
 from paramend.leaves.specs import Spec
 from paramend.piecewise.steps import step_of
 from paramend.rewriting.rewrite import write
+from support.planning import plan
 from support.writing import write_header
 
 

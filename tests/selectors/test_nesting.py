@@ -11,8 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings, strategies as st
 
 import paramend as pm
 from paramend.errors import RenameClash

@@ -3,8 +3,7 @@
 import re
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from paramend.errors import BadArgument, OutOfRange, RenameClash, SelectorError
 from paramend.leaves.leaves import Index
