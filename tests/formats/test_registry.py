@@ -390,7 +390,7 @@ PIECES = st.sampled_from(
 
 
 @given(st.lists(PIECES, max_size=6).map("".join), st.binary(max_size=20))
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_only_errors_of_our_own_come_out(tmp_path, text, noise):
     save(tmp_path / "a.safetensors", "x")
     path = tmp_path / "model.safetensors.index.json"

@@ -900,6 +900,7 @@ def test_more_records_than_a_plain_zip_counts(tmp_path):
         assert file.read(65_999).tolist() == [1]
 
 
+@pytest.mark.far
 @pytest.mark.slow
 def test_tensors_of_more_than_4_gb(tmp_path, monkeypatch):
     crc32 = zlib.crc32

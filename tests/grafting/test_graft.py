@@ -594,7 +594,7 @@ RULES = st.dictionaries(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     TREES,
     TREES,

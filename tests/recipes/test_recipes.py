@@ -159,7 +159,7 @@ def steps(draw, verbs=tuple(VERBS)):
     return {verb.name: body}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(steps(), min_size=1, max_size=4))
 def test_the_text_and_the_data_of_a_recipe_read_back_as_an_equal_one(data):
     recipe = Recipe(data)

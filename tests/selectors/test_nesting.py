@@ -323,7 +323,7 @@ def outcome(action):
         return None
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(TREES, st.sampled_from(["add", "remove", "replace"]), st.data())
 def test_memory_and_files_agree_with_the_reference(tree, verb, data):
     flat = leaves(tree)
