@@ -33,14 +33,13 @@ def test_damage_gives_errors_of_our_own_and_nothing_else(kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", guided.KINDS)
 def test_damage_that_reaches_new_lines_gives_errors_of_our_own(kind):
-    assert not guided.search(kind, seconds=0, seed=1, count=50)
+    assert not guided.search(kind, seconds=0, seed=1, count=10 if kind == "steps" else 50)
 
 
 CASES = [
     *(("rewrite", "shards", 2), ("rewrite", "structure", 9)),
     *(
         ("patch", "delta", 9),
-        ("patch", "dcp", 9),
         ("patch", "dcp-names", 9),
         ("patch", "gguf", 9),
         ("patch", "gguf-long", 9),
