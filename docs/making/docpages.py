@@ -1,6 +1,5 @@
 """Pages of the site that are made while it is built: the Python API, and a page for each table of the code."""
 
-import inspect
 import json
 import re
 from collections.abc import Callable
@@ -15,8 +14,7 @@ from paramend.cli.main import ROWS, cli, edits
 from paramend.edits.arguments import DEFINITIONS
 from paramend.edits.ops import OPS
 from paramend.formats.registry import FORMATS
-from paramend.journal import records
-from paramend.mapping import shelf
+from paramend.mapping import layout as shelf
 from paramend.recipes.verbs import VERBS
 
 PACKAGE = Path(paramend.__file__).parent
@@ -199,7 +197,7 @@ def formats_page() -> str:
     ]
     for row in FORMATS:
         needs = f" (needs `paramend[{row.extra}]`)" if row.extra else ""
-        cells = (f"`{row.name}`", row.says + needs, code(row.suffixes), yes(row.writes), yes(row.patches), row.keeps)
+        cells = (f"`{row.name}`", row.says + needs, code(row.suffixes), "yes", "yes", row.keeps)
         rows.append(f"| {' | '.join(cells)} |")
     return "\n\n".join(
         [
@@ -211,18 +209,6 @@ def formats_page() -> str:
     )
 
 
-def undo_page() -> str:
-    said = inspect.getdoc(records) or ""
-    # Indented blocks of a docstring are tables of fields: text as it stands.
-    blocks = re.split(r"(?m)((?:^    .*\n(?:\n(?=    ))?)+)", f"{said}\n")
-    body = "\n\n".join(
-        text(inspect.cleandoc(block)) if index % 2 else block.strip()
-        for index, block in enumerate(blocks)
-        if block.strip()
-    )
-    return f"# The format of undo records\n\n[Patching in place](../patching.md) says what they are for.\n\n{body}"
-
-
 PAGES: dict[str, Callable[[], str]] = {
     "reference/edits.md": ops_page,
     "reference/recipe-steps.md": steps_page,
@@ -231,7 +217,6 @@ PAGES: dict[str, Callable[[], str]] = {
     "reference/layouts.md": layouts_page,
     "reference/families.md": families_page,
     "reference/formats.md": formats_page,
-    "reference/undo-records.md": undo_page,
 }
 
 

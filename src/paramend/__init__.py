@@ -5,83 +5,58 @@ from typing import TYPE_CHECKING
 
 # What tools read. `_LATER` and `_MODULES` say the same to the interpreter; a test compares them.
 if TYPE_CHECKING:
-    from paramend import errors as errors
-    from paramend import resize as resize
-    from paramend import testing as testing
+    from paramend import errors as errors, resize as resize, testing as testing
     from paramend.ablation.ablate import ablate as ablate
     from paramend.ablation.influence import block_influence as block_influence
     from paramend.checkpoints.anatomy import anatomy as anatomy
-    from paramend.checkpoints.checkpoint import Checkpoint as Checkpoint
-    from paramend.checkpoints.checkpoint import open as open
-    from paramend.checkpoints.config import Config as Config
-    from paramend.checkpoints.config import config as config
+    from paramend.checkpoints.checkpoint import Checkpoint as Checkpoint, open as open
+    from paramend.checkpoints.config import Config as Config, config as config
     from paramend.checkpoints.patching import patch as patch
-    from paramend.checkpoints.tying import tie as tie
-    from paramend.checkpoints.tying import untie as untie
-    from paramend.checkpoints.whole import load as load
-    from paramend.checkpoints.whole import save as save
+    from paramend.checkpoints.tying import tie as tie, untie as untie
+    from paramend.checkpoints.whole import load as load, save as save
     from paramend.deltas.comparing import delta as delta
     from paramend.deltas.delta import Delta as Delta
-    from paramend.edits.selection import Selection as Selection
-    from paramend.edits.selection import at as at
-    from paramend.edits.selection import labels as labels
-    from paramend.edits.selection import param_count as param_count
-    from paramend.evidence.diff import diff as diff
-    from paramend.evidence.diff import verify as verify
+    from paramend.edits.selection import Selection as Selection, at as at, labels as labels, param_count as param_count
+    from paramend.evidence.diff import diff as diff, verify as verify
     from paramend.evidence.stats import stats as stats
-    from paramend.freezing.freeze import freeze as freeze
-    from paramend.freezing.freeze import freeze_ as freeze_
-    from paramend.freezing.freeze import frozen as frozen
-    from paramend.freezing.freeze import nnx_filter as nnx_filter
-    from paramend.freezing.freeze import unfreeze_ as unfreeze_
-    from paramend.freezing.freeze import value_and_grad as value_and_grad
-    from paramend.grafting.graft import graft as graft
-    from paramend.grafting.graft import graft_ as graft_
-    from paramend.grafting.inserting import insert as insert
-    from paramend.grafting.parts import part as part
-    from paramend.grafting.states.verbs import carry_opt_state as carry_opt_state
-    from paramend.grafting.states.verbs import carry_optimizer_ as carry_optimizer_
-    from paramend.grafting.states.verbs import graft_opt_state as graft_opt_state
-    from paramend.grafting.states.verbs import graft_optimizer_ as graft_optimizer_
-    from paramend.growth import depth as depth
-    from paramend.growth import init as init
-    from paramend.growth.deepening import deepen as deepen
-    from paramend.growth.deepening import deepen_ as deepen_
+    from paramend.freezing.freeze import (
+        freeze as freeze,
+        freeze_ as freeze_,
+        frozen as frozen,
+        nnx_filter as nnx_filter,
+        unfreeze_ as unfreeze_,
+        value_and_grad as value_and_grad,
+    )
+    from paramend.grafting.graft import graft as graft, graft_ as graft_
+    from paramend.grafting.parts import insert as insert, part as part
+    from paramend.grafting.states.verbs import graft_opt_state as graft_opt_state, graft_optimizer_ as graft_optimizer_
+    from paramend.growth import depth as depth, init as init
+    from paramend.growth.deepening import deepen as deepen, deepen_ as deepen_
     from paramend.growth.experts import experts as experts
     from paramend.growth.liveness import check_live as check_live
     from paramend.growth.narrowing import narrow as narrow
     from paramend.growth.upcycling import upcycle as upcycle
-    from paramend.growth.widening import widen as widen
-    from paramend.growth.widening import widen_ as widen_
+    from paramend.growth.widening import widen as widen, widen_ as widen_
     from paramend.growth.writers import residual_writers as residual_writers
     from paramend.growth.zeroing import init_zero_ as init_zero_
-    from paramend.journal.undo import history as history
-    from paramend.journal.undo import undo as undo
+    from paramend.journal.undo import history as history, undo as undo
     from paramend.leaves.rules import Codec as Codec
     from paramend.leaves.specs import Spec as Spec
-    from paramend.mapping.joining import concat as concat
-    from paramend.mapping.joining import interleave as interleave
-    from paramend.mapping.joining import split as split
-    from paramend.mapping.layout import Layout as Layout
+    from paramend.mapping.joining import concat as concat, interleave as interleave, split as split
+    from paramend.mapping.layout import Layout as Layout, layout as layout, layouts as layouts
     from paramend.mapping.report import LayoutReport as LayoutReport
-    from paramend.mapping.shelf import layout as layout
-    from paramend.mapping.shelf import layouts as layouts
     from paramend.merging.extracting import extract as extract
     from paramend.merging.folding import fold as fold
     from paramend.merging.merge import merge as merge
-    from paramend.porting.port import port as port
-    from paramend.porting.port import port_ as port_
+    from paramend.porting.port import port as port, port_ as port_
     from paramend.porting.proof import prove as prove
     from paramend.quantizing.dequantizing import dequantize as dequantize
     from paramend.quantizing.quantizing import quantize as quantize
     from paramend.recipes.recipe import Recipe as Recipe
     from paramend.rewriting.provenance import record as record
     from paramend.rewriting.verification import verify_record as verify_record
-    from paramend.selectors.selector import Selector as Selector
-    from paramend.selectors.selector import SelectorLike as SelectorLike
-    from paramend.selectors.selector import sel as sel
-    from paramend.stacking.stack import stack_layers as stack_layers
-    from paramend.stacking.stack import unstack_layers as unstack_layers
+    from paramend.selectors.selector import Selector as Selector, SelectorLike as SelectorLike, sel as sel
+    from paramend.stacking.stack import stack_layers as stack_layers, unstack_layers as unstack_layers
     from paramend.tokens.vocabulary import vocabulary as vocabulary
 
     __version__: str
@@ -101,21 +76,9 @@ _LATER = {
         "paramend.deltas.delta": ("Delta",),
         "paramend.evidence.diff": ("diff", "verify"),
         "paramend.edits.selection": ("Selection", "at", "labels", "param_count"),
-        "paramend.freezing.freeze": (
-            "freeze",
-            "freeze_",
-            "frozen",
-            "nnx_filter",
-            "unfreeze_",
-            "value_and_grad",
-        ),
+        "paramend.freezing.freeze": ("freeze", "freeze_", "frozen", "nnx_filter", "unfreeze_", "value_and_grad"),
         "paramend.grafting.graft": ("graft", "graft_"),
-        "paramend.grafting.states.verbs": (
-            "carry_opt_state",
-            "carry_optimizer_",
-            "graft_opt_state",
-            "graft_optimizer_",
-        ),
+        "paramend.grafting.states.verbs": ("graft_opt_state", "graft_optimizer_"),
         "paramend.evidence.stats": ("stats",),
         "paramend.growth.deepening": ("deepen", "deepen_"),
         "paramend.growth.experts": ("experts",),
@@ -135,12 +98,10 @@ _LATER = {
         "paramend.selectors.selector": ("Selector", "SelectorLike", "sel"),
         "paramend.leaves.rules": ("Codec",),
         "paramend.leaves.specs": ("Spec",),
-        "paramend.grafting.inserting": ("insert",),
-        "paramend.grafting.parts": ("part",),
+        "paramend.grafting.parts": ("insert", "part"),
         "paramend.mapping.joining": ("concat", "interleave", "split"),
-        "paramend.mapping.layout": ("Layout",),
+        "paramend.mapping.layout": ("Layout", "layout", "layouts"),
         "paramend.mapping.report": ("LayoutReport",),
-        "paramend.mapping.shelf": ("layout", "layouts"),
         "paramend.merging.extracting": ("extract",),
         "paramend.merging.folding": ("fold",),
         "paramend.merging.merge": ("merge",),

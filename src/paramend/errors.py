@@ -1,27 +1,4 @@
-"""The exceptions of Paramend, one tree, ordered by what the caller does next.
-
-    ParamendError
-    ├── SelectorError      (ValueError)     fix the selector's text; `span` points at the character
-    ├── NoMatch            (LookupError)    fix what is selected; `near` lists close paths
-    │   └── OutOfRange     (IndexError)     a position that does not exist
-    ├── WrongCount         (LookupError)    something matched, but not the demanded number of leaves
-    ├── SpecMismatch       (ValueError)     a shape or dtype differs where it must agree
-    ├── Unsupported        (TypeError)      this leaf or container cannot take this edit
-    │   └── Quantized                       it is a part of a quantised weight: leave it out, or take it as it is stored
-    ├── BadArgument        (ValueError)     an argument that is not a valid choice
-    ├── BadRecipe          (ValueError)     fix the recipe; `problems` lists all faults, each with its address
-    ├── RenameClash        (ValueError)     two leaves with one path, or an impossible path
-    ├── GraftRefused       (ValueError)     source and target do not fit; `report` holds every case
-    ├── UnexpectedChange   (AssertionError) leaves differ that must be equal; `changes` names them
-    ├── BadCheckpoint      (ValueError)     a file that is damaged, hostile or of unknown format
-    ├── CannotRead         (OSError)        there is no such file, or no permission to read it
-    ├── CannotWrite        (OSError)        the output exists, the folder is read-only, the disk is full
-    │   └── Busy                            another program is writing; try again
-    └── MissingExtra       (ImportError)    install the optional dependency named
-
-and one warning:
-
-    ValuesLost             (UserWarning)    an edit of a tree in memory gave values that their dtype cannot hold
+"""The exceptions of Paramend, one tree under `ParamendError`, and one warning, `ValuesLost`.
 
 Every message says what was written, what was there and, after an empty line, `hint:` with what to type.
 Each class has a stable `code` for programs to test.

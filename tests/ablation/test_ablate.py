@@ -399,13 +399,6 @@ def test_block_influence_refuses_what_is_no_block():
         pm.block_influence({"w": np.ones(2)}, [1], layers="<n>")
 
 
-def test_order_is_the_earlier_spelling_of_pairs():
-    tree = {"a": np.array([1.0]), "b": np.array([2.0])}
-    with pytest.warns(DeprecationWarning, match="pairs=True"):
-        table = pm.ablate(tree, ["a", "b"], lambda p: p["a"][0] + p["b"][0], order=2)
-    assert [row.name for row in table.rows] == ["a", "b", "a + b"]
-
-
 # ---- errors --------------------------------------------------------------------------------------------------
 
 TREE = {"a": np.ones(2), "step": np.int32(1)}
@@ -419,7 +412,6 @@ TREE = {"a": np.ones(2), "step": np.int32(1)}
         ({"targets": {}}, BadArgument, "no targets"),
         ({"targets": "layer_<n>"}, NoMatch, "layer_"),
         ({"targets": ["a"], "how": "zeros"}, BadArgument, 'how="zero"'),
-        ({"targets": ["a"], "order": 3}, BadArgument, "order=3"),
         ({"targets": ["a"], "batch": 4}, BadArgument, "batch=0"),
         ({"targets": ["a"], "jit": True}, BadArgument, "not JAX arrays"),
     ],

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 import paramend as pm
-from paramend.anatomy.quantization import stated
-from paramend.anatomy.recoding import renamed
-from paramend.leaves.codecs.stated import Stated
+from paramend.anatomy.quantization import renamed, stated
+from paramend.leaves.codecs.codec import Stated
 
 UP = "model.layers.0.mlp.up_proj"
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 64, "symmetric": False}

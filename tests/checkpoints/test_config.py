@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 import paramend as pm
 from paramend.cli.main import cli
-from paramend.formats.jsonchanges import rewritten
+from paramend.formats.jsontext import rewritten
 from paramend.journal.exchange import NewFiles
 from paramend.journal.records import PENDING
 from paramend.journal.writer import Writer

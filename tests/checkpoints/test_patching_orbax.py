@@ -619,7 +619,7 @@ KILLER = """
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "signum", "rounds"),
-    [("ocdbt", signal.SIGKILL, 30), ("zarr", signal.SIGKILL, 30), ("ocdbt", signal.SIGINT, 10)],
+    [("ocdbt", signal.SIGKILL, 12), ("zarr", signal.SIGKILL, 12), ("ocdbt", signal.SIGINT, 5)],
     ids=["ocdbt-kill", "zarr-kill", "ocdbt-ctrl-c"],
 )
 def test_stopped_at_random_moments(tmp_path, name, signum, rounds):

@@ -32,7 +32,7 @@ def test_every_command_that_opens_a_checkpoint_takes_raw():
         options = [name for param in cli.get_command(None, row.name).params for name in param.opts]
         assert ("--raw" in options) == row.opens and options.count("--raw") < 2
     assert {row.name for row in ROWS if not row.opens} == {
-        *("undo", "history", "verify", "demo", "lesson", "explain", "completion", "help")
+        *("undo", "history", "verify", "delta", "demo", "lesson", "explain", "completion", "help")
     }
 
 

@@ -20,11 +20,10 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 from flax import nnx
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import paramend as pm
-from paramend.deltas import windows
+from paramend.deltas import payload
 from paramend.errors import BadArgument, BadCheckpoint, CannotRead, CannotWrite, UnexpectedChange, Unsupported
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:orbax")  # about itself
@@ -587,7 +586,7 @@ def test_a_leaf_of_many_windows(monkeypatch, tmp_path):
         pm.patch(tmp_path / "a.safetensors", found.apply)
         same(safetensors.numpy.load_file(tmp_path / "a.safetensors"), after)
         shutil.rmtree(tmp_path / ".a.safetensors.undo")
-    assert windows.SPAN % 48 == windows.SPAN % 4096 == 0
+    assert payload.SPAN % 48 == payload.SPAN % 4096 == 0
 
 
 # ---- several -------------------------------------------------------------------------------------------------------

@@ -18,10 +18,10 @@ from click.testing import CliRunner
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.cli.main import cli
 from paramend.demo import steps, tour
-from paramend.demo.folder import workplace
 from paramend.demo.patient import prepare
 from paramend.demo.step import Outcome, command_in
 from paramend.demo.steps import STEPS
+from paramend.demo.tour import workplace
 from paramend.edits.selection import Selection
 from paramend.errors import CannotWrite
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from paramend.disk.copying import best_start
 from paramend.disk.failures import reason
 from paramend.disk.identity import unchanged
 from paramend.disk.io import get, put
 from paramend.disk.locks import locked
 from paramend.disk.permissions import access_of
 from paramend.disk.scattered import gather
-from paramend.disk.sharing import best_start
 from paramend.errors import Busy
 
 

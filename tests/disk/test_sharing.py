@@ -7,11 +7,9 @@ import struct
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from paramend.disk.copying import Copier
-from paramend.disk.sharing import BLOCK, best_start, shareable
+from paramend.disk.copying import BLOCK, Copier, best_start, shareable
 from support.sharing import Kernel
 
 PLACES = st.integers(0, 40 * BLOCK)

@@ -17,8 +17,7 @@ import torch
 from flax import nnx
 from flax.core import FrozenDict
 from flax.training.train_state import TrainState
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import paramend as pm
 from paramend.errors import BadArgument, RenameClash, Unsupported

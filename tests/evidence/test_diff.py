@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import flax.linen as nn
 import jax
@@ -12,8 +13,7 @@ import pytest
 import safetensors.numpy
 import torch
 from flax import nnx
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import paramend as pm
 from paramend.errors import BadArgument, CannotRead, NoMatch, Unsupported
@@ -374,7 +374,7 @@ def test_figures_are_those_of_the_definitions(dtype, size, data):
         gap.merge(other)
     finally:
         distances._RUN = before
-    found = gap.distance().to_dict()
+    found = asdict(gap.distance())
     for name, value in naive(a, b).items():
         if name in ("relative_l2", "cosine") and value not in (None, math.inf):
             assert_close(found[name], value, terms=3 * size, scale=max(1.0, value))

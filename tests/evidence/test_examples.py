@@ -3,19 +3,17 @@
 import ml_dtypes
 import numpy as np
 
-from paramend.evidence.choices import chosen
 from paramend.evidence.comparisons import Pair, same_bytes
 from paramend.evidence.distances import Gap, bits, ulps
 from paramend.evidence.histograms import histograms
-from paramend.evidence.measures import Tally
-from paramend.evidence.pairing import matches
+from paramend.evidence.measures import Tally, total, widened
+from paramend.evidence.pairing import chosen, matches
 from paramend.evidence.permutations import transposed
 from paramend.evidence.reading import _spread
 from paramend.evidence.spectra import spectrum
 from paramend.evidence.statistics import StatsRow, shown, together
 from paramend.evidence.stats import measured
 from paramend.evidence.streams import stream_of
-from paramend.evidence.widening import total, widened
 from paramend.reports.progress import Meter
 from paramend.selectors.selector import sel
 from paramend.trees.tree import Tree

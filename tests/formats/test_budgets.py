@@ -14,7 +14,7 @@ import paramend as pm
 from paramend.errors import BadCheckpoint, ParamendError
 from paramend.formats.torch.pickles import Flaw
 from paramend.formats.torch.rebuilds import Tensor, TorchWords
-from paramend.formats.torch.recordings import pickled
+from paramend.formats.torch.writer import pickled
 from support.stacks import with_few_calls_left
 
 

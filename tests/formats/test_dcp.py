@@ -21,7 +21,7 @@ from paramend.formats.dcp import writer
 from paramend.formats.dcp.metadata import metadata_bytes, moved_path, read_manifest
 from paramend.formats.files import OpenFile
 from support import distributed
-from support.fuzzing import of_bytes
+from support.damaging import of_bytes
 from support.killing import content
 
 
@@ -243,6 +243,31 @@ def _set(path, value):
 def test_metadata_that_says_something_else_is_refused(path, value, message, tmp_path):
     with pytest.raises(BadCheckpoint, match=message):
         pm.open(distributed.write(tmp_path / "x", change=_set(path, value)))
+
+
+def shared(depth):
+    """A value that would be as large as 2 to the power of its depth if it were written out."""
+    found = ()
+    for _ in range(depth):
+        found = found, found
+    return found
+
+
+@pytest.mark.parametrize("offset", [([],), shared(60)], ids=["list", "shared"])
+def test_offsets_are_looked_at_before_they_are_keys(offset, tmp_path):
+    def change(metadata):
+        (index,) = (each for each in metadata.storage_data if each.fqn == "model.half")
+        object.__setattr__(index, "offset", offset)
+
+    with pytest.raises(BadCheckpoint, match="offsets must be whole numbers"):
+        pm.open(distributed.write(tmp_path / "x", change=change))
+
+
+def test_what_is_carried_is_written_once_however_often_it_is_there(tmp_path):
+    folder = distributed.write(tmp_path / "x", change=_set(["storage_meta"], shared(60)))
+    pm.patch(folder, lambda tree: pm.at(tree, "model.half").rename("model.h"))
+    found = pickle.loads((folder / ".metadata").read_bytes())
+    assert found.storage_meta[0] is found.storage_meta[1] and len((folder / ".metadata").read_bytes()) < 10_000
 
 
 def damaged(folder, count, seed):
@@ -492,6 +517,7 @@ def test_shards_that_are_missing_are_named(tmp_path):
         pm.open(folder)
     last.write_bytes(raw)
     (folder / "shard-00001-model-00001-of-00001.safetensors").unlink()
+    last.rename(folder / "shard-999999999-model-00001-of-00001.safetensors")  # which takes no time to refuse
     with pytest.raises(BadCheckpoint, match="no file is named shard-00001"):
         pm.open(folder)
 

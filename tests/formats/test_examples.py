@@ -15,28 +15,23 @@ import pytest
 from paramend.errors import BadCheckpoint
 from paramend.formats.files import OpenFile
 from paramend.formats.gathered import Gathered
-from paramend.formats.index import is_index, read_index
 from paramend.formats.jsontext import parse_object
 from paramend.formats.limits import shown
 from paramend.formats.msgpack import MsgpackFile
 from paramend.formats.msgpack_writer import MsgpackWriter
-from paramend.formats.npz import NpzFile
-from paramend.formats.npz_writer import NpzWriter
+from paramend.formats.npz import NpzFile, NpzWriter
 from paramend.formats.orbax.source import OrbaxCheckpoint
 from paramend.formats.orbax.store import may_change
-from paramend.formats.orbax.tree import table_row
-from paramend.formats.orbax.writer import chunk_shape
+from paramend.formats.orbax.writer import chunk_shape, table_row
 from paramend.formats.registry import open_source, weight_files
-from paramend.formats.safetensors import SafetensorsFile
-from paramend.formats.safetensors_header import SafetensorsWriter, annotated, framed, layout, parse_header
+from paramend.formats.safetensors import SafetensorsFile, SafetensorsWriter, annotated, framed, layout, parse_header
+from paramend.formats.shards import is_index, read_index
+from paramend.formats.source import Item, LeafBytes
 from paramend.formats.torch.foreign import foreign
 from paramend.formats.torch.pickles import Flaw, Name, unpickle
-from paramend.formats.torch.recordings import Recorder, pickled
 from paramend.formats.torch.source import TorchFile
-from paramend.formats.torch.writer import TorchWriter
-from paramend.formats.writer import Item, LeafBytes
-from paramend.formats.zips.archive import Archive
-from paramend.formats.zips.headers import ZipHeaders
+from paramend.formats.torch.writer import Recorder, TorchWriter, pickled
+from paramend.formats.zips import Archive, ZipHeaders
 from paramend.leaves.origins.moved import join
 from paramend.leaves.origins.origin import Extent
 from paramend.leaves.origins.stored import Held

@@ -5,9 +5,7 @@ import struct
 import gguf
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType as Type
-from gguf import GGUFValueType as Kind
-from gguf import quants
+from gguf import GGMLQuantizationType as Type, GGUFValueType as Kind, quants
 
 import paramend as pm
 from paramend.errors import BadCheckpoint, Unsupported
@@ -207,6 +205,7 @@ def key(name, kind, data=b""):
             "byte 24: the length of a key is 1,125",
         ),
         (header(tensors=0, keys=2, body=key(b"a.b", 0, b"\1") * 2), "byte 40: the key 'a.b' is there twice"),
+        (header(tensors=0, keys=1, body=key(b"a." * 250, 0, b"\1")), "characters) has more than 200 pieces"),
         (header(tensors=0, keys=1, body=key(b"a.b", 77, bytes(8))), "byte 35: the value of 'a.b' has the type 77"),
         (
             header(tensors=0, keys=1, body=key(b"a.b", 7, b"\2")),

@@ -6,9 +6,7 @@ import gguf
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from gguf import GGMLQuantizationType as Type
-from gguf import GGUFValueType as Kind
-from gguf import quants
+from gguf import GGMLQuantizationType as Type, GGUFValueType as Kind, quants
 
 import paramend as pm
 from paramend.cli.main import cli

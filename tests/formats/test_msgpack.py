@@ -20,7 +20,7 @@ from paramend.errors import BadCheckpoint, CannotRead, RenameClash, Unsupported
 from paramend.formats.msgpack import WRITER, MsgpackFile
 from paramend.formats.msgpack_writer import Extension
 from paramend.formats.registry import FORMATS
-from paramend.formats.writer import Item
+from paramend.formats.source import Item
 from paramend.leaves.outlines import Outline, Place
 from paramend.leaves.specs import Spec, numpy_dtype
 from support.writing import write
@@ -387,7 +387,7 @@ def test_damaged_files(tmp_path, data, reason):
 
 
 def test_many_values(tmp_path, monkeypatch):
-    monkeypatch.setattr("paramend.formats.msgpack_parser._MAX_VALUES", 1000)
+    monkeypatch.setattr("paramend.formats.msgpack._MAX_VALUES", 1000)
     with pytest.raises(BadCheckpoint, match="more than"):
         MsgpackFile(save(tmp_path, msgpack.packb([0] * 1000)))
     with pytest.raises(CannotRead):

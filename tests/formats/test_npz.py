@@ -15,7 +15,7 @@ import pytest
 from paramend.errors import BadArgument, BadCheckpoint, CannotRead, ParamendError, RenameClash, Unsupported
 from paramend.formats.npz import WRITER, NpzFile
 from paramend.formats.registry import FORMATS
-from paramend.formats.writer import Item
+from paramend.formats.source import Item
 from paramend.leaves.origins.origin import Extent
 from paramend.leaves.specs import Spec, numpy_dtype
 from support.writing import write

@@ -18,6 +18,7 @@ import pytest
 from paramend.errors import BadCheckpoint, CannotRead, MissingExtra, ParamendError, Unsupported
 from paramend.formats.orbax import source as orbax
 from paramend.formats.orbax.source import OrbaxCheckpoint
+from paramend.leaves.outlines import Place
 from paramend.leaves.specs import Spec, numpy_dtype
 
 LAYOUTS = {
@@ -105,8 +106,8 @@ def test_what_orbax_writes(saved, name):
     with OrbaxCheckpoint(saved / name) as file:
         text = {} if name == "standard" else {"text": "hello"}
         assert file.metadata == {"none": None, "empty": {}, "list": []} | text
-        assert file.keys[0] == ("layers", 0)
-        assert ("params", "a.b/c") in file.keys
+        keys = [keys for keys, value in file.outline().entries if type(value) is Place]
+        assert keys[0] == ("layers", 0) and ("params", "a.b/c") in keys
         assert file.index.separator == "/"
         assert file.steps == ()
         assert file.folder == saved / name
@@ -271,12 +272,12 @@ def test_parts_that_are_missing(copy, tmp_path):
         file.spec(0)
     shutil.copy(path / "step" / ".zarray", path / "scalar")
     with OrbaxCheckpoint(path) as file:
-        number = file.keys.index(("np",))
+        number = file.names.index("np")
         for read in (lambda: file.read(number), lambda: file.read_range(number, 0, 1)):
             with pytest.raises(BadCheckpoint, match="np: tensorstore cannot read it"):
                 read()
         with pytest.raises(BadCheckpoint, match="scalar"):
-            file.read(file.keys.index(("scalar",)))
+            file.read(file.names.index("scalar"))
     path = copy("ocdbt-zarr3")
     shutil.rmtree(path / "d")
     with OrbaxCheckpoint(path) as file, pytest.raises(BadCheckpoint, match="tensorstore cannot read it"):
@@ -379,7 +380,7 @@ def test_arrays_that_are_not_what_they_say(copy, fields):
     path = copy("zarr")
     change(path / "np" / ".zarray", **fields)
     with OrbaxCheckpoint(path) as file:
-        number = file.keys.index(("np",))
+        number = file.names.index("np")
         with pytest.raises(BadCheckpoint, match="np"):
             file.read(number)
         with pytest.raises(BadCheckpoint, match="np"):
@@ -391,7 +392,7 @@ def test_dtypes_that_are_unknown(copy, dtype):
     path = copy("zarr")
     change(path / "np" / ".zarray", dtype=dtype)
     with OrbaxCheckpoint(path) as file:
-        number = file.keys.index(("np",))
+        number = file.names.index("np")
         assert file.spec(number).dtype.startswith("raw<")
         assert "unknown" in file.refusal(number)
         with pytest.raises(Unsupported):
@@ -420,7 +421,7 @@ def test_damage_is_found_or_harmless(copy):
         try:
             with OrbaxCheckpoint(path) as source:
                 for number in source.index.numbers:
-                    if source.keys[number] in (("np",), ("layers", 1)) and not source.refusal(number):
+                    if source.names[number] in ("np", "layers.1") and not source.refusal(number):
                         source.read(number)
                         source.read_range(number, 0, source.spec(number).size)
         except ParamendError as error:

@@ -13,13 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 import paramend as pm
 from paramend.errors import BadCheckpoint, CannotRead, ParamendError
-from paramend.formats.index import read_index
 from paramend.formats.registry import FORMATS, find_format, format_for, format_of, open_source
+from paramend.formats.shards import read_index
 
 
 def save(path, *names):
@@ -184,9 +183,8 @@ def test_first_bytes(tmp_path, head, name):
 def test_every_row_is_true():
     for row in FORMATS:
         assert format_for(Path("x" + row.suffixes[0])) is row
-        module = __import__(row.module, fromlist=["x"])
-        assert getattr(getattr(module, row.reader), "format", row.name) == row.name
-        assert not row.writes or hasattr(module, "WRITER"), row.name
+        assert getattr(getattr(row.module, row.reader.partition(":")[2]), "format", row.name) == row.name
+        assert hasattr(row.module, "WRITER"), row.name
 
 
 def test_opening_imports_no_framework(tmp_path):
@@ -392,7 +390,7 @@ PIECES = st.sampled_from(
 
 
 @given(st.lists(PIECES, max_size=6).map("".join), st.binary(max_size=20))
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_only_errors_of_our_own_come_out(tmp_path, text, noise):
     save(tmp_path / "a.safetensors", "x")
     path = tmp_path / "model.safetensors.index.json"
@@ -424,8 +422,7 @@ def formats_table() -> str:
     ]
     for row in FORMATS:
         read = f"with `paramend[{row.extra}]`" if row.extra else "yes"
-        says = [{True: "yes", False: "no"}[flag] for flag in (row.writes, row.patches)]
-        rows.append(f"| {row.name} | {row.says} | {read} | {' | '.join(says)} | {row.keeps} |")
+        rows.append(f"| {row.name} | {row.says} | {read} | yes | yes | {row.keeps} |")
     return "\n".join(rows)
 
 

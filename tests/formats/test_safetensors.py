@@ -14,12 +14,10 @@ import safetensors
 import safetensors.flax
 import safetensors.numpy
 import safetensors.torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from paramend.errors import BadCheckpoint, CannotRead, ParamendError, Unsupported
-from paramend.formats.safetensors import SafetensorsFile
-from paramend.formats.safetensors_header import parse_header
+from paramend.formats.safetensors import SafetensorsFile, parse_header
 from paramend.leaves.specs import SAFETENSORS_CODES, Spec
 from support.writing import write_header
 

@@ -19,12 +19,12 @@ import torch
 
 import paramend as pm
 from paramend.errors import BadArgument, BadCheckpoint, CannotRead, ParamendError, RenameClash, Unsupported
+from paramend.formats import zips as headers
 from paramend.formats.files import OpenFile
 from paramend.formats.registry import FORMATS
+from paramend.formats.source import Item
 from paramend.formats.torch.source import WRITER, TorchFile
-from paramend.formats.writer import Item
-from paramend.formats.zips import headers
-from paramend.formats.zips.archive import Archive
+from paramend.formats.zips import Archive
 from paramend.leaves.origins.origin import Extent
 from paramend.leaves.outlines import Place
 from paramend.leaves.specs import Spec, numpy_dtype
@@ -900,6 +900,7 @@ def test_more_records_than_a_plain_zip_counts(tmp_path):
         assert file.read(65_999).tolist() == [1]
 
 
+@pytest.mark.far
 @pytest.mark.slow
 def test_tensors_of_more_than_4_gb(tmp_path, monkeypatch):
     crc32 = zlib.crc32

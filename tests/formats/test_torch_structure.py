@@ -13,9 +13,9 @@ import torch
 
 import paramend as pm
 from paramend.errors import BadCheckpoint, RenameClash, Unsupported
+from paramend.formats import zips as headers
 from paramend.formats.torch.pickles import Name
-from paramend.formats.torch.recordings import Rebuilt, pickled
-from paramend.formats.zips import headers
+from paramend.formats.torch.writer import Rebuilt, pickled
 
 # ---- comparing -----------------------------------------------------------------------------------------------------
 

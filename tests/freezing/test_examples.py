@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from paramend.freezing.masks import region_of
-from paramend.freezing.places import moved_by_model
+from paramend.freezing.places import moved_by_model, region_of
 from paramend.freezing.schedules import Window
 from paramend.trees.tree import Tree
 

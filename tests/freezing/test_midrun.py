@@ -11,7 +11,7 @@ from torch import nn
 from paramend.errors import BadArgument, GraftRefused, OutOfRange, SpecMismatch, Unsupported
 from paramend.freezing.freeze import freeze_, unfreeze_
 from paramend.grafting.graft import graft_
-from paramend.grafting.states.verbs import carry_optimizer_, graft_optimizer_
+from paramend.grafting.states.verbs import graft_optimizer_
 from paramend.selectors.selector import sel
 
 OPTIMIZERS = {
@@ -441,16 +441,6 @@ def test_compiled_models_freeze_and_thaw():
     unfreeze_(model, "0.*")
     train(compiled, optimizer, 1)
     assert bits(model[0].weight) != before
-
-
-def test_the_earlier_name_still_works_and_names_the_new_call():
-    model = net()
-    old = made("AdamW", model.parameters())
-    train(model, old, 1)
-    new = made("AdamW", model.parameters())
-    with pytest.warns(DeprecationWarning, match=r"pm\.graft_optimizer_\(optimizer, old\)"):
-        assert carry_optimizer_(new, old) is new
-    same(new.state[model[2].weight], old.state[model[2].weight])
 
 
 def test_what_is_left_over_is_refused_if_asked_before_anything_changes():

@@ -11,8 +11,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 import torch
-from flax import linen as nn
-from flax import nnx
+from flax import linen as nn, nnx
 from flax.training.train_state import TrainState
 
 import paramend as pm

@@ -10,8 +10,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from flax import linen as nn
-from flax import nnx
+from flax import linen as nn, nnx
 from optax import contrib
 
 import paramend as pm
@@ -370,7 +369,7 @@ def test_a_state_of_something_else():
 
 def test_arguments():
     with pytest.raises(BadArgument, match="the third argument must be the report"):
-        pm.graft_opt_state(ADAM, PARAMS, ADAM.init(PARAMS))  # as `carry_opt_state` took them
+        pm.graft_opt_state(ADAM, PARAMS, ADAM.init(PARAMS))
     with pytest.raises(Unsupported, match="not an optimizer state"):
         pm.graft_opt_state(PARAMS, ADAM.init(PARAMS))
     with pytest.raises(BadArgument, match="neither"):
@@ -391,12 +390,3 @@ def test_the_report_says_what_went_on_and_what_did_not():
     with pytest.raises(GraftRefused, match="no place here") as caught:
         pm.graft_opt_state(freeze(ADAM, "b/**").init(params), state, unused="error")
     assert len(caught.value.report.unused) == 4
-
-
-def test_the_earlier_name_still_works_and_names_the_new_call():
-    params, old = train(freeze(ADAM, "b/**"))
-    with pytest.warns(DeprecationWarning, match=r"pm\.graft_opt_state\(tx\.init\(params\), state\)"):
-        state = pm.carry_opt_state(ADAM, params, old)
-    assert bits(state) == bits(carried(ADAM, params, old))
-    with pytest.warns(DeprecationWarning), pytest.raises(Unsupported, match="optax transformation"):
-        pm.carry_opt_state(params, params, old)

@@ -11,8 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 import torch
-from flax import linen as nn
-from flax import serialization
+from flax import linen as nn, serialization
 from flax.training.train_state import TrainState
 
 import paramend as pm

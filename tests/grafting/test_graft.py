@@ -15,8 +15,7 @@ import torch
 from flax import nnx
 from flax.core import FrozenDict
 from flax.training.train_state import TrainState
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 import paramend as pm
@@ -595,7 +594,7 @@ RULES = st.dictionaries(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     TREES,
     TREES,

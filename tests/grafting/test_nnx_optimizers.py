@@ -11,7 +11,7 @@ from flax import nnx
 from paramend.checkpoints.checkpoint import open as opened
 from paramend.errors import BadArgument, GraftRefused, SpecMismatch, Unsupported
 from paramend.freezing.freeze import freeze, nnx_filter
-from paramend.grafting.states.verbs import carry_optimizer_, graft_opt_state, graft_optimizer_
+from paramend.grafting.states.verbs import graft_opt_state, graft_optimizer_
 
 ADAM = optax.adam(0.1)
 FROZEN = freeze(ADAM, "first/**")
@@ -67,13 +67,11 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("verb", [graft_optimizer_, carry_optimizer_])
-@pytest.mark.filterwarnings("ignore:pm.carry_optimizer_:DeprecationWarning")
-def test_thawed(form, verb, tmp_path):
+def test_thawed(form, tmp_path):
     old, new = made(FROZEN, steps=3), made(ADAM)
     kept = moments(old)
     fresh = moments(new)
-    verb(new, FORMS[form](old, tmp_path))
+    graft_optimizer_(new, FORMS[form](old, tmp_path))
     found = moments(new)
     assert int(new.step[...]) == (0 if form == "opt_state" else 3)
     assert found.keys() == fresh.keys() > kept.keys()

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 import paramend as pm

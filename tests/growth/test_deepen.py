@@ -13,7 +13,7 @@ from flax.core import freeze
 from jax.sharding import PartitionSpec as P
 
 import paramend as pm
-from paramend.demo import digits, training
+from paramend.demo import training
 from paramend.demo.network import Classifier
 from paramend.errors import BadArgument, NoMatch, OutOfRange, SpecMismatch, Unsupported
 from support.numerics import assert_close
@@ -167,7 +167,7 @@ def test_what_stands_between_layers_goes_with_the_layer_before():
 
 @pytest.fixture(scope="module")
 def classifier():
-    data = digits.load()
+    data = training.load()
     model = Classifier(blocks=1)
     params = model.init(jax.random.key(0), data.pixels)
     return data, model, training.train(model, params, optax.adam(2e-3), data, epochs=5)

@@ -1,8 +1,7 @@
 """Orders of layers."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from paramend.errors import BadArgument
 from paramend.growth import depth

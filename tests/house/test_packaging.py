@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import paramend as pm
-from paramend.lessons.catalogue import ROWS
+from paramend.lessons.lesson import ROWS
 
 TOP = Path(__file__).parents[2]
 PROJECT = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]

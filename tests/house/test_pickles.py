@@ -22,10 +22,11 @@ import paramend
 import paramend as pm
 from paramend import errors
 from paramend.checkpoints.checkpoint import Checkpoint
-from paramend.edits.plan import Plan, call, plan
+from paramend.edits.plan import Plan, call
 from paramend.pages.paged import Paged
 from paramend.reports.report import Report
 from paramend.trees.tree import Tree
+from support.planning import plan
 from support.sending import double, fail, is_matrix, told
 
 

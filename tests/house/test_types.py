@@ -111,7 +111,6 @@ ALLOWED = {
     r"resize\.Resize\.options": "the keywords of the rule that made it, each of its own type",
     r"errors\.(Graft|Port)Refused\.__init__\.(report|ways)": "errors lie below reports and options, and name neither",
     r"graft_optimizer_\.(optimizer|old)": NNX,
-    r"carry_optimizer_\.old": NNX,
     r"Layout\.(__init__\.rules|of\.data|to_data\.return)|port_?\.rules": "data, which is checked when it is read",
     r"nnx_filter\.model": "`nnx.State` is generic in keys and values, which do not matter here",
 }

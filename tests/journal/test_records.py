@@ -118,7 +118,7 @@ HEAD = {"time": 0, "edits": ["zero()"], "rows": [["a", 0]], "files": ["model.saf
     [
         {"files": ["../other"]},
         {"files": ["/etc/passwd"]},
-        {"files": ["other.safetensors"]},
+        {"files": ["model.safetensors", "other.safetensors"]},
         {"files": []},
         {"files": ["a\0b"]},
         {"rows": [["a", 7]]},

@@ -34,7 +34,7 @@ CALLS = (
 
 def tree(seed=0):
     rng = np.random.default_rng(seed)
-    return {f"w{n}": rng.normal(size=40).astype("float32") for n in range(4)} | {"bias": np.zeros(8, "float32")}
+    return {f"w{n}": rng.normal(size=40).astype("float32") for n in range(2)} | {"bias": np.zeros(8, "float32")}
 
 
 def make(folder, kind):

@@ -11,9 +11,9 @@ from tests.support.quantized import LAYOUTS, stored
 from tests.support.quantized_reference import cases, row_of
 
 from paramend.errors import Quantized, SpecMismatch, Unsupported
+from paramend.leaves.codecs.codec import Stated
 from paramend.leaves.codecs.codes import codes_of
 from paramend.leaves.codecs.fresh import codec_for, layout_of
-from paramend.leaves.codecs.stated import Stated
 from paramend.leaves.groups import groups_of
 from paramend.leaves.origins.boxes import select, whole
 from paramend.leaves.origins.decoded import decoded

@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import paramend as pm
 from paramend.leaves.leaves import Index
@@ -79,7 +78,7 @@ keys = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(keys, min_size=1, max_size=5), st.sampled_from("/."))
 def test_a_path_reads_back_as_the_same_pieces(path, separator):
     written = [label for key in path for label in labels(key)]
@@ -89,7 +88,7 @@ def test_a_path_reads_back_as_the_same_pieces(path, separator):
     assert parse(write_path(written, separator)).find(names) == [0]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.dictionaries(keys, st.dictionaries(keys, st.none(), max_size=3), min_size=1, max_size=6))
 def test_every_path_selects_its_leaf_and_what_reads_the_same(shape):
     tree = {key: {inner: np.zeros(1) for inner in below} or np.zeros(1) for key, below in shape.items()}

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from paramend.lessons.catalogue import find, row_of
 from paramend.lessons.grading import draw, summary
+from paramend.lessons.lesson import find, row_of
 from paramend.lessons.observation import Observation, differences, file_of, observed, outcome, place_in
 from paramend.lessons.solutions import load
 from paramend.lessons.witness import same

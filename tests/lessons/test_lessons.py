@@ -15,16 +15,14 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 
 import paramend.lessons as lessons
 from paramend.cli.learn import lesson as command
 from paramend.errors import BadArgument, MissingExtra
-from paramend.lessons.catalogue import ROWS, find
 from paramend.lessons.grading import draw, grade
-from paramend.lessons.lesson import Case, Lesson
+from paramend.lessons.lesson import ROWS, Case, Lesson, find
 from paramend.lessons.observation import differences, sketch
 from paramend.lessons.solutions import load
 from support.numerics import assert_close

@@ -90,8 +90,8 @@ def test_each_call_is_noted_in_float64_without_dropout(name):
     found = calls(make(), (X,))
     assert [call.path for call in found] == paths
     assert {array.dtype.name for call in found for array in (*call.inputs, *call.outputs)} == {"float64"}
-    assert np.abs(found[0].output - (X.astype("float64") @ W + B)).max() < TOLERANCE
-    assert np.abs(found[-1].output - WIDE).max() < TOLERANCE
+    assert np.abs(found[0].outputs[0] - (X.astype("float64") @ W + B)).max() < TOLERANCE
+    assert np.abs(found[-1].outputs[0] - WIDE).max() < TOLERANCE
     assert [call.path for call in found if call.composite] == ([""] if "" in paths else [])
 
 
@@ -151,7 +151,7 @@ def test_a_model_that_casts_to_float32_is_computed_in_float64():
             kept = x.to(torch.float32) + torch.zeros(8, dtype=torch.float32)
             return torch.nn.functional.softmax(kept.float(), -1, dtype=torch.float32).type_as(kept)
 
-    found = calls(Norm(), X)[0].output
+    found = calls(Norm(), X)[0].outputs[0]
     wide = np.exp(X.astype("float64"))
     assert np.abs(found - wide / wide.sum(-1, keepdims=True)).max() < TOLERANCE
 
@@ -171,14 +171,14 @@ def test_calls_in_a_scan_have_no_values_and_are_noted_once():
     cell = {"i": {"kernel": jnp.array(W), "bias": jnp.array(B)}, "h": {"kernel": jnp.array(W)}}
     found = calls(nn.RNN(nn.SimpleCell(8)).bind({"params": {"cell": cell}}), X[None])
     assert [call.path for call in found] == ["cell/i", "cell/h", "cell", ""]
-    assert (found[2].inputs, found[2].outputs, found[2].output) == ((), (), None)
-    assert found[3].output.shape == (1, 2, 8)
+    assert (found[2].inputs, found[2].outputs) == ((), ())
+    assert found[3].outputs[0].shape == (1, 2, 8)
 
 
 def test_an_in_place_layer_does_not_change_what_was_noted():
     model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.ReLU(inplace=True))
     identity, relu, _ = calls(model, X)
-    assert (identity.output < 0).any() and (relu.inputs[0] < 0).any() and not (relu.output < 0).any()
+    assert (identity.outputs[0] < 0).any() and (relu.inputs[0] < 0).any() and not (relu.outputs[0] < 0).any()
 
 
 def test_a_shared_layer_has_one_path_and_two_calls():
@@ -198,4 +198,4 @@ def test_weights_that_a_hook_computes_are_copied():
     layer = torch.nn.utils.weight_norm(torch.nn.Linear(8, 3))
     layer.weight_g.data *= 2
     wanted = layer(torch.tensor(X)).detach().numpy()
-    assert_close(calls(layer, X)[0].output, wanted, terms=32, scale=20)
+    assert_close(calls(layer, X)[0].outputs[0], wanted, terms=32, scale=20)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,3 +142,9 @@ def test_a_proof_is_printed(models):
 )
 def test_what_is_refused(models, words, says):
     assert says in run(*words, status=2)
+
+
+@pytest.mark.parametrize("option", [["--record"], ["--workers", "2"], ["--resume"], ["--engine", "ray"]])
+def test_what_only_checkpoints_can_is_refused_for_a_model_in_memory(models, option):
+    said = run("models_to_port:source", "--like", "models_to_port:flax", "-o", "out.safetensors", *option, status=2)
+    assert "SOURCE is a model in memory" in said and not Path("out.safetensors").exists()

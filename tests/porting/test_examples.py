@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from paramend.porting.agreement import moves
+from paramend.porting.proof import moves
 from paramend.porting.values import arrays, wide
 
 

@@ -15,8 +15,8 @@ from flax import nnx
 
 import paramend as pm
 from paramend.errors import BadArgument
-from paramend.porting.perturbation import perturbed
 from paramend.porting.proof import prove
+from paramend.porting.trial import perturbed
 
 pytestmark = pytest.mark.numeric
 RNG = np.random.default_rng(0)

@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import paramend as pm
-from paramend.anatomy.quantization import stated
-from paramend.anatomy.recoding import dequantised
+from paramend.anatomy.quantization import dequantised, stated
 from paramend.errors import BadArgument, NoMatch, Quantized, RenameClash, SpecMismatch, Unsupported, ValuesLost
 from support import tiny_models
 

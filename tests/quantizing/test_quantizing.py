@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import paramend as pm
-from paramend.anatomy.recoding import quantised
+from paramend.anatomy.quantization import quantised
 from paramend.cli.main import cli
 from paramend.errors import BadArgument, NoMatch, Quantized, SpecMismatch, Unsupported
 from support.slow import slow_except

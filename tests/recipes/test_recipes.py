@@ -21,8 +21,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from flax import nnx
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import paramend as pm
 from paramend.cli.main import cli
@@ -160,7 +159,7 @@ def steps(draw, verbs=tuple(VERBS)):
     return {verb.name: body}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(steps(), min_size=1, max_size=4))
 def test_the_text_and_the_data_of_a_recipe_read_back_as_an_equal_one(data):
     recipe = Recipe(data)

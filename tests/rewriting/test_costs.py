@@ -52,6 +52,7 @@ def trillion(tmp_path_factory):
     return folder
 
 
+@pytest.mark.far
 def test_a_trillion_parameters_are_listed(trillion):
     said, peak, _ = run("show", trillion)
     assert said[-2:-1] == ["70,335 leaves, 1,038,040,629,248 scalars, 2.1 TB"] or "70,335 leaves" in "\n".join(
@@ -60,6 +61,7 @@ def test_a_trillion_parameters_are_listed(trillion):
     assert peak < 200
 
 
+@pytest.mark.far
 def test_an_edit_of_a_trillion_parameters_is_tried(trillion):
     said, peak, _ = run("zero", trillion, "model.layers[-1].mlp.experts[3]/down_proj/weight", "--dry-run")
     assert said[1].startswith("model.layers.60.mlp.experts.3.down_proj.weight  bfloat16[7168,2048]  zero()")
@@ -67,8 +69,8 @@ def test_an_edit_of_a_trillion_parameters_is_tried(trillion):
     assert peak < 200
 
 
-def test_a_file_of_a_gigabyte_takes_no_memory(tmp_path):
-    header = write_header({"big": Spec((1 << 14, 1 << 15), "bfloat16"), "small": Spec((4,), "float32")})
+def test_a_large_file_takes_no_memory(tmp_path):
+    header = write_header({"big": Spec((1 << 11, 1 << 15), "bfloat16"), "small": Spec((4,), "float32")})
     path = tmp_path / "model.safetensors"
     path.write_bytes(header.to_bytes())
     os.truncate(path, header.nbytes + header.data_nbytes)  # sparse: it costs no disk

@@ -354,6 +354,21 @@ def test_a_manifest_that_was_cut_short_counts_as_far_as_it_goes(cut, tmp_path, m
     assert content(tmp_path / "out") == content(tmp_path / "one") and not left(tmp_path)
 
 
+@pytest.mark.parametrize("at", [0, 3])
+@pytest.mark.parametrize("new", [b"", b"2 * line", b"{}\n"])
+def test_a_manifest_with_other_lines_counts_as_far_as_it_is_true(at, new, tmp_path, monkeypatch):
+    edited(pm.open(model(tmp_path))).save(tmp_path / "one")
+    manifest = manifest_of(begun(tmp_path, monkeypatch))
+    lines = manifest.read_bytes().splitlines(keepends=True)
+    lines[at] = 2 * lines[at] if new == b"2 * line" else new
+    manifest.write_bytes(b"".join(lines))
+    with monkeypatch.context() as patch, pytest.raises(Stopped):  # what is written now is appended to what is true
+        stop_after(patch, 7)
+        edited(pm.open(model(tmp_path))).save(tmp_path / "out", resume=True)
+    edited(pm.open(model(tmp_path))).save(tmp_path / "out", resume=True)
+    assert content(tmp_path / "out") == content(tmp_path / "one") and not left(tmp_path)
+
+
 def other_value(old):
     return pm.at(edited(old), "layers.1.proj.weight").add(np.full((32, 32), 2, "float16"))
 
@@ -390,6 +405,17 @@ def test_other_edits_are_not_resumed(first, then, tmp_path, monkeypatch):
     assert "without --resume" in caught.value.hint and temporary.exists()
     first(pm.open(model(tmp_path))).save(tmp_path / "out", resume=True)
     assert not left(tmp_path)
+
+
+def test_another_delta_of_the_same_name_is_not_resumed(tmp_path, monkeypatch):
+    def edit(old):
+        return pm.Delta.load(tmp_path / "delta").apply(old)
+
+    pm.delta(tree(), tree(2.0)).save(tmp_path / "delta")
+    begun(tmp_path, monkeypatch, edit=edit)
+    pm.delta(tree(), tree(3.0)).save(tmp_path / "delta", force=True)
+    with pytest.raises(pm.errors.CannotWrite, match="other edits or options"):
+        edit(pm.open(model(tmp_path))).save(tmp_path / "out", resume=True)
 
 
 def test_other_options_are_not_resumed(tmp_path, monkeypatch):

@@ -9,9 +9,8 @@ import torch
 
 import paramend as pm
 from paramend.errors import BadCheckpoint, Unsupported
-from paramend.formats import index as index_module
+from paramend.formats import shards as shards_module, zips
 from paramend.formats.torch import source as pt
-from paramend.formats.zips import archive
 
 # name → (dtype, shape, bytes); neither the names nor the dtypes are in an order that a writer would choose
 LEAVES = {
@@ -167,13 +166,13 @@ def test_headers_pickles_and_directories_are_of_bounded_length(tmp_path, monkeyp
     monkeypatch.setattr(pt, "MAX_PICKLE", 10)
     with pytest.raises(BadCheckpoint, match=r"x/data.pkl': a pickle of .* bytes is too long"):
         pm.open(tmp_path / "x.pt")
-    monkeypatch.setattr(archive, "MAX_DIRECTORY", 10)
+    monkeypatch.setattr(zips, "MAX_DIRECTORY", 10)
     with pytest.raises(BadCheckpoint, match=r"its central directory would be .* bytes long"):
         pm.open(tmp_path / "x.pt")
 
 
 def test_indexes_are_of_bounded_length(tmp_path, monkeypatch):
-    monkeypatch.setattr(index_module, "_MAX", 10)
+    monkeypatch.setattr(shards_module, "_MAX", 10)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"w": "x.safetensors"}}')
     with pytest.raises(BadCheckpoint, match="index: an index of 38 bytes is too large"):
         pm.open(tmp_path)

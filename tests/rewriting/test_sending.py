@@ -9,8 +9,8 @@ import pytest
 
 import paramend as pm
 from paramend.checkpoints.checkpoint import Checkpoint
-from paramend.rewriting.fingerprints import fingerprint
 from paramend.rewriting.layouts import lay_out
+from paramend.rewriting.manifest import fingerprint
 from support import rewrites
 from support.rewrites import VERBS, edited, model
 

@@ -17,7 +17,7 @@ import safetensors.numpy
 import torch
 
 import paramend as pm
-from paramend.disk.sharing import BLOCK
+from paramend.disk.copying import BLOCK
 from paramend.errors import CannotWrite
 from support.sharing import Kernel, own_nbytes
 

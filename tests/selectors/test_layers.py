@@ -284,6 +284,6 @@ def test_numbers_filled_up_with_zeros_stay_so():
 
 def test_layers_of_says_what_is_wrong():
     index = Index.of_names(["h_0.w", "h_1.w"])
-    with pytest.raises(BadArgument, match='stack="h" does not end in a key with the number') as caught:
-        layers_of(index, "h", argument="stack")
-    assert caught.value.hint == 'stack="h_[*]"'
+    with pytest.raises(BadArgument, match='layers="h" does not end in a key with the number') as caught:
+        layers_of(index, "h")
+    assert caught.value.hint == 'layers="h_[*]"'

@@ -11,8 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings, strategies as st
 
 import paramend as pm
 from paramend.errors import RenameClash
@@ -324,7 +323,7 @@ def outcome(action):
         return None
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(TREES, st.sampled_from(["add", "remove", "replace"]), st.data())
 def test_memory_and_files_agree_with_the_reference(tree, verb, data):
     flat = leaves(tree)

@@ -4,8 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings, strategies as st
 
 from paramend.errors import OutOfRange, SelectorError
 from paramend.leaves.leaves import Index
@@ -45,14 +44,14 @@ segments = st.one_of(st.just(AnyPieces()), st.text(max_size=6).map(Quoted), piec
 patterns = st.lists(segments, min_size=1, max_size=5).map(lambda found: Pattern(tuple(found)))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(patterns)
 def test_every_pattern_can_be_written_and_read_back(pattern):
     assert parse(str(pattern)) == pattern
     assert parse(pattern.write(".")) == pattern
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.text(alphabet='ab01*{}[]<>n,:-"\\/.+', max_size=12))
 def test_any_text_is_a_pattern_or_a_selector_error_within_it(text):
     try:
@@ -67,7 +66,7 @@ def test_any_text_is_a_pattern_or_a_selector_error_within_it(text):
         assert parse(str(pattern)) == pattern
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.text(max_size=8))
 def test_any_text_can_be_written_as_a_piece(text):
     names = {}
@@ -402,7 +401,7 @@ def outcome(find):
         return "out of range"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(trees, st.data())
 def test_the_compiled_matcher_agrees_with_the_slow_one(tree, data):
     tree = numbered(tree)

@@ -3,8 +3,7 @@
 import re
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from paramend.errors import BadArgument, OutOfRange, RenameClash, SelectorError
 from paramend.leaves.leaves import Index
@@ -182,7 +181,7 @@ def reference_piece(source, target, taken):
 INDEXED = ["h_[-1].**", "**.h_[:2].**", "*[0].**", "**.[1:]", "{a,b}[:].**", "**.h_[::-1]", "x[0]y.**", "**.b[-1:].*"]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(NAMES, st.sampled_from(INDEXED))
 def test_an_index_takes_what_the_selector_takes(names, source):
     index = Index.of_names(names)
@@ -199,7 +198,7 @@ def texts(pairs):
     return ".".join(source for source, _ in pairs), ".".join(target for _, target in pairs)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(NAMES, RULES)
 def test_agrees_with_the_reference(names, pairs):
     expected = {name: new for name in names if (new := reference(pairs, name)) is not None}

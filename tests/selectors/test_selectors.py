@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings, strategies as st
 
 import paramend as pm
 from paramend.errors import BadArgument, NoMatch, OutOfRange, SelectorError, Unsupported, WrongCount

@@ -1,6 +1,6 @@
 """Examples of what the functions of stacking/ give."""
 
-from paramend.stacking.plan import _one_number
+from paramend.stacking.stack import _one_number
 
 
 def test_one_number():

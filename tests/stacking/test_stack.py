@@ -10,8 +10,7 @@ import pytest
 import torch
 from flax import nnx
 from flax.core import FrozenDict
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 import paramend as pm

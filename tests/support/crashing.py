@@ -25,7 +25,19 @@ class Machine:
     followed, and names that no fsync of the folder followed.
     """
 
-    CALLS = ("open", "write", "pwrite", "fsync", "rename", "unlink", "mkdir", "rmdir", "ftruncate", "posix_fallocate")
+    CALLS = (
+        "open",
+        "write",
+        "pwrite",
+        "fsync",
+        "rename",
+        "unlink",
+        "mkdir",
+        "rmdir",
+        "truncate",
+        "ftruncate",
+        "posix_fallocate",
+    )
 
     def __init__(self, monkeypatch, stop, *, torn=False, power=None):
         self.stop, self.torn, self.power, self.count, self.dead = stop, torn, power, 0, False

@@ -5,8 +5,7 @@ import os
 import pickle
 
 import torch
-from torch.distributed.checkpoint import filesystem
-from torch.distributed.checkpoint import metadata as classes
+from torch.distributed.checkpoint import filesystem, metadata as classes
 
 
 def tensors():

@@ -6,18 +6,15 @@ Each kind takes good files that the real libraries wrote, and changes bytes, tex
 shapes, dtypes, names and nesting, with checksums made true again where a reader would stop at them.
 """
 
-import copy
 import io
 import json
 import random
 import resource
 import signal
-import struct
 import sys
 import tempfile
 import time
 import warnings
-import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -25,114 +22,9 @@ import numpy as np
 
 import paramend as pm
 from paramend.errors import BadCheckpoint, ParamendError
+from support.damaging import of_bytes, of_gguf, of_json, of_pickle, of_sharding, of_zip
 
 SECONDS = 10  # of the processor, however busy it is with other programs
-
-# ---- changes -------------------------------------------------------------------------------------------------------
-
-NUMBERS = [0, 1, -1, 2, 7, 8, 255, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**30]
-TEXTS = ["", "/", "..", "../x", "a/../b", "/etc/passwd", "\0", "\\", "x" * 300, "F32", "I4", "BF16", "ü", "\ud800"]
-TEXTS += ["a." * 120, "__metadata__", "data_offsets", "shape", "model.safetensors", "con:", "\x1b[31m", "."]
-PIECES = [b"", b"\0", b"\xff" * 4, bytes(8), b"{", b"}", b"[" * 200, b'"', b",", b"9" * 40, b"-", b"\n", b"PK\3\4"]
-
-
-def of_bytes(rng, raw):
-    """Bytes changed, cut out, put in, doubled or cut off."""
-    raw = bytearray(raw)
-    for _ in range(rng.choice([1, 1, 1, 2, 4, 16])):
-        at = rng.randrange(len(raw) + 1)
-        length = rng.choice([1, 1, 2, 4, 8, 64])
-        match rng.randrange(8):
-            case 0 | 1:
-                raw[at : at + 1] = bytes([rng.randrange(256)])
-            case 2:
-                raw[at : at + length] = b""
-            case 3:
-                raw[at:at] = rng.choice([rng.randbytes(length), rng.choice(PIECES)])
-            case 4:
-                raw[at : at + 4] = struct.pack("<I", rng.choice([0, 1, 2**31, 2**32 - 1, rng.randrange(2**32)]))
-            case 5:
-                raw[at : at + 8] = struct.pack("<Q", rng.choice([0, 1, 2**63, 2**64 - 1, len(raw), rng.randrange(999)]))
-            case 6:
-                raw[at:at] = raw[at : at + length * rng.choice([1, 8])]
-            case 7:
-                del raw[at if rng.random() < 0.3 else len(raw) :]
-    return bytes(raw)
-
-
-def of_json(rng, table):
-    """A JSON value with some of its values, keys or entries replaced."""
-    table = copy.deepcopy(table)
-    for _ in range(rng.choice([1, 1, 2, 3])):
-        places = [*walked(table)]
-        node, key = rng.choice(places)
-        value = rng.choice(
-            [
-                rng.choice(NUMBERS),
-                rng.choice(TEXTS),
-                rng.choice([None, True, False, 0.5, 1e308, -0.0, [], {}, [[]], {"a": {}}]),
-                [rng.choice(NUMBERS) for _ in range(rng.choice([1, 2, 2, 3, 70]))],
-                copy.deepcopy(rng.choice(places)[0]),
-            ]
-        )
-        if isinstance(node, dict) and rng.random() < 0.3:
-            new = rng.choice([*TEXTS, *(k for n, k in places if isinstance(n, dict))])
-            node[new] = node.pop(key) if rng.random() < 0.7 else copy.deepcopy(node[key])
-        elif rng.random() < 0.15:
-            node.pop(key)
-        elif isinstance(node[key], int) and rng.random() < 0.5:
-            node[key] = node[key] + rng.choice([-8, -4, -1, 1, 4, 8])
-        else:
-            node[key] = value
-        if not isinstance(table, dict) or not table:
-            break
-    text = json.dumps(table, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
-    if rng.random() < 0.1:
-        text = text.replace(b"{", b'{"a": ' + b"[" * 2000 + b"]" * 2000 + b", ", 1)
-    if rng.random() < 0.15:
-        at = text.find(b'": ', rng.randrange(len(text)))
-        start = text.rfind(b'"', 0, at)
-        if start >= 0:
-            text = text[:start] + text[start : at + 3] + b"1, " + text[start:]  # a duplicate key
-    return of_bytes(rng, text) if rng.random() < 0.1 else text
-
-
-def walked(node):
-    for key, child in list(node.items() if isinstance(node, dict) else enumerate(node)):
-        yield node, key
-        if isinstance(child, dict | list):
-            yield from walked(child)
-
-
-def of_zip(rng, raw):
-    """A zip file with records changed, renamed, left out or packed, its own checksums true."""
-    with zipfile.ZipFile(io.BytesIO(raw)) as old:
-        records = [(name, old.read(name)) for name in old.namelist()]
-    chosen = rng.randrange(len(records))
-    if rng.random() < 0.7:  # what says how the rest is to be read
-        chosen = next((i for i, (name, _) in enumerate(records) if name.endswith(".pkl")), chosen)
-    name, data = records[chosen]
-    match rng.randrange(10):
-        case 0:
-            records.pop(chosen)
-        case 1:
-            records[chosen] = (
-                rng.choice(["x", "../x", "/x", "x/data.pkl", "x/data/0", "x/", "a" * 300, "w.npy"]),
-                data,
-            )
-        case 2:
-            records.append((rng.choice(["x/data/9", "x/code/a.py", "x/constants.pkl", "y/data.pkl", "z.npy"]), data))
-        case _:
-            records[chosen] = (name, of_bytes(rng, data))
-    method = zipfile.ZIP_DEFLATED if rng.random() < 0.1 else zipfile.ZIP_STORED
-    out = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with zipfile.ZipFile(out, "w", method) as new:
-            for name, data in records:
-                new.writestr(name, data)
-    return out.getvalue()
-
 
 # ---- kinds ---------------------------------------------------------------------------------------------------------
 
@@ -278,13 +170,58 @@ class Gguf:
 
     def make(self, rng):
         raw = rng.choice(self.raws)
-        head = raw.index(b"output_norm") + 60
-        self.path.write_bytes(of_bytes(rng, raw[:head]) + raw[head:])
+        self.path.write_bytes(of_gguf(rng, raw))
         return self.path
+
+
+class Dcp:
+    """The `.metadata` of a distributed checkpoint, and its files of chunks."""
+
+    def __init__(self, folder):
+        from support import distributed
+
+        self.path = distributed.write(folder / "step")
+        self.files = {path: path.read_bytes() for path in self.path.iterdir()}
+
+    def make(self, rng):
+        chosen = rng.choice([self.path / ".metadata", *self.files])
+        for path, raw in self.files.items():
+            change = of_pickle if path.name == ".metadata" else of_bytes
+            path.write_bytes(change(rng, raw) if path == chosen else raw)
+        return self.path
+
+
+class Sharded:
+    """Files of ranks, which say where their tensors begin in the whole ones."""
+
+    def __init__(self, folder):
+        self.path = sharded(folder / "step")
+        self.files = {path: path.read_bytes() for path in self.path.iterdir()}
+
+    def make(self, rng):
+        chosen = rng.choice(list(self.files))
+        for path, raw in self.files.items():
+            path.write_bytes(of_sharding(rng, raw) if path == chosen else raw)
+        return self.path
+
+
+def sharded(folder):
+    """A checkpoint as two ranks write it by `HuggingFaceStorageWriter`."""
+    import safetensors.numpy
+
+    folder.mkdir()
+    for rank in range(2):
+        parts = {"w": np.arange(6.0).reshape(2, 3) + 6 * rank, "b": np.ones(2, "float32")}
+        said = {"w": {"saved_offsets": [2 * rank, 0]}, "b": {"saved_offsets": [0]}}
+        path = folder / f"shard-{rank + 1:05}-model-00001-of-00001.safetensors"
+        safetensors.numpy.save_file(parts, path, {"DCP_SHARDING_INFO": json.dumps(said), "DCP_VERSION": "1.0"})
+    return folder
 
 
 KINDS = {
     "gguf": Gguf,
+    "dcp": Dcp,
+    "sharded": Sharded,
     "safetensors": Safetensors,
     "index": Index,
     "torch": Torch,
@@ -337,7 +274,7 @@ def fuzz(kind, count, seed=0, folder=None):
         good.mkdir()
         out.parent.mkdir()
         made = KINDS[kind](good)
-        if kind == "orbax":  # which is only read
+        if made.path.name == "step":  # a directory
             out = out.with_name("copy.safetensors")
         old = signal.signal(signal.SIGPROF, too_long)
         try:

@@ -2,8 +2,7 @@
 
 import gguf
 import numpy as np
-from gguf import GGMLQuantizationType as Type
-from gguf import quants
+from gguf import GGMLQuantizationType as Type, quants
 
 # Shapes are small, and rows as long as blocks are.
 LAYER = {

@@ -1,19 +1,20 @@
 """Damage that learns: inputs which reach new lines of the package are changed further.
 
-    python tests/support/guided.py KIND SECONDS [SEED] [--keep FOLDER]    one kind or "all"; of CPU time
+    python tests/support/guided.py KIND SECONDS [SEED] [--keep FOLDER] [--blind]    one kind or "all"; of CPU time
 
 A loop of its own rather than atheris: it needs no wheel for the Python at hand, changes structure with the functions
-of `support.fuzzing`, and follows only the package's own lines, which `sys.settrace` tells everywhere.
+of `support.damaging`, and follows only the package's own lines, which `sys.settrace` tells everywhere.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
-import struct
 import sys
 import tempfile
 import time
@@ -24,95 +25,32 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 import paramend as pm
+from paramend.disk.publishing import manifest_of, unpublished
 from paramend.errors import ParamendError
+from paramend.recipes.verbs import VERBS
+from paramend.rewriting import jobs
 from support import fuzzing
+from support.damaging import (
+    of_archive,
+    of_bytes,
+    of_frames,
+    of_gguf,
+    of_header,
+    of_lines,
+    of_pickle,
+    of_sealed,
+    of_sharding,
+    of_steps,
+    of_streams,
+    of_table,
+    of_words,
+    sealed,
+)
 
 PACKAGE = str(Path(pm.__file__).parent)
-
-# ---- changes -------------------------------------------------------------------------------------------------------
-
-
-def of_table(rng, raw):
-    """JSON changed as JSON, if it is some."""
-    try:
-        table = json.loads(raw)
-    except (ValueError, RecursionError):
-        table = None
-    # Deep nesting is for the readers, not for the functions that change it.
-    return (
-        fuzzing.of_json(rng, table)
-        if table and isinstance(table, dict) and raw.count(b"[") < 500
-        else fuzzing.of_bytes(rng, raw)
-    )
-
-
-def of_header(rng, raw):
-    length = int.from_bytes(raw[:8], "little")
-    if rng.random() < 0.3 or length > len(raw):
-        return fuzzing.of_bytes(rng, raw)
-    text = of_table(rng, raw[8 : 8 + length])
-    return len(text).to_bytes(8, "little") + text + raw[8 + length :]
-
-
-def of_archive(rng, raw):
-    try:
-        return fuzzing.of_bytes(rng, raw) if rng.random() < 0.3 else fuzzing.of_zip(rng, raw)
-    except Exception:  # what is no zip file any more, in one of many ways
-        return fuzzing.of_bytes(rng, raw)
-
-
-def framed(kind, payload):
-    data = struct.pack("<4sQ", kind, len(payload)) + payload
-    return data + hashlib.sha256(data).digest()
-
-
-def of_frames(rng, raw):
-    """An undo record with a frame changed, left out or doubled, its digests true."""
-    frames, at = [], 8
-    while at + 12 <= len(raw):
-        kind, length = struct.unpack_from("<4sQ", raw, at)
-        frames.append((kind, raw[at + 12 : at + 12 + length]))
-        at += 12 + length + 32
-    if not frames or rng.random() < 0.1:
-        return fuzzing.of_bytes(rng, raw)
-    chosen = rng.randrange(len(frames))
-    kind, payload = frames[chosen]
-    match rng.randrange(8):
-        case 0:
-            frames.pop(chosen)
-        case 1:
-            frames.insert(rng.randrange(len(frames) + 1), (kind, payload))
-        case _:
-            frames[chosen] = (kind, of_table(rng, payload))
-    return raw[:8] + b"".join(framed(*frame) for frame in frames)
-
-
-def of_sealed(rng, raw):
-    """The manifest of a delta, with the digest that it begins with made true."""
-    head = len(b'{\n"sha256":""') + 65
-    text = of_table(rng, b"{" + raw[head:])[1:]
-    return b'{\n"sha256":"' + hashlib.sha256(text).hexdigest().encode() + b'",' + text
-
-
-def of_words(*words):
-    """Text with words of a language put in, left out and doubled."""
-
-    def change(rng, raw):
-        text = raw.decode("utf-8", "replace")
-        for _ in range(rng.choice([1, 1, 2, 3, 8])):
-            at = rng.randrange(len(text) + 1)
-            stop = min(len(text), at + rng.choice([0, 1, 1, 2, 5, 20]))
-            text = (
-                text[:at]
-                + rng.choice([rng.choice(words), text[at:stop] * 2, "", chr(rng.randrange(1, 300))])
-                + text[stop:]
-            )
-        return text[:2000].encode()
-
-    return change
-
 
 # ---- kinds ---------------------------------------------------------------------------------------------------------
 
@@ -126,6 +64,7 @@ class Kind:
     change: object
     opened: str = "."
     use: object = fuzzing.use
+    stays: bool = True  # whether what is opened is only read
 
 
 def files_of(folder):
@@ -154,22 +93,98 @@ def orbax(folder, name):
     return Kind(files_of(folder), [str(path.relative_to(folder)) for path in made.files], of_table, "step")
 
 
+def parts(folder, name):
+    """A model in several GGUF files, which are damaged one at a time."""
+    from support.gguf_files import model
+
+    model(folder / "m.gguf", layers=1, kinds={}, split_max_tensors=1)
+    files = files_of(folder)
+    return Kind(files, list(files), of_gguf, next(iter(files)))
+
+
+def dcp(folder, name):
+    from support import distributed
+
+    distributed.write(folder / "step")
+    return Kind(files_of(folder), ["step/.metadata"], of_pickle, "step")
+
+
+def chunks(folder, name):
+    """The files of a distributed checkpoint, each of one chunk, whose length is corrected."""
+    import torch
+
+    from support import distributed
+
+    rows = [((0, 0), (3, 4)), ((3, 0), (3, 4))]
+    distributed.write(folder / "step", {"w": (torch.arange(24.0).reshape(6, 4), rows)}, {})
+    sound = (folder / "step/.metadata").read_bytes()
+
+    def use(path, out):
+        metadata = pickle.loads(sound)
+        for info in metadata.storage_data.values():
+            info.length = (path / info.relative_path).stat().st_size
+        (path / ".metadata").write_bytes(pickle.dumps(metadata))
+        return fuzzing.use(path, out)
+
+    files = files_of(folder)
+    return Kind(files, [file for file in files if file.endswith(".distcp")], of_archive, "step", use, stays=False)
+
+
+def sharded(folder, name):
+    """A checkpoint as ranks write it by `HuggingFaceStorageWriter`."""
+    fuzzing.sharded(folder / "step")
+    files = files_of(folder)
+    return Kind(files, list(files), of_sharding, "step")
+
+
 def small():
     return {"a/w": np.arange(6.0), "a/b": np.arange(4.0), "c/0/w": np.ones((3, 20), "float32")}
 
 
+def changed():
+    return small() | {"a/b": np.zeros(4), "d": np.ones(2), "c/0/w": np.full((3, 20), 2, "float32")}
+
+
 def delta(folder, name):
-    for stem, tree in (("old", small()), ("new", small() | {"a/b": np.zeros(4), "d": np.ones(2)})):
-        pm.save(tree, folder / f"{stem}.safetensors")
-    pm.delta(folder / "old.safetensors", folder / "new.safetensors").save(folder / "delta")
+    """The manifest of a delta, or its payload, whose digest is made true."""
+    pm.delta(small(), changed()).save(folder / "delta")
+    manifest, payload = (folder / "delta" / name for name in ("delta.json", "delta.safetensors"))
+    sound, digest = manifest.read_bytes(), hashlib.sha256(payload.read_bytes()).hexdigest().encode()
+    pm.save(small(), folder / "old.safetensors")
+    opened = folder / "old.safetensors"
+
+    def use(path, out):
+        if name == "payload":
+            now = hashlib.sha256((path / "delta.safetensors").read_bytes()).hexdigest().encode()
+            text = sound[len(b'{\n"sha256":""') + 65 :].replace(digest, now)
+            (path / "delta.json").write_bytes(sealed(text))
+        found = pm.Delta.load(path)
+        str(found), found.to_dict()
+        found.apply(small())
+        found.apply(pm.open(opened)).save(out.with_suffix(".safetensors"))
+
+    files = files_of(folder)
+    change, file = (of_header, payload) if name == "payload" else (of_sealed, manifest)
+    return Kind(files, [f"delta/{file.name}"], change, "delta", told(use), stays=name != "payload")
+
+
+def slime(folder, name):
+    """The index of a delta of slime, and its streams."""
+    before, after = ({key.replace("/", "."): leaf for key, leaf in tree.items()} for tree in (small(), changed()))
+    del after["d"]
+    encoding = "xor" if name == "slime" else "overwrite"
+    pm.delta(before, after, encoding=encoding, checksum="adler32").save(folder / "weight_v000002", slime=True)
+
+    def change(rng, raw):
+        return (of_table if raw.startswith(b"{") else of_streams)(rng, raw)
 
     def use(path, out):
         found = pm.Delta.load(path)
         str(found), found.to_dict()
-        found.apply(small())
+        found.apply(before)
 
     files = files_of(folder)
-    return Kind(files, ["delta/delta.json"], of_sealed, "delta", told(use))
+    return Kind(files, list(files), change, "weight_v000002", told(use))
 
 
 def record(folder, name):
@@ -267,6 +282,44 @@ SELECTORS = (
 )
 
 
+def manifest(folder, name):
+    """What a stopped run wrote down of its jobs: another one goes on from there, or says why not."""
+    source = folder / "source.npz"
+    pm.save(small(), source)
+
+    def write(out):
+        pm.at(pm.open(source), "**").multiply(2).save(out, resume=True)
+
+    class Stopped(BaseException):
+        pass
+
+    def stop(progress):
+        if progress.done > 80:
+            raise Stopped
+
+    began = folder / "begun"
+    began.mkdir()
+    write(folder / "whole.npz")
+    whole, sizes = (folder / "whole.npz").read_bytes(), (jobs._COMPUTED, jobs._COPIED)
+    jobs._COMPUTED, jobs._COPIED = 1, 5000
+    with contextlib.suppress(Stopped):
+        pm.at(pm.open(source), "**").multiply(2).save(began / "out.npz", resume=True, progress=stop)
+    jobs._COMPUTED, jobs._COPIED = sizes
+
+    def use(path, out):
+        jobs._COMPUTED, jobs._COPIED = 1, 5000
+        try:
+            write(path / "out.npz")
+        finally:
+            jobs._COMPUTED, jobs._COPIED = sizes
+        assert (path / "out.npz").read_bytes() == whole, "another outcome"
+        assert len(list(path.iterdir())) == 1, "something is left"
+
+    files = files_of(began)
+    (beside,) = (str(manifest_of(path).relative_to(began)) for path in unpublished(began / "out.npz"))
+    return Kind(files, [beside], of_lines, ".", told(use), stays=False)
+
+
 def selector(folder, name):
     def use(path, out):
         text = path.read_bytes().decode()
@@ -339,6 +392,22 @@ def recipe(folder, name):
     return Kind(files_of(folder), ["recipe.yaml"], of_words(*WORDS), "recipe.yaml", told(use))
 
 
+def steps(folder, name):
+    """A recipe with a step of every verb."""
+    examples = [verb.example for verb in VERBS.values()]
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"version": 1, "steps": examples}, sort_keys=False))
+
+    def use(path, out):
+        found = pm.Recipe.load(path)
+        assert pm.Recipe.parse(str(found)) == found, "its text is another recipe"
+        for tree in (small(), {"h": [{"w": np.ones((2, 2)), "q": np.ones((2, 2)), "k": np.ones((2, 2))}]}):
+            for step in (step for step in yaml.safe_load(str(found))["steps"] if step not in examples):
+                with contextlib.suppress(ParamendError):
+                    pm.Recipe([step]).apply(tree)
+
+    return Kind(files_of(folder), ["recipe.yaml"], of_steps, "recipe.yaml", told(use))
+
+
 def told(use):
     def run(path, out):
         try:
@@ -355,8 +424,12 @@ KINDS = {
     "safetensors": one(of_header),
     "torch": one(of_archive),
     "npz": one(of_archive),
-    "msgpack": one(fuzzing.of_bytes),
-    **{made.__name__: made for made in (index, orbax, delta, record, undo, selector, recipe)},
+    "msgpack": one(of_bytes),
+    "gguf": one(of_gguf),
+    "payload": delta,
+    "overwrite": slime,
+    **{made.__name__: made for made in (index, orbax, parts, dcp, chunks, sharded, delta, slime)},
+    **{made.__name__: made for made in (record, undo, manifest, selector, recipe, steps)},
 }
 
 # ---- running -------------------------------------------------------------------------------------------------------
@@ -394,14 +467,16 @@ def put(kind, folder, changed, raw):
     return folder / kind.opened
 
 
-def search(name, seconds, seed=0, keep=None, count=None):
-    """How many inputs ended how, how many were kept as new, and one input of each kind of failure."""
+def search(name, seconds, seed=0, keep=None, count=None, *, blind=False):
+    """How many inputs ended how, how many were kept as new, and one input of each kind of failure. `blind`: which lines
+    they reach is not followed, which is faster."""
     rng, seen, failures, coverage = random.Random(f"{name} {seed}"), Counter(), {}, Coverage()
     with tempfile.TemporaryDirectory() as scratch:
-        sound, folder, out = (Path(scratch, part) for part in ("sound", "in", "out"))
-        sound.mkdir()
-        kind = KINDS[name](sound, name)
+        made, folder, out = (Path(scratch, part) for part in ("sound", "in", "out"))
+        made.mkdir()
+        kind = KINDS[name](made, name)
         corpus = [(changed, kind.files[changed]) for changed in kind.changed]
+        sound = list(corpus)  # what is still read: of most damage, the first fault is all that shows
         old = signal.signal(signal.SIGPROF, fuzzing.too_long)
         began, tried = time.process_time(), 0
         while (tried < count) if count else (time.process_time() - began < seconds):
@@ -409,16 +484,21 @@ def search(name, seconds, seed=0, keep=None, count=None):
             changed, raw = (
                 corpus[tried - 1]
                 if tried <= len(kind.changed)
-                else rng.choice(corpus if rng.random() < 0.5 else corpus[-20:])
+                else rng.choice(rng.choice([corpus, corpus[-20:], sound, sound]))
             )
-            for _ in range(0 if tried <= len(kind.changed) else rng.choice([1, 1, 2, 3])):
+            for _ in range(0 if tried <= len(kind.changed) else rng.choice([1, 1, 1, 2])):
                 raw = kind.change(rng, raw)
             path = put(kind, folder, changed, raw)
-            out.mkdir()
+            out.mkdir(mode=0o700)
+            before, found = fuzzing.listed(folder), ""
             signal.setitimer(signal.ITIMER_PROF, fuzzing.SECONDS)
-            sys.settrace(coverage)
+            sys.settrace(None if blind else coverage)
             try:
-                seen[kind.use(path, out / ("copy.safetensors" if name == "orbax" else f"copy{path.suffix}"))] += 1
+                found = kind.use(path, out / f"copy{path.suffix or '.safetensors'}")
+                sys.settrace(None)
+                seen[found] += 1
+                assert not kind.stays or fuzzing.listed(folder) == before, "the folder of the input changed"
+                assert found == "read" or not [*out.iterdir()], f"left: {[*out.iterdir()]}"
             except KeyboardInterrupt:
                 raise
             except BaseException as error:
@@ -431,6 +511,8 @@ def search(name, seconds, seed=0, keep=None, count=None):
                 assert set(seen) == {"read"}, f"{name}: the sound files give {dict(seen)}"
             if coverage.grown and len(raw) < 1 << 16:
                 corpus.append((changed, raw))
+                if found == "read":
+                    sound.append((changed, raw))
             coverage.grown = False
             shutil.rmtree(out)
         signal.signal(signal.SIGPROF, old)
@@ -453,6 +535,7 @@ def main():
     parser.add_argument("kind", choices=["all", *KINDS])
     parser.add_argument("seconds", type=float)
     parser.add_argument("seed", nargs="?", default="0")
+    parser.add_argument("--blind", action="store_true", help="do not follow which lines are reached: faster")
     parser.add_argument("--keep", type=Path, help="where inputs that fail are written")
     given = parser.parse_args()
     os.umask(0o077)
@@ -460,7 +543,7 @@ def main():
     for name in KINDS if given.kind == "all" else [given.kind]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            failed += len(search(name, given.seconds, given.seed, given.keep))
+            failed += len(search(name, given.seconds, given.seed, given.keep, blind=given.blind))
     return 1 if failed else 0
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from paramend.leaves.codecs.stated import Stated
+from paramend.leaves.codecs.codec import Stated
 from paramend.leaves.schemes import SCHEMES
 from paramend.leaves.specs import numpy_dtype
 

@@ -5,7 +5,7 @@ import fcntl
 import os
 import struct
 
-from paramend.disk.sharing import BLOCK
+from paramend.disk.copying import BLOCK
 
 _CLONE, _FIEMAP = 0x4020940D, 0xC020660B
 _SHARED = 0x2000

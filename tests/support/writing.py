@@ -4,8 +4,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from paramend.formats.safetensors_header import Header, layout
-from paramend.formats.writer import Item, LeafBytes
+from paramend.formats.safetensors import Header, layout
+from paramend.formats.source import Item, LeafBytes
 from paramend.leaves.origins.origin import Extent
 from paramend.leaves.specs import Spec
 

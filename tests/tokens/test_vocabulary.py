@@ -10,8 +10,7 @@ import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import paramend as pm
-from support.tiny_models import BASE, FAMILIES, make, settled
-from support.tiny_models import loaded as loaded_family
+from support.tiny_models import BASE, FAMILIES, loaded as loaded_family, make, settled
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog",

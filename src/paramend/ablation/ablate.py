@@ -1,6 +1,5 @@
 """Ablation: what a model scores without each of its parts."""
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import combinations
@@ -41,7 +40,6 @@ def ablate(
     batch: int = 0,
     raw: bool = False,
     codec: Codec | None = None,
-    order: int | None = None,
 ) -> AblationReport:
     """The report of the model's score without each target in turn.
 
@@ -64,7 +62,6 @@ def ablate(
         batch: how many targets `vmap` maps a traced score over at once; 0 for one after the other.
         raw: whether leaves are taken as they are stored. Without it, targets with quantised weights are refused.
         codec: a `pm.Codec`, by which leaves that stand beside each other are one weight.
-        order: deprecated: `order=2` is `pairs=True`.
 
     Returns:
         The report: `baseline`, a row for each target with `score` and `delta`, `ranking`, `plot()`.
@@ -86,11 +83,6 @@ def ablate(
     layers/1      3    -10       1           1
     layers/0     10     -3       1           2
     """
-    if order is not None:
-        if order not in (1, 2):
-            raise BadArgument(f"order={order!r} is neither 1 nor 2", hint="pairs=True")
-        warnings.warn("pm.ablate(..., order=2) is now pairs=True", DeprecationWarning, stacklevel=2)
-        pairs = order == 2
     leaves = weighed(editable(tree, raw=raw), rule=codec)
     chosen = {name: _chosen(leaves, name, selector) for name, selector in named(leaves, targets).items()}
     stage = _stage(leaves, score, jit, batch)

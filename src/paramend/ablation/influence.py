@@ -90,7 +90,7 @@ def _blocks(module: Any, layers: str | Sequence[str]) -> dict[str, Any]:
             near = wording.closest(name, [other for other in known if other], limit=2)
             raise NoMatch(
                 f"{name!r} is not among the names of {wording.plural(len(known), 'module')}",
-                hint=f"layers={near}" if near else hint_of(index, "layers", name),
+                hint=f"layers={near}" if near else hint_of(index, name),
                 near=near,
             )
         said, numbered = layers_of(index, name)

@@ -21,14 +21,10 @@ from paramend.selectors.patterns import parse
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One way to ablate a leaf.
+    """One way to ablate a leaf."""
 
-    Attributes:
-        says: what becomes of the leaf, for the docs.
-        run: (the values, a random generator for this leaf) → the new values; None if an op of the table does it.
-    """
-
-    says: str
+    says: str  # what becomes of the leaf, for the docs
+    # (the values, a random generator for this leaf) → the new values; None if an op of the table does it
     run: Callable[[Array, np.random.Generator], Array] | None = None
 
 
@@ -51,10 +47,8 @@ How: TypeAlias = Literal["zero", "mean", "noise", "permuted", "identity"] | Call
 
 
 def calls(leaves: Leaves, numbers: tuple[int, ...], how: How, seed: int) -> dict[int, Call]:
-    """The edits that ablate some leaves. Random ones depend only on the seed and the path.
-
-    Raises:
-        BadArgument: there is no such method.
+    """The edits that ablate some leaves; `BadArgument` if there is no such method. Random ones depend only on the seed
+    and the path.
 
     >>> from paramend.edits.memory import Memory
     >>> tree = Memory({"w": np.array([1.0, 3.0])})

@@ -1,7 +1,7 @@
 """The report of an ablation: the score without each target."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from paramend._optional import need
@@ -92,10 +92,6 @@ class AblationReport(Paged):
         table = [(*titles, *(("interaction",) if pairs else ()))]
         table += [(row.name, *_cells(row)) for row in self.ranking]
         return "\n".join([printable_lines(self.headline()), "", *aligned(table, right="lrrrrr")])
-
-    def to_dict(self) -> dict[str, Any]:
-        rows = [{**asdict(row), "targets": list(row.targets)} for row in self.rows]
-        return {"how": self.how, "baseline": self.baseline, "rows": rows, "traces": self.traces}
 
     def page(self) -> Page:
         """A bar for each target, as long as it moves the score, and a matrix of the pairs."""

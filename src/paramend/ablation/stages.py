@@ -17,10 +17,7 @@ Calls = Mapping[int, Call]
 
 
 def number_of(result: Any) -> float:
-    """A score as a float.
-
-    Raises:
-        BadArgument: the score function returned something else.
+    """A score as a float; `BadArgument` if the score function returned something else.
 
     >>> number_of(np.float32(0.5))
     0.5
@@ -53,13 +50,8 @@ class Functional:
 
 
 class Compiled:
-    """A tree of JAX arrays, with a score that is traced once for the whole sweep.
-
-    Args:
-        tree: the tree.
-        score: the user's function, which JAX can trace.
-        batch: how many edits are scored at once, by `vmap`; 0 for one after the other.
-    """
+    """A tree of JAX arrays, with a score that is traced once for the whole sweep; `batch` edits are scored at once, by
+    `vmap`, or one after the other if it is 0."""
 
     def __init__(self, tree: Memory, score: Score, batch: int = 0) -> None:
         self._tree, self._batch = tree, batch
@@ -82,11 +74,7 @@ class Compiled:
         self._many = self._jax.jit(self._jax.vmap(switched, in_axes=(None, None, 0)))
 
     def run(self, edits: Sequence[Calls]) -> list[float]:
-        """The score under each of some edits, in one compilation.
-
-        Raises:
-            BadArgument: JAX cannot trace the score.
-        """
+        """The score under each of some edits, in one compilation; `BadArgument` if JAX cannot trace it."""
         errors = (self._jax.errors.JAXTypeError, self._jax.errors.JAXIndexError)
         try:
             if self._batch:
@@ -124,11 +112,7 @@ class InPlace:
         self._tree, self._score = tree, score
 
     def run(self, edits: Sequence[Calls]) -> list[float]:
-        """The score under each of some edits.
-
-        Raises:
-            Unsupported: the score itself changes the module.
-        """
+        """The score under each of some edits; `Unsupported` if the score itself changes the module."""
         return [self._scored(calls) for calls in edits]
 
     def _scored(self, calls: Calls) -> float:

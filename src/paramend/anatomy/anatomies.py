@@ -32,6 +32,8 @@ class Anatomy(Paged):
         separator: that between the keys of paths.
     """
 
+    _data = ("layers", "mtp", "experts", "heads", "hidden", "mlp", "vocabulary", "ties", "parts", "groups")
+
     body: Body
     bodies: Mapping[str, Body]
     others: Mapping[str, Pieces]
@@ -89,11 +91,6 @@ class Anatomy(Paged):
             found[name] = {"where": where, "layers": self._layers(body), "heads": _heads(body), **sizes}
         found |= {name: {"where": path} for name, path in self.others.items()}
         return {name: part | {"where": self.separator.join(part["where"])} for name, part in found.items()} or None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The anatomy as data that JSON can hold."""
-        names = ("layers", "mtp", "experts", "heads", "hidden", "mlp", "vocabulary", "ties", "parts", "groups")
-        return {name: dict(found) if isinstance(found := getattr(self, name), Mapping) else found for name in names}
 
     def headline(self) -> str:
         """A line for each of these that is known, and for each part."""

@@ -41,21 +41,14 @@ class Run(Protocol):
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers, and the blocks after them that predict further tokens.
+    """Layers, and the blocks after them that predict further tokens."""
 
-    Attributes:
-        run: all of them.
-        blocks: the numbers of the blocks.
-        inside: number → the paths of its leaves, relative to it.
-    """
-
-    run: Run
-    blocks: tuple[int, ...]
-    inside: Mapping[int, list[Pieces]]
+    run: Run  # all of them
+    blocks: tuple[int, ...]  # the numbers of the blocks
+    inside: Mapping[int, list[Pieces]]  # number → the paths of its leaves, relative to it
 
     @property
     def layers(self) -> list[int]:
-        """The numbers of the layers."""
         return [number for number in self.run.numbers if number not in self.blocks]
 
     @property
@@ -65,25 +58,17 @@ class Stack:
 
     @property
     def size(self) -> int:
-        """The number of leaves in it."""
         return sum(map(len, self.inside.values()))
 
 
 @dataclass(frozen=True)
 class Body:
-    """A model, or one part of it.
+    """A model, or one part of it."""
 
-    Attributes:
-        config: the configuration of the whole model; {} if there is none.
-        place: the section of the body in it.
-        leaves: number → leaf, those of the body alone.
-        stack: its layers; None if they are not known.
-    """
-
-    config: Mapping[str, Any]
-    place: Pieces
-    leaves: Mapping[int, Leaf]
-    stack: Stack | None
+    config: Mapping[str, Any]  # the configuration of the whole model; {} if there is none
+    place: Pieces  # the section of the body in it
+    leaves: Mapping[int, Leaf]  # number → leaf, those of the body alone
+    stack: Stack | None  # its layers; None if they are not known
 
     @property
     def section(self) -> Mapping[str, Any]:
@@ -101,7 +86,6 @@ class Body:
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """Size → its value, by the names of `sizes.KEYS`; absent if not known."""
         return sizes_of(self.section, self.leaves.values(), self.side)
 
     @property
@@ -136,15 +120,9 @@ class Body:
             run = self.stack.run
             return [(*run.parent, run.piece(number)) for number in self.stack.blocks]
         own = [(leaf.path, at) for leaf in self.leaves.values() for at, piece in enumerate(leaf.path) if piece in MTP]
-        after = [
-            path[: at + n + 1] for path, at in own for n in (1, 2) if number_of((*path, "", "")[at + n]) is not None
-        ]
-        return sorted(dict.fromkeys(after), key=lambda path: int(path[-1])) or sorted(
-            {path[: at + 1] for path, at in own}
-        )
-
-
-# ---- kinds -------------------------------------------------------------------------------------------------------
+        after = [path[: i + n + 1] for path, i in own for n in (1, 2) if number_of((*path, "", "")[i + n]) is not None]
+        numbered = sorted(dict.fromkeys(after), key=lambda path: int(path[-1]))
+        return numbered or sorted({path[: at + 1] for path, at in own})
 
 
 def _told(body: Body) -> Iterator[list[str]]:
@@ -161,27 +139,17 @@ def _told(body: Body) -> Iterator[list[str]]:
             yield kinds
 
 
-# ---- which bodies there are --------------------------------------------------------------------------------------
-
 _TEXTS = ("text", "language", "llm")  # parts whose layers are those of the model
 
 
 def bodies_of(
     config: Mapping[str, Any], leaves: Mapping[int, Leaf], runs: Iterable[Run]
 ) -> tuple[Body, dict[str, Body]]:
-    """The body whose layers are those of the model, and the parts by name, if it has several.
-
-    Args:
-        config: the configuration; {} if there is none.
-        leaves: number → leaf.
-        runs: the outermost numbered entries, from `selectors.layers`.
-    """
+    """The body whose layers are those of the model, and the parts by name, if it has several; `runs` are the outermost
+    numbered entries."""
     stacks = [_stack(run, config, leaves) for run in runs if not {*MTP} & {*run.parent}]
-    blocks = {
-        n
-        for n, leaf in leaves.items()
-        if {*MTP} & {*leaf.path} or any(stack.run.place(leaf.path) in stack.blocks for stack in stacks)
-    }
+    inside = {n for n, leaf in leaves.items() if any(each.run.place(leaf.path) in each.blocks for each in stacks)}
+    blocks = inside | {n for n, leaf in leaves.items() if {*MTP} & {*leaf.path}}
     parts: dict[str, Body] = {}
     for part in parts_of(config, {n: leaf.path for n, leaf in leaves.items() if n not in blocks}):
         name = part.name.removesuffix("_config")

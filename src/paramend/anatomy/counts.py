@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from paramend.anatomy.sections import COUNTS, SIDES, part_at, sections_of
+from paramend.anatomy.sections import COUNTS, SIDES, part_at, parts_in, sections_of
 from paramend.formats.jsontext import CONFIG
 from paramend.leaves.paths import number_of
 from paramend.reports import wording
@@ -13,11 +13,7 @@ from paramend.reports import wording
 Pieces = tuple[str, ...]
 # Keys that count the experts of a layer.
 EXPERTS = (
-    "num_experts",
-    "num_local_experts",
-    "n_routed_experts",
-    "moe_num_experts",
-    "num_routed_experts",
+    *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"),
     "expert_count",
 )
 _DTYPES = ("torch_dtype", "dtype")
@@ -25,18 +21,15 @@ _FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 
 
 def miscounted(
-    config: Mapping[str, Any],
-    before: Iterable[Pieces],
-    after: Iterable[Pieces],
-    ends: Mapping[Pieces, int] | None = None,
+    config: Mapping[str, Any], before: Iterable[Pieces], after: Iterable[Pieces], ends: Mapping[Pieces, int]
 ) -> list[str]:
     """What a configuration counts that the leaves of an outcome no longer have; `ends` as in `Index.layers`.
 
     >>> layers = [("layers", str(i), "w") for i in range(3)]
-    >>> miscounted({"num_hidden_layers": 3}, layers, layers[:2])
+    >>> miscounted({"num_hidden_layers": 3}, layers, layers[:2], {})
     ['config.json still says num_hidden_layers: 3, and layers has 2']
     """
-    old, new = numbered(before, ends or {}), numbered(after, ends or {})
+    old, new = numbered(before, ends), numbered(after, ends)
     said = []
     for parent, numbers in old.items():
         now = new.get(parent)
@@ -50,7 +43,8 @@ def miscounted(
                 without = f", without {wording.listing(list(map(str, gaps)), 4)}" if gaps else ""
                 said.append(_still((*place, keys[0]), len(numbers), f"{'.'.join(parent)} has {len(now)}{without}"))
     experts = {parent: numbers for parent, numbers in old.items() if parent[-1:] == ("experts",) and parent in new}
-    for key, count in dict.fromkeys(_experts(config)):
+    counts = ((key, part.get(key)) for _, part in parts_in(config) for key in EXPERTS)
+    for key, count in dict.fromkeys(pair for pair in counts if type(pair[1]) is int):
         changed = [parent for parent, numbers in experts.items() if len(numbers) == count != len(new[parent])]
         if changed:
             held = wording.listing(sorted({str(len(new[parent])) for parent in changed}), 3)
@@ -74,19 +68,8 @@ def numbered(paths: Iterable[Pieces], ends: Mapping[Pieces, int]) -> dict[Pieces
     return found
 
 
-def _experts(part: Any) -> Iterator[tuple[str, int]]:
-    if isinstance(part, Mapping):
-        yield from ((key, part[key]) for key in EXPERTS if type(part.get(key)) is int)
-        for inner in part.values():
-            yield from _experts(inner)
-
-
 def retyped(config: Mapping[str, Any], before: Sequence[str], after: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """A new configuration after leaves got other dtypes, and what is to be said of it.
-
-    >>> retyped({"torch_dtype": "float32"}, ["float32", "int64"], ["bfloat16", "int64"])
-    ({'torch_dtype': 'bfloat16'}, ['config.json: torch_dtype: float32 -> bfloat16'])
-    """
+    """A new configuration after leaves got other dtypes, and what is to be said of it."""
     new = copy.deepcopy(dict(config))
     said: list[str] = []
     changed = Counter(now for was, now in zip(before, after, strict=True) if was != now)

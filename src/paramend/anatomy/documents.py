@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from paramend.anatomy.sections import beside, parsed
+from paramend.disk.urls import path_of
 from paramend.errors import BadArgument, NoMatch
-from paramend.formats.jsonchanges import entry_of, rewritten
-from paramend.formats.jsontext import CONFIG
+from paramend.formats.jsontext import CONFIG, entry_of, rewritten
 from paramend.reports import wording
 
 _SHOWN = 60  # characters of a value in a table
@@ -39,7 +39,6 @@ class Change:
         return f"{self.key}: {after} (new)" if before is None else f"{self.key}: {before} -> {after}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The change as data that JSON can hold."""
         sides = {"before": self.before, "after": self.after}
         values = {name: json.loads(text) for name, text in sides.items() if text is not None}
         return {"file": self.file, "key": self.key, **values}
@@ -47,54 +46,39 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A file beside the weights, of JSON unless it says what is shown of it.
+    """A file beside the weights, of JSON unless it says what is shown of it."""
 
-    Attributes:
-        file: where it is.
-        before: its text there.
-        text: its text after the edits; nothing if it goes.
-        asked: whether a user asked for edits of it; others follow from those of leaves.
-        said: what is to be said of it.
-        shown: what is shown of its changes; None for all keys of a JSON file.
-        own: whether the file of the weights holds it, as GGUF does.
-    """
-
-    file: Path
-    before: bytes
-    text: bytes
-    asked: bool = False
-    said: tuple[str, ...] = ()
-    shown: tuple[Change, ...] | None = None
-    own: bool = False
+    file: Path  # where it is
+    before: bytes  # its text there
+    text: bytes  # its text after the edits; nothing if it goes
+    asked: bool = False  # whether a user asked for edits of it; others follow from those of leaves
+    said: tuple[str, ...] = ()  # what is to be said of it
+    shown: tuple[Change, ...] | None = None  # what is shown of its changes; None for all keys of a JSON file
+    own: bool = False  # whether the file of the weights holds it, as GGUF does
 
     @property
     def name(self) -> str:
-        """Its name within the directory."""
         return self.file.name
 
     @property
     def values(self) -> dict[str, Any]:
-        """What it holds after the edits.
-
-        Raises:
-            BadCheckpoint: it is damaged.
-        """
         return parsed(self.text, self.file)
 
     def holding(self, values: Mapping[str, Any]) -> "Document":
         """The document with other values; what stays keeps its characters."""
         return replace(self, text=rewritten(self.text.decode(), values).encode())
 
+    def skipped(self, path: Path) -> str:
+        """Why a checkpoint that was opened by this path is saved without the document; "" if it is not."""
+        if self.own or path_of(path).is_dir():
+            return ""
+        return f"{self.file} is not changed; open {self.file.parent}/, the directory, to include it"
+
     def inner(self, key: str) -> "Document":
-        """The document that holds what a key of it does, and nothing else."""
         return replace(self, text=entry_of(self.text.decode(), key).encode())
 
     def edited(self, values: Mapping[str, Any], gone: Iterable[str] = ()) -> "Document":
         """The document with some keys set, then others deleted; dots lead into parts.
-
-        Raises:
-            NoMatch: a key that is to be deleted, or a part, is not there; the message has the near miss.
-            BadArgument: JSON has no such value.
 
         >>> Document(Path("config.json"), b"", b'{"a": {"b": 1}}').edited({"a.c": 2}, ["a.b"]).text
         b'{"a": {"c": 2}}'
@@ -112,7 +96,6 @@ class Document:
 
     @property
     def changes(self) -> list[Change]:
-        """What the edits change."""
         if self.before in (b"", self.text) or not self.text:
             return []
         if self.shown is not None:
@@ -121,11 +104,7 @@ class Document:
 
 
 def document_of(leaves: Any, name: str = CONFIG) -> Document | None:
-    """A document beside an opened checkpoint, after the edits so far; None for other trees and where there is none.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """A document beside an opened checkpoint, after the edits so far; None for other trees and where there is none."""
     path = getattr(leaves, "path", None)  # checkpoints alone have one
     if not isinstance(path, Path):
         return None
@@ -143,16 +122,8 @@ def document_of(leaves: Any, name: str = CONFIG) -> Document | None:
 def place_of(
     config: dict[str, Any], key: str, file: str = CONFIG, *, makes: bool = False
 ) -> tuple[dict[str, Any], str]:
-    """The part of a configuration that a key leads to, and the name there. Names that hold dots themselves come first.
-
-    Args:
-        config: the configuration.
-        key: the key.
-        file: the name of its file, for messages.
-        makes: whether parts that are not there are made.
-
-    Raises:
-        NoMatch: there is no such part.
+    """The part of a configuration that a key leads to, and the name there. Names that hold dots themselves come first;
+    parts that are not there may be made.
 
     >>> place_of({"a.b": {"c.d": 1}}, "a.b.c.d")
     ({'c.d': 1}, 'c.d')
@@ -197,11 +168,7 @@ def _changes(file: str, old: Mapping[str, Any], new: Mapping[str, Any], above: s
 
 
 def json_value(key: str, value: Any) -> Any:
-    """A value as JSON would read it back.
-
-    Raises:
-        BadArgument: JSON has no such value.
-    """
+    """A value as JSON would read it back."""
     try:
         text = json.dumps([key, value], allow_nan=False, ensure_ascii=False)
         text.encode()

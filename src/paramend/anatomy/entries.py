@@ -14,37 +14,31 @@ def words(text: str) -> frozenset[str]:
 
 
 # Lists with one entry for each layer. Others are recognised by the words below and their length.
-LISTS = words(
-    """
+LISTS = words("""
     layer_types mlp_layer_types layers_block_type indexer_types attn_type_list block_configs no_rope_layers
     sparse_layers moe_layer_freq hybrid_layer_pattern num_query_heads num_kv_heads ffn_multipliers attn_layers
     attention_layers attention_window compress_ratios layer_rope_theta activation_sparsity_pattern
     intermediate_size num_attention_heads num_key_value_heads sliding_windows sparse_attention_freq
     head_count head_count_kv feed_forward_length
-    """
-)
+""")
 # Lists whose length is another matter, although they may have that of the layers.
-OTHERS = words(
-    """
+OTHERS = words("""
     mlp_multipliers ssm_multipliers mtp_layers_block_type mtp_layer_types mtp_mlp_layer_types
     moe_intermediate_size moe_num_experts moe_k mlp_ratios mlp_ratio depths time_step_limit vision_feature_layer
     out_features out_indices stage_names return_idx block_types pattern conv_residual_weights
     feed_forward_residual_weights pos_att_type block_out_channels down_block_types up_block_types layers_per_block
     transformer_layers_per_block attention_head_dim qkv_multipliers relative_bias_args kernel_list
     target_layer_ids encode_proj_layers pretrained_window_sizes
-    """
-)
+""")
 # Lists that are repeated until every layer has an entry.
 CYCLES = frozenset({"block_types", "layer_pattern", "layer_types_pattern"})
 # Lists of the numbers of special layers. Others are recognised by their ascending numbers and the words below.
-NUMBERS = words(
-    """
+NUMBERS = words("""
     mlp_only_layers moe_layers full_attention_layers attn_layer_indices attn_layer_idx full_attn_idxs
     cross_attention_layers hybrid_layer_ids global_attn_indexes fullatt_block_indexes window_block_indexes
     window_block_indices global_attention_blocks local_layer_ids rope_scaling_layers
     layers_to_transform dual_attention_layers subsample_layers moe_layer_indices
-    """
-)
+""")
 FROM_ONE = frozenset({"full_attn_layers", "kda_layers", "ple_layer_ids"})  # numbers from 1
 # Numbers of layers whose outputs are read, one after the other.
 READ = frozenset({"intermediate_layers_indices", "deepstack_visual_indexes"})

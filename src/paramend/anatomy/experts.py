@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from paramend.anatomy.counts import EXPERTS, Pieces
 from paramend.anatomy.entries import Names, words
-from paramend.anatomy.sections import SENSES, counted, part_at
+from paramend.anatomy.sections import counted, part_at, parts_in, senses
 from paramend.errors import SpecMismatch, Unsupported
 from paramend.leaves.groups import Named
 from paramend.leaves.paths import number_of
@@ -25,20 +25,16 @@ TOP_K = (
 
 # Families by what becomes of the weights with which outputs of experts are added, where each expert is there m times
 # and m times as many are chosen. In sum they stay where they are normalised, or the shares of a softmax.
-_SUMMED = words(
-    """
+_SUMMED = words("""
     mixtral qwen2_moe qwen3_moe qwen3_next qwen3_vl_moe qwen3_vl_moe_text qwen3_5_moe qwen3_5_moe_text olmoe flex_olmo
     gpt_oss granitemoe granitemoehybrid granitemoeshared jamba jetmoe minimax minimax_m2 ernie4_5_moe hunyuan_v1_moe
     aria_text gemma4 gemma4_text deepseek_v2 deepseek_v4 afmoe hy_v3 laguna mistral4
-    """
-)
+""")
 # Here they are the scores of a sigmoid, normalised if the configuration says so, times a factor.
-_SCORED = words(
-    """
+_SCORED = words("""
     deepseek_v3 deepseek_v32 dots1 glm4_moe glm4_moe_lite glm4v_moe glm4v_moe_text glm_moe_dsa exaone_moe solar_open
     mimo_v2_flash nemotron_h lfm2_moe axk1 bailing_hybrid kimi_linear
-    """
-)
+""")
 # Here biases are added to the shares of a softmax, which become smaller.
 SHARES = ("ernie4_5_moe",)
 _NORMED, _FACTOR = ("norm_topk_prob", "moe_renormalize"), "routed_scaling_factor"
@@ -85,56 +81,32 @@ class Along(NamedTuple):
 
 @dataclass(frozen=True)
 class Block:
-    """The mixture of experts of one layer.
+    """The mixture of experts of one layer."""
 
-    Attributes:
-        path: its module.
-        layers: the path of the numbered layers.
-        layer: the number of its own; None if there are none.
-        predicts: whether it is in a block that predicts further tokens (multi-token prediction).
-        along: leaf → its axis of experts: leaves of all experts, and of the router.
-        own: leaf → its expert, for leaves of a single one.
-        before: what is before the number of an expert in the names of its leaves, relative to the module.
-        router: the leaves of the router that choose experts, relative to the module.
-        shared: the modules of experts that take every token.
-        unknown: leaves of which it is not known whether they count experts.
-    """
-
-    path: Pieces
-    layers: Pieces
-    layer: int | None
-    predicts: bool
-    along: Mapping[int, Along]
-    own: Mapping[int, int]
-    before: str
-    router: tuple[str, ...]
-    shared: tuple[str, ...]
-    unknown: tuple[int, ...]
+    path: Pieces  # its module
+    layers: Pieces  # the path of the numbered layers
+    layer: int | None  # the number of its own; None if there are none
+    predicts: bool  # whether it is in a block that predicts further tokens (multi-token prediction)
+    along: Mapping[int, Along]  # leaf → its axis of experts: leaves of all experts, and of the router
+    own: Mapping[int, int]  # leaf → its expert, for leaves of a single one
+    before: str  # what is before the number of an expert in the names of its leaves, relative to the module
+    router: tuple[str, ...]  # the leaves of the router that choose experts, relative to the module
+    shared: tuple[str, ...]  # the modules of experts that take every token
+    unknown: tuple[int, ...]  # leaves of which it is not known whether they count experts
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """The experts of a model.
+    """The experts of a model."""
 
-    Attributes:
-        count: how many each mixture has.
-        top_k: how many a token goes to; None if nothing says it.
-        storage: "per expert"; "fused", one leaf for all; "gpt-oss", fused with gate and up in turns; "rows", one leaf
-            in which each has several rows (DBRX).
-        places: the sections of the configuration that count them.
-        model_type: that of the first one, or "".
-        blocks: the mixtures, in order.
-    """
-
-    count: int
-    top_k: int | None
-    storage: str
-    places: tuple[Pieces, ...]
-    model_type: str
-    blocks: tuple[Block, ...]
+    count: int  # how many each mixture has
+    top_k: int | None  # how many a token goes to; None if nothing says it
+    storage: str  # "per expert"; "fused", one leaf; "gpt-oss", gate and up in turns; "rows", several for each (DBRX)
+    places: tuple[Pieces, ...]  # the sections of the configuration that count them
+    model_type: str  # that of the first one, or ""
+    blocks: tuple[Block, ...]  # the mixtures, in order
 
     def to_dict(self) -> dict[str, Any]:
-        """The mixture as data that JSON can hold."""
 
         def named(texts: Iterator[str]) -> str | None:
             return ", ".join(dict.fromkeys(texts)) or None
@@ -151,9 +123,6 @@ class Mixture:
 
 def experts_of(leaves: Named, config: Mapping[str, Any] | None = None) -> Mixture | None:
     """The experts of a model; None if it has none.
-
-    Raises:
-        SpecMismatch: names, shapes and configuration disagree.
 
     >>> from paramend.trees.tree import Tree
     >>> import numpy as np
@@ -175,10 +144,8 @@ def experts_of(leaves: Named, config: Mapping[str, Any] | None = None) -> Mixtur
             raise SpecMismatch(f"{'.'.join(path)} has {wording.plural(found, 'expert')}, and {others} {count}")
     places = tuple(dict.fromkeys(place for place, each in said if each == count))
     section = part_at(config, places[0]) if places else {}
-    blocks = tuple(
-        _block(leaves, path, inside, count, section.get("zero_expert_num") or 0, dict(counted(config)))
-        for path, (_, inside) in counts.items()
-    )
+    zeros, ends = section.get("zero_expert_num") or 0, dict(counted(config))
+    blocks = tuple(_block(leaves, path, inside, count, zeros, ends) for path, (_, inside) in counts.items())
     kind = section.get("model_type") or config.get("model_type") or ""
     tops = [each for key in TOP_K for each in _numbers(section.get(key))]
     return Mixture(count, max(tops, default=None), _storage(leaves, blocks), places, kind, blocks)
@@ -212,9 +179,6 @@ def groups_of(config: Mapping[str, Any], mixture: Mixture) -> Groups:
 
 def recounted(config: Mapping[str, Any], mixture: Mixture, count: int, times: int = 1) -> dict[str, Any]:
     """The configuration of a model with another number of experts, of which a token goes to `times` as many.
-
-    Raises:
-        Unsupported: tokens that go to more experts would get more of them, or it is not known whether they would.
 
     >>> mixture = Mixture(8, 2, "fused", ((),), "mixtral", ())
     >>> recounted({"num_local_experts": 8, "num_experts_per_tok": 2}, mixture, 16, 2)
@@ -262,13 +226,11 @@ def renumbered(values: Any, ids: Mapping[Pieces, Sequence[int]], count: int) -> 
     return values
 
 
-def _said(config: Mapping[str, Any], above: Pieces = ()) -> Iterator[tuple[Pieces, int]]:
+def _said(config: Mapping[str, Any]) -> Iterator[tuple[Pieces, int]]:
     """Where a configuration counts experts, and how many."""
-    counts = (set(_numbers(config.get(key))) for key in EXPERTS)
-    yield from ((above, count.pop()) for count in counts if len(count) == 1)
-    for key, part in config.items():
-        if isinstance(part, Mapping) and not any(word in key for word in SENSES):
-            yield from _said(part, (*above, key))
+    for place, part in parts_in(config):
+        counts = () if senses(place) else (set(_numbers(part.get(key))) for key in EXPERTS)
+        yield from ((place, count.pop()) for count in counts if len(count) == 1)
 
 
 def _modules(leaves: Named) -> dict[Pieces, dict[int, str]]:
@@ -297,11 +259,9 @@ def _count(leaves: Named, inside: Mapping[int, str]) -> int:
             raise SpecMismatch(f"{leaves.index.path(min(inside))} is of experts numbered {numbers}")
         return len(own)
     rows = any(map(_ROWS.fullmatch, inside.values()))
-    shapes = (
-        leaves.spec(number).shape
-        for number, name in inside.items()
-        if (_ROUTER if rows else _ALL).fullmatch(name) and leaves.spec(number).ndim > 2 - rows
-    )
+    pattern = _ROUTER if rows else _ALL
+    specs = (leaves.spec(number) for number, name in inside.items() if pattern.fullmatch(name))
+    shapes = (spec.shape for spec in specs if spec.ndim > 2 - rows)
     return min((shape[0] for shape in shapes), default=0)
 
 

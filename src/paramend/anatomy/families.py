@@ -15,24 +15,18 @@ class Family:
     """How a family of models names the modules of a layer, and what makes a layer the identity.
 
     Names of modules are relative to the layer; `*` is a number, such as that of an expert.
-
-    Attributes:
-        name: its name for `identity=`.
-        model_types: its model types in Hugging Face configurations.
-        writers: the modules whose output is added to the residual stream. Their weights become `value`, their biases 0.
-        value: the weight with which a writer returns zeros: 0, or -1 for the gain of a norm that computes (1 + w).
-        by_name: whether the names alone show that `value` is right.
-        refused: why no parameters make a layer of this family the identity, or "".
     """
 
-    name: str
-    model_types: tuple[str, ...]
+    name: str  # its name for `identity=`
+    model_types: tuple[str, ...]  # its model types in Hugging Face configurations
+    # The modules whose output is added to the residual stream. Their weights become `value`, their biases 0.
     writers: tuple[str, ...]
     others: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
+    # The weight with which a writer returns zeros: 0, or -1 for the gain of a norm that computes (1 + w).
     value: float = 0.0
-    by_name: bool = True
-    refused: str = ""
+    by_name: bool = True  # whether the names alone show that `value` is right
+    refused: str = ""  # why no parameters make a layer of this family the identity, or ""
 
     def fits(self, modules: Iterable[str]) -> bool:
         """Whether a layer with these modules is of this family: it has its projections and no unknown modules."""
@@ -49,6 +43,10 @@ _HEADS = ("self_attn.q_norm", "self_attn.k_norm")
 _NORMS = (*_BEFORE, *_HEADS)
 _OUT = "self_attn.o_proj"
 _SUBLAYERS = (_OUT, "mlp.down_proj")
+_ALL = (*_QKV, *_GATED, *_SUBLAYERS)
+_GEMMA_NORMS = ("input_layernorm", "pre_feedforward_layernorm", *_HEADS)
+_BERT = tuple(f"attention.self.{name}" for name in ("query", "key", "value"))
+_BERT += ("attention.output.dense", "intermediate.dense", "output.dense")
 _FUSED = ("mlp.gate", "mlp.experts.gate_up_proj")
 _EXPERTS = ("mlp.gate", "mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")
 _SPARSE = ("block_sparse_moe.gate", "block_sparse_moe.experts.*.w1", "block_sparse_moe.experts.*.w3")
@@ -66,16 +64,8 @@ FAMILIES: tuple[Family, ...] = (
     Family("llama", _LLAMAS, _SUBLAYERS, (*_QKV, *_GATED), (*_BEFORE, *_HEADS, "self_attn.rotary_emb.inv_freq")),
     # A norm comes between the projection and the residual stream. Zero projections would be the identity too, but at
     # zero the slope of a norm is gain / sqrt(eps): one optimizer step would destroy what the model computes.
-    Family("olmo2", ("olmo2", "olmo3"), _AFTER, (*_QKV, *_GATED, *_SUBLAYERS), _HEADS),
-    Family(
-        "gemma2",
-        ("gemma2", "gemma3", "gemma3_text"),
-        _AFTER,
-        (*_QKV, *_GATED, *_SUBLAYERS),
-        ("input_layernorm", "pre_feedforward_layernorm", *_HEADS),
-        value=-1.0,
-        by_name=False,
-    ),
+    Family("olmo2", ("olmo2", "olmo3"), _AFTER, _ALL, _HEADS),
+    Family("gemma2", ("gemma2", "gemma3", "gemma3_text"), _AFTER, _ALL, _GEMMA_NORMS, value=-1.0, by_name=False),
     Family("phi", ("phi",), ("self_attn.dense", "mlp.fc2"), (*_QKV, "mlp.fc1"), _PHI_NORMS),
     Family("phi3", ("phi3",), _SUBLAYERS, ("self_attn.qkv_proj", "mlp.gate_up_proj"), _BEFORE),
     Family("mixtral", ("mixtral", "qwen3_moe"), (_OUT, "mlp.experts.down_proj"), (*_QKV, *_FUSED), _NORMS),
@@ -99,12 +89,7 @@ FAMILIES: tuple[Family, ...] = (
         "bert",
         ("bert", "roberta", "electra"),
         ("output.LayerNorm",),
-        (
-            *(f"attention.self.{name}" for name in ("query", "key", "value")),
-            "attention.output.dense",
-            "intermediate.dense",
-            "output.dense",
-        ),
+        _BERT,
         ("attention.output.LayerNorm",),
         refused="its layers end in a norm over the residual stream (post-LN), and no gain or bias makes that norm "
         "return its input",
@@ -129,20 +114,14 @@ def modules_of(leaves: Iterable[Pieces]) -> set[str]:
 
 
 def find(modules: set[str], model_type: str | None = None, name: str | None = None) -> Family:
-    """The row for a layer with these modules, of the family that the user or the configuration names.
-
-    Raises:
-        Unsupported: no layer of this family can be the identity.
-        BadArgument: the family is unknown, or its layers have other modules.
-    """
+    """The row for a layer with these modules, of the family that the user or the configuration names."""
     rows = [family for family in FAMILIES if family.name == name]
     if name is None:
         rows = [family for family in FAMILIES if model_type in family.model_types]
     elif not rows:
         near = wording.closest(name, NAMES, limit=1)
-        raise BadArgument(
-            f"{name!r} is not a known family: {', '.join(NAMES)}", hint=f'identity="{(near or NAMES)[0]}"'
-        )
+        why = f"{name!r} is not a known family: {', '.join(NAMES)}"
+        raise BadArgument(why, hint=f'identity="{(near or NAMES)[0]}"')
     fitting = [family for family in rows or FAMILIES if family.fits(modules)]
     if not rows:
         fitting = [family for family in fitting if family.by_name or family.refused]
@@ -177,11 +156,7 @@ def _unknown(modules: set[str], model_type: str | None, name: str | None, rows: 
 
 
 def values(family: Family) -> Mapping[str, float]:
-    """The leaves of a layer that make it the identity, as selectors relative to the layer, with their values.
-
-    >>> values(FAMILIES[2])["post_attention_layernorm/{weight,kernel,scale}"]
-    -1.0
-    """
+    """The leaves of a layer that make it the identity, as selectors relative to the layer, with their values."""
     found: dict[str, float] = {}
     for writer in family.writers:
         path = writer.replace(".", "/")

@@ -9,18 +9,15 @@ from typing import Any
 from paramend.anatomy.entries import CYCLES, LISTS, NAMING, OTHERS, entries, entry_of, moved
 from paramend.anatomy.moves import Move, check_places
 from paramend.anatomy.schedules import COMMON, FULL, LAST_FULL, SCHEDULES, Schedule, schedules_of
-from paramend.anatomy.sections import BLOCKS, COUNTS, SENSES, SIDES, counts_of, kind_at, part_at, sections_of, side_of
+from paramend.anatomy.sections import BLOCKS, COUNTS, SIDES, counts_of, kind_at, part_at, sections_of, senses, side_of
 from paramend.errors import BadArgument, Unsupported
 
 # Keys that scale layers by their number or by the number of layers: a copy would get another scale than its source.
 SCALED: Mapping[str, str] = {
     "scale_attn_by_inverse_layer_idx": "the scores of layer i are divided by i + 1",
-    "use_deepnorm": "residuals are scaled by the number of layers",
-    "deepnorm": "residuals are scaled by the number of layers",
+    **dict.fromkeys(("use_deepnorm", "deepnorm", "depth_scaled_init"), "residuals are scaled by the number of layers"),
     "scale_depth": "residuals are divided by the root of the number of layers",
-    "layernorm_scaling": "the norm of layer i is divided by the root of i",
-    "layer_norm_scaling": "the norm of layer i is divided by the root of i",
-    "depth_scaled_init": "residuals are scaled by the number of layers",
+    **dict.fromkeys(("layernorm_scaling", "layer_norm_scaling"), "the norm of layer i is divided by the root of i"),
     "use_mup": "scales depend on the number of layers",
     "num_kv_shared_layers": "the last layers read the cache of others, counted from the end",
     "hidden_size_per_layer_input": "an embedding beside the layers holds columns for each of them",
@@ -34,6 +31,7 @@ _DEFAULTS: Mapping[tuple[str, str], Any] = {
     ("gemma4_text", "hidden_size_per_layer_input"): 256,
     ("minicpm3", "scale_depth"): 1.4,
 }
+_DECAYS = "the decay of linear attention depends on the number of its layer"
 # Families in which a layer computes something else under another number, each with the leaf that would store it.
 BOUND: Mapping[str, tuple[str, str]] = {
     "diffllama": ("the differential attention of layer i starts from 0.8 - 0.6 exp(-0.3 i)", ""),
@@ -43,13 +41,10 @@ BOUND: Mapping[str, tuple[str, str]] = {
     "hrm_text": ("its layers are run in cycles, by their numbers", ""),
     "idefics": ("cross attention stands before every k-th layer", ""),
     "inkling2_loop_text": ("some layers are run several times, by their numbers", ""),
-    "bailing_moe_linear": ("the decay of linear attention depends on the number of its layer", ""),
-    "minimax": ("the decay of linear attention depends on the number of its layer", "slope_rate"),
-    "minimax_m1": ("the decay of linear attention depends on the number of its layer", ""),
-    "minimax_text_01": ("the decay of linear attention depends on the number of its layer", ""),
+    **dict.fromkeys(("bailing_moe_linear", "minimax_m1", "minimax_text_01"), (_DECAYS, "")),
+    "minimax": (_DECAYS, "slope_rate"),
     "neomme": ("windows and residuals depend on the numbers of layers", ""),
-    "zamba": ("layers share blocks, one after the other", ""),
-    "zamba2": ("layers share blocks, one after the other", ""),
+    **dict.fromkeys(("zamba", "zamba2"), ("layers share blocks, one after the other", "")),
 }
 # Keys that name layers whose outputs other parts of a model read.
 _FEATURES = ("vision_feature_layer", "feature_layer", "out_indices", "backbone_out_indices", "extract_layers")
@@ -66,22 +61,16 @@ _ELSE = re.compile(
 
 @dataclass
 class Section:
-    """One section that counts the layers, while it is adapted.
+    """One section that counts the layers, while it is adapted."""
 
-    Attributes:
-        place: the keys that lead to it.
-        kinds: for each old layer, all that the configuration says of it alone.
-        done: the keys that follow already.
-    """
-
-    place: tuple[str, ...]
+    place: tuple[str, ...]  # the keys that lead to it
     part: dict[str, Any]
     said: list[str] = field(default_factory=list)
+    # For each old layer, all that the configuration says of it alone.
     kinds: list[list[object]] = field(default_factory=list)
-    done: set[str] = field(default_factory=set)
+    done: set[str] = field(default_factory=set)  # the keys that follow already
 
     def set(self, path: Sequence[str], value: Any, says: str = "") -> None:
-        """Enter a value, and tell of it."""
         part_at(self.part, path[:-1])[path[-1]] = value
         self.done.add(path[-1])
         self.tell(f"{'.'.join(path)}: {says or value}")
@@ -96,10 +85,6 @@ class Section:
 
 def followed(config: Mapping[str, Any], move: Move) -> tuple[dict[str, Any], list[str]]:
     """A new configuration of the model that a move of layers makes, and what changed.
-
-    Raises:
-        Unsupported: a layer would be of another kind in its new place, and the configuration cannot say otherwise.
-        BadArgument: a given key leads into a part that is not there.
 
     >>> config = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
     >>> followed(config, Move(("layers",), (0, 1, 1), 2))[1]
@@ -135,9 +120,8 @@ def followed(config: Mapping[str, Any], move: Move) -> tuple[dict[str, Any], lis
             part = part_at(new, above)
             part[key] = value
         except (KeyError, TypeError):
-            raise BadArgument(
-                f"config={name!r}: the configuration has no part {'.'.join(above)!r}", hint=f"config={{{key!r}: ...}}"
-            ) from None
+            why = f"config={name!r}: the configuration has no part {'.'.join(above)!r}"
+            raise BadArgument(why, hint=f"config={{{key!r}: ...}}") from None
         said.append(f"{'.'.join((*above, key))}: {value}, as given")
     return new, said
 
@@ -163,17 +147,13 @@ def _refuse(part: Mapping[str, Any], kind: str, move: Move) -> None:
             )
     pair = part.get("qkv_multipliers")
     if isinstance(pair, list) and len(pair) == 2 and pair[0] != pair[1] and not move.holds((), "qkv_multipliers"):
-        raise Unsupported(
-            f"the configuration has qkv_multipliers={pair}: widths of layers are interpolated by their numbers",
-            hint='config={"qkv_multipliers": [...]}, with one for each layer of the outcome',
-        )
+        said = f"the configuration has qkv_multipliers={pair}: widths of layers are interpolated by their numbers"
+        raise Unsupported(said, hint='config={"qkv_multipliers": [...]}, with one for each layer of the outcome')
     why, leaf = BOUND.get(kind, ("", ""))
     held = leaf and any(leaf in path for layer in move.leaves or () for path in layer)
     if why and not held and move.given is None:
-        raise Unsupported(
-            f"{kind}: {why}, so a layer would compute something else in another position",
-            hint="config={} moves the layers all the same",
-        )
+        said = f"{kind}: {why}, so a layer would compute something else in another position"
+        raise Unsupported(said, hint="config={} moves the layers all the same")
 
 
 def _cannot(what: str, says: str, value: Any) -> Unsupported:
@@ -181,9 +161,6 @@ def _cannot(what: str, says: str, value: Any) -> Unsupported:
         f"the configuration says {what}, which tells the kinds of layers by their numbers, and {says}",
         hint=f"an order that keeps the kinds in their places, or config={value!r}, the value in the outcome",
     )
-
-
-# ---- kinds that are told by the number ---------------------------------------------------------------------------
 
 
 def _follow_schedules(section: Section, kind: str, move: Move) -> None:
@@ -243,9 +220,6 @@ def _follow_attention_types(section: Section, move: Move) -> None:
         section.set(("attention_types",), [[[kinds[source] for source in move.sources], 1]], "written out")
 
 
-# ---- what is said layer by layer ---------------------------------------------------------------------------------
-
-
 def _follow_entries(section: Section, move: Move) -> None:
     n, done = move.n, section.done | set(move.given or ())
     for path, how in list(entries(section.part, n, move.blocks)):
@@ -259,17 +233,16 @@ def _follow_entries(section: Section, move: Move) -> None:
                 "known whether each is for one layer",
                 hint=f"config={{'{'.'.join((*section.place, *path))}': [...]}}, its value in the outcome",
             )
-        section.note([_plain(entry_of(value, how, layer)) for layer in range(n)])
+        said = [entry_of(value, how, layer) for layer in range(n)]
+        section.note([repr(one) if isinstance(one, list | dict) else one for one in said])
         if name == "kv_source_layers" and list(value) != list(range(n)):
             raise _cannot(f"{name}={value}", "layers read the cache of others", {name: [...]})
         try:
             new = moved(value, how, move.sources, n)
         except IndexError:
             key = ".".join((*section.place, *path))
-            raise Unsupported(
-                f"the configuration says {key}: {value}, and the outcome has not all of these layers",
-                hint=f"config={{{key!r}: [...]}}, the layers that are read in the outcome",
-            ) from None
+            why = f"the configuration says {key}: {value}, and the outcome has not all of these layers"
+            raise Unsupported(why, hint=f"config={{{key!r}: [...]}}, the layers that are read in the outcome") from None
         if name == "kv_source_layers":
             new = list(range(len(move.sources)))
         if new != value:
@@ -292,20 +265,14 @@ def _follow_stages(section: Section, move: Move) -> None:
             continue
         new = [stage if stage in ("stem", 0) else read(last.get(_stage(stage) - 1, -2) + 1) for stage in old]
         if any(_stage(stage) < 0 for stage in new):
-            raise Unsupported(
-                f"the configuration says {key}: {old}, and the outcome has not all of these layers",
-                hint=f"config={{{key!r}: {old[-1:]}}}, the layers that are read in the outcome",
-            )
+            why = f"the configuration says {key}: {old}, and the outcome has not all of these layers"
+            raise Unsupported(why, hint=f"config={{{key!r}: {old[-1:]}}}, the layers that are read in the outcome")
         if new != old:
             section.set((key,), new)
 
 
 def _stage(stage: Any) -> int:
     return int(str(stage).removeprefix("stage").replace("stem", "0"))
-
-
-def _plain(value: Any) -> object:
-    return repr(value) if isinstance(value, list | dict) else value
 
 
 def _follow_names(config: dict[str, Any], section: Section, move: Move, said: list[str]) -> None:
@@ -350,14 +317,11 @@ def renamed(told: Mapping[str, Any], move: Move) -> dict[str, Any]:
 
 def _tell_features(config: Mapping[str, Any], section: Section, move: Move) -> None:
     """Tell of numbers of layers whose outputs other parts of the model read: which they should be is not known."""
-    sense = any(word in "/".join(move.where) for word in SENSES)
+    sense = senses(move.where)
     held = {**section.part, **(config if section.place and sense else {})}
     told = [key for key in _FEATURES if held.get(key) and key not in section.done and not move.holds((), key)]
     for key in told if not move.trivial else ():
         section.tell(f"{key}: {held[key]}, not changed: other parts read the outputs of these layers")
-
-
-# ---- what is not known -------------------------------------------------------------------------------------------
 
 
 def _refuse_numbers(section: Section, kind: str, move: Move) -> None:
@@ -366,9 +330,8 @@ def _refuse_numbers(section: Section, kind: str, move: Move) -> None:
         return
     n, m = move.n, len(move.sources)
     for key, value in section.part.items():
-        kind_of = (
-            None if key in _COUNTS or key in section.done or move.holds(section.place, key) else _told(key, value, n)
-        )
+        known = key in _COUNTS or key in section.done or move.holds(section.place, key)
+        kind_of = None if known else _told(key, value, n)
         if kind_of is None:
             continue
         before = [kind_of(layer, n) for layer in range(n)]
@@ -395,10 +358,8 @@ def _told(key: str, value: Any, n: int) -> Callable[[int, int], int] | None:
 def _refuse_last(section: Section, kind: str) -> None:
     types = section.part.get("layer_types")
     if kind in LAST_FULL and types and types[-1] != FULL:
-        raise Unsupported(
-            f"the last layer of the outcome would be of {types[-1]}, and {kind} makes the last one full_attention",
-            hint="an order that ends with a layer of full attention",
-        )
+        why = f"the last layer of the outcome would be of {types[-1]}, and {kind} makes the last one full_attention"
+        raise Unsupported(why, hint="an order that ends with a layer of full attention")
 
 
 def _period(key: str, value: Any, n: int) -> int:

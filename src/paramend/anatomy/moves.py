@@ -16,28 +16,20 @@ _FIRST = frozenset({"relative_attention_bias", "global_relative_attention_bias",
 
 @dataclass(frozen=True)
 class Move:
-    """How the layers at a path change.
+    """How the layers at a path change."""
 
-    Attributes:
-        where: their path in the model.
-        sources: for each new layer the old one that it is made of, from 0.
-        first: the number of the first of them.
-        blocks: how many blocks that predict further tokens follow them.
-        given: key → value, as the user wants them in the outcome; dots lead into sections.
-        leaves: for each old layer, path of a leaf within it → its shape; None if it is not known.
-    """
-
-    where: Sequence[str]
-    sources: Sequence[int]
+    where: Sequence[str]  # their path in the model
+    sources: Sequence[int]  # for each new layer the old one that it is made of, from 0
     n: int
-    first: int = 0
-    blocks: int = 0
+    first: int = 0  # the number of the first of them
+    blocks: int = 0  # how many blocks that predict further tokens follow them
+    # Key → value, as the user wants them in the outcome; dots lead into sections.
     given: Mapping[str, Any] | None = None
+    # For each old layer, path of a leaf within it → its shape; None if it is not known.
     leaves: Sequence[Shapes] | None = None
 
     @property
     def trivial(self) -> bool:
-        """Whether all layers stay where they are."""
         return list(self.sources) == list(range(self.n))
 
     def stray(self, path: tuple[str, ...], source: int, target: int) -> bool:
@@ -55,7 +47,6 @@ class Move:
         return Names(self.where, to)
 
     def holds(self, place: Sequence[str], key: str) -> bool:
-        """Whether the user gave the value of a key in a section."""
         return any(name in (key, ".".join((*place, key))) for name in self.given or ())
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from paramend.anatomy.beside import HEADS, WITH_HEAD
 from paramend.anatomy.counts import Pieces, numbered
-from paramend.anatomy.sections import SENSES, sections_of
+from paramend.anatomy.sections import sections_of, senses
 
 
 def _rows(kinds: str, with_head: str, without: str) -> dict[str, tuple[str, str]]:
@@ -53,19 +53,12 @@ _SHARED = ("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config"
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A model inside a model.
+    """A model inside a model."""
 
-    Attributes:
-        name: the key of its configuration, such as `text_config`.
-        layers: the path of its layers.
-        leaves: the numbers of its leaves, without its head.
-        head: those of its head.
-    """
-
-    name: str
-    layers: Pieces
-    leaves: frozenset[int]
-    head: frozenset[int]
+    name: str  # the key of its configuration, such as `text_config`
+    layers: Pieces  # the path of its layers
+    leaves: frozenset[int]  # the numbers of its leaves, without its head
+    head: frozenset[int]  # those of its head
 
 
 def parts_of(config: Mapping[str, Any], paths: Mapping[int, Pieces]) -> Iterator[Part]:
@@ -79,13 +72,13 @@ def parts_of(config: Mapping[str, Any], paths: Mapping[int, Pieces]) -> Iterator
     vision_config ('visual', 'blocks') [2, 3] []
     """
     layers = dict(_layers(config, list(paths.values())))
-    senses = {path for path in paths.values() if any(word in piece for piece in path for word in SENSES)}
+    sensing = {path for path in paths.values() if senses(path)}
     for name, own in layers.items():
-        others = [other for other in layers.values() if other != own] + ([*senses] if name == _TEXT else [])
+        others = [other for other in layers.values() if other != own] + ([*sensing] if name == _TEXT else [])
         if not others:  # nothing says where the part ends
             continue
         root = own[: next((n for n in range(1, len(own)) if not any(o[:n] == own[:n] for o in others)), None)]
-        heads = {n for n, path in paths.items() if HEADS.intersection(path) and path not in senses and name == _TEXT}
+        heads = {n for n, path in paths.items() if HEADS.intersection(path) and path not in sensing and name == _TEXT}
         under = {n for n, path in paths.items() if path[: len(root)] == root}
         yield Part(name, own, frozenset(under - heads), frozenset(heads))
 

@@ -14,30 +14,21 @@ DENSE, SPARSE = "dense", "sparse"
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """One rule that tells kinds of layers from their numbers.
+    """One rule that tells kinds of layers from their numbers."""
 
-    Attributes:
-        rule: (layer, number of layers, *values of `numbers`) → its kind.
-        numbers: the keys that the rule reads, with their values if they are left out; `a|b` are two names of one.
-        written: the list in which the configuration takes the kinds instead, one for each layer; "" if it takes none.
-        numbered: whether that list holds the numbers of the layers whose kind is true.
-        unless: keys that replace the rule where they are given.
-        side: "encoder" or "decoder", for the layers of one side; "" for all.
-    """
-
-    rule: Callable[..., Any]
+    rule: Callable[..., Any]  # (layer, number of layers, *values of `numbers`) → its kind
+    # The keys that the rule reads, with their values if they are left out; `a|b` are two names of one.
     numbers: Mapping[str, Any] = field(default_factory=dict)
+    # The list in which the configuration takes the kinds instead, one for each layer; "" if it takes none.
     written: str = ""
-    unless: tuple[str, ...] = ()
-    numbered: bool = False
-    side: str = ""
+    unless: tuple[str, ...] = ()  # keys that replace the rule where they are given
+    numbered: bool = False  # whether that list holds the numbers of the layers whose kind is true
+    side: str = ""  # "encoder" or "decoder", for the layers of one side; "" for all
 
     def values(self, part: Mapping[str, Any]) -> list[Any]:
         """What the configuration says for the numbers of the rule."""
-        return [
-            next((part[name] for name in names.split("|") if part.get(name) is not None), default)
-            for names, default in self.numbers.items()
-        ]
+        given = ([part[name] for name in names.split("|") if part.get(name) is not None] for names in self.numbers)
+        return [next(iter(each), default) for each, default in zip(given, self.numbers.values(), strict=True)]
 
     def kinds(self, part: Mapping[str, Any], n: int) -> list[Any] | None:
         """The kind of each of n layers; None if a list or another key tells them."""
@@ -78,9 +69,6 @@ class Schedule:
                 given = [name for name in names.split("|") if name in part]
                 changed[given[0] if given else names.split("|")[0]] = value
         return changed
-
-
-# ---- rules that several families share ---------------------------------------------------------------------------
 
 
 def _every(one: str, rest: str) -> Callable[..., str]:

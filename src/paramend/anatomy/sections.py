@@ -72,24 +72,17 @@ def sections_of(config: Mapping[str, Any], n: int, where: Sequence[str] = ()) ->
     [('text_config',)]
     """
     path = "/".join(where)
-    sense = any(word in path for word in SENSES)
-    found = [place for place in _counting(config, n, where) if not (sense and place[:1] == ("text_config",))]
+    sense = senses(where)
+    counting = (place for place, part in parts_in(config) if n in map(part.get, counts_of(part, where)))
+    found = [place for place in counting if not (sense and place[:1] == ("text_config",))]
     if len(found) < 2:
         return found
     named = [place for place in found if place and any(word in path for word in _words(place))]
     if not named and not sense and where:
-        named = [place for place in found if not any(word in "/".join(place) for word in SENSES)]
-    if named and not any(word in "/".join(named[0]) for word in SENSES):
+        named = [place for place in found if not senses(place)]
+    if named and not senses(named[0]):
         named = [place for place in found if not place or place in named]
     return named if len([place for place in named if place]) < 2 else []
-
-
-def _counting(config: Mapping[str, Any], n: int, where: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    if any(config.get(name) == n for name in counts_of(config, where)):
-        yield ()
-    for key, part in config.items():
-        if isinstance(part, Mapping):
-            yield from ((key, *inner) for inner in _counting(part, n, where))
 
 
 def _words(place: Sequence[str]) -> tuple[str, ...]:
@@ -124,7 +117,7 @@ def part_at(config: Mapping[str, Any], place: Sequence[str]) -> Any:
 def kind_at(config: Mapping[str, Any], place: Sequence[str]) -> str:
     """The model type of a section; "" for a part that sees or hears under the name of the whole model."""
     own, whole = part_at(config, place).get("model_type"), config.get("model_type")
-    if any(word in key for key in place for word in SENSES):
+    if senses(place):
         return str(own or "") if own != whole else ""
     return str(own or whole or "")
 
@@ -139,17 +132,23 @@ def model_type(config: Mapping[str, Any], n: int, where: Sequence[str] = ()) -> 
 
 def counted(config: Any) -> Iterator[tuple[int, int]]:
     """How many layers each section counts, and how many blocks after the last one predict further tokens."""
-    for part in _parts(config):
+    for _, part in parts_in(config):
         blocks = max((part[key] for key in BLOCKS if type(part.get(key)) is int), default=0)
         if blocks > 0:
             yield from ((part[key], blocks) for key in COUNTS if type(part.get(key)) is int)
 
 
-def _parts(config: Any) -> Iterator[Mapping[str, Any]]:
+def parts_in(config: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
+    """A configuration and all maps in it, outer ones first, each with the keys that lead to it."""
     if isinstance(config, Mapping):
-        yield config
-        for part in config.values():
-            yield from _parts(part)
+        yield above, config
+        for key, part in config.items():
+            yield from parts_in(part, (*above, key))
+
+
+def senses(place: Sequence[str]) -> bool:
+    """Whether keys or pieces of a path lead into a part that sees or hears."""
+    return any(word in key for key in place for word in SENSES)
 
 
 def enter(config: Any, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

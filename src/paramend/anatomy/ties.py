@@ -9,21 +9,17 @@ from paramend.anatomy.entries import words
 KEY = "tie_word_embeddings"
 _WEIGHTS = ("weight", "kernel", "embedding")
 # What a configuration that leaves the key out means by that, in transformers.
-_TIED = words(
-    """
+_TIED = words("""
     albert bart bert biogpt bloom cohere cohere2 deberta deberta-v2 distilbert electra falcon falcon_mamba gemma gemma2
     gemma3 gemma3_text gemma3n gemma3n_text gemma4 gemma4_text gpt2 gpt_bigcode gpt_neo lfm2 mamba marian mbart
     modernbert mpt mt5 opt paligemma pegasus recurrent_gemma roberta smollm3 starcoder2 t5 umt5 whisper xglm xlm-roberta
-    """
-)
-_UNTIED = words(
-    """
+""")
+_UNTIED = words("""
     arcee bamba dbrx deepseek_v2 deepseek_v3 exaone4 falcon_h1 glm glm4 glm4_moe gpt_neox gpt_oss gptj granite
     granitemoe helium jamba llama llama4_text mamba2 minimax ministral mistral mixtral mllama_text_model nemotron
     nemotron_h olmo olmo2 olmo3 olmoe persimmon phi phi3 phimoe qwen2 qwen2_moe qwen2_vl qwen3 qwen3_5 qwen3_5_text
     qwen3_5_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen3_vl seed_oss stablelm
-    """
-)
+""")
 # Families in which the key does nothing, or also scales what the head reads.
 _FORCED = words("t5 mt5 umt5 longt5 pop2piano switch_transformers udop t5gemma nemotron_h")
 # Family → the head, where it is not `lm_head`, and the bias that is one with its own.
@@ -69,12 +65,7 @@ def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def ties_of(config: Mapping[str, Any], paths: Paths, shared: Mapping[int, int]) -> dict[Pieces, Pieces]:
-    """Path of a weight that is another → the path of that one, as far as it is known.
-
-    Args:
-        config: the configuration; {} if there is none.
-        paths: number → path of each leaf.
-        shared: number → the first number of the same leaf, where leaves are known to be one.
+    """Path of a weight that is another → the path of that one, as far as it is known; `shared` are those known to be.
 
     >>> paths = {0: ("model", "embed_tokens", "weight"), 1: ("model", "norm", "weight")}
     >>> ties_of({"model_type": "gemma", "architectures": ["GemmaForCausalLM"]}, paths, {})
@@ -92,7 +83,9 @@ def ties_of(config: Mapping[str, Any], paths: Paths, shared: Mapping[int, int]) 
 
 def tiable(config: Mapping[str, Any], paths: Paths) -> dict[Pieces, Pieces]:
     """The same for the weights that are others where the head is the embedding, stored or not."""
-    embedding, head = embedding_of(paths), head_of(paths)
+    names, head = ("shared", *EMBEDDINGS, "embeddings"), head_of(paths)
+    named = {n: path for n, path in paths.items() if path[-1] in _WEIGHTS and {*path[-2:-1]} & {*names}}
+    embedding = min(named, key=lambda n: (in_layer(named[n]), names.index(named[n][-2])), default=None)
     if embedding is None:
         return {}
     of, (name, bias) = paths[embedding], _NAMED.get(str(config.get("model_type")), ("lm_head", ""))
@@ -101,13 +94,6 @@ def tiable(config: Mapping[str, Any], paths: Paths) -> dict[Pieces, Pieces]:
     found = {(*of[:-2], side, "embed_tokens", of[-1]): of for side in sides}
     found[(*own, of[-1]) if head is None else paths[head]] = of
     return found | ({(*own, "bias"): other} if other in paths.values() else {})
-
-
-def embedding_of(paths: Paths) -> int | None:
-    """The number of the embedding of tokens; None if it has none of the usual names."""
-    names = ("shared", *EMBEDDINGS, "embeddings")
-    named = {n: path for n, path in paths.items() if path[-1] in _WEIGHTS and {*path[-2:-1]} & {*names}}
-    return min(named, key=lambda n: (in_layer(named[n]), names.index(named[n][-2])), default=None)
 
 
 def head_of(paths: Paths) -> int | None:

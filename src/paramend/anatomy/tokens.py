@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
-from paramend.anatomy.sections import SENSES
+from paramend.anatomy.sections import parts_in, senses
 
 # Old number of a token → its new one; None if it is gone.
 New: TypeAlias = Callable[[int], int | None]
@@ -18,15 +18,9 @@ _FORCED = "forced_decoder_ids"  # pairs of a position and a token
 
 
 def sizes_of(config: Mapping[str, Any]) -> Iterator[int]:
-    """The sizes of vocabularies that a configuration has, outermost first.
-
-    >>> list(sizes_of({"text_config": {"vocab_size": 8, "type_vocab_size": 2}, "n_vocab": 9}))
-    [9, 8]
-    """
-    yield from _counted(config)
-    for key, part in config.items():
-        if isinstance(part, Mapping) and not any(word in key for word in SENSES):
-            yield from sizes_of(part)
+    """The sizes of vocabularies that a configuration has, outermost first."""
+    for place, part in parts_in(config):
+        yield from () if senses(place) else _counted(part)
 
 
 def _counted(part: Mapping[str, Any]) -> Iterator[int]:
@@ -50,11 +44,7 @@ def named_ids(config: Mapping[str, Any], sizes: Iterable[int]) -> set[int]:
 
 
 def names_in(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys by which a configuration names tokens, with their values.
-
-    >>> names_in({"eos_token_id": [2, 7], "pad_token_id": None, "vocab_size": 8})
-    {'eos_token_id': [2, 7]}
-    """
+    """The keys by which a configuration names tokens, with their values."""
     return {key: value for key, value in config.items() if _IDS.fullmatch(key) and value is not None}
 
 
@@ -71,7 +61,7 @@ def renumbered(config: Mapping[str, Any], new: New, sizes: Mapping[int, int] | N
             return _moved(value, new)
         if isinstance(value, Mapping) and not _IDS.fullmatch(key):
             counted = {*_counted(value)}
-            apart = any(word in key for word in SENSES) or (bool(counted) and counted.isdisjoint(sizes or ()))
+            apart = senses((key,)) or (bool(counted) and counted.isdisjoint(sizes or ()))
             return renumbered(value, new, None if apart else sizes)
         if sizes is None:
             return value

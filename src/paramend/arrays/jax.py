@@ -322,9 +322,9 @@ def concat(arrays: Any, axis: int) -> Any:
 def take(x: Any, positions: Sequence[int], axis: int) -> Any:
     """A new array of slices of x, with its order of axes in memory, sharded like x if the new length allows it."""
     result = _moved(lambda x: jnp.take(x, np.asarray(positions, np.int64), axis=axis), x)
-    if isinstance(x, jax.ShapeDtypeStruct):
+    if isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct):
         return result
-    return _placed(result, x) if not parted(x) else jax.device_put(result, _within(x.sharding, result.shape))
+    return jax.device_put(result, _within(x.sharding, result.shape)) if parted(x) else _placed(result, x)
 
 
 def transpose(x: Any, axes: Sequence[int]) -> Any:

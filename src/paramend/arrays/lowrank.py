@@ -28,9 +28,7 @@ class LowRank(NamedTuple):
 
 class Product:
     """The elements of `b @ a`, of shapes (batch, rows, rank) and (batch, rank, columns), in C order, range by range.
-
-    They are computed in the same blocks of rows whatever the ranges are: every engine adds the same bits.
-    """
+    They are computed in the same blocks of rows whatever the ranges are: every engine adds the same bits."""
 
     def __init__(self, b: Array, a: Array) -> None:
         self._b, self._a = b, a
@@ -60,10 +58,8 @@ class Product:
 
 
 class Projection(Product):
-    """What takes a direction from an array W: `-strength * r @ (r.T @ W)`, r being a unit vector along an axis.
-
-    All elements of W are learnt, in order, before the first is read.
-    """
+    """What takes a direction from an array W: `-strength * r @ (r.T @ W)`, r being a unit vector along an axis. All
+    elements of W are learnt, in order, before the first is read."""
 
     def __init__(self, spec: Spec, axis: int, unit: Array, strength: float) -> None:
         super().__init__(*[np.empty((0, 0, 0), widened(spec.dtype))] * 2)

@@ -10,25 +10,16 @@ from paramend.leaves.specs import Array
 
 
 class Chosen(NamedTuple):
-    """What an index chooses.
+    """What an index chooses."""
 
-    Attributes:
-        places: the places along each axis.
-        shape: the shape of what is chosen, with an axis of length 1 for each that the index drops.
-    """
-
-    places: tuple[Array, ...]
-    shape: tuple[int, ...]
+    places: tuple[Array, ...]  # along each axis
+    shape: tuple[int, ...]  # with an axis of length 1 for each that the index drops
 
     def spread(self, value: Any) -> Any:
         """A value that broadcasts to what is chosen, as a view with all of its axes."""
         given = iter(value.shape[::-1])
-        kept = [1 if dropped else next(given, 1) for dropped in self._dropped[::-1]][::-1]
+        kept = [next(given, 1) if place.ndim else 1 for place in self.places[::-1]][::-1]
         return value.reshape(kept if value.ndim else [1] * len(kept))
-
-    @property
-    def _dropped(self) -> list[bool]:
-        return [not place.ndim for place in self.places]
 
 
 def chosen(index: Any, shape: Sequence[int]) -> Chosen | None:

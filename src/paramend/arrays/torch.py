@@ -110,16 +110,8 @@ def resized(values: Any, x: Any) -> Any:
     return torch_sharded.beside(new, x, range(new.ndim)) if torch_sharded.owns(x) else new
 
 
-def gathered(x: Any) -> Any:
-    return torch_sharded.gathered(x)
-
-
-def parted(x: Any) -> bool:
-    return torch_sharded.owns(x)
-
-
-def spread(x: Any) -> bool:
-    return torch_sharded.owns(x)
+gathered = torch_sharded.gathered
+parted = spread = torch_sharded.owns
 
 
 def parts(x: Any) -> list[tuple[Any, Any]]:

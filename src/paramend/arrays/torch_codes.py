@@ -50,11 +50,8 @@ def _decode(x: Any) -> Any:
 
 @torch.no_grad()
 def _encode(weight: Any, x: Any) -> Mapping[str, Any]:
-    """A weight in the type of a tensor that there is, with scales of its own, by the constructor of its library.
-
-    Raises:
-        Unsupported: that needs what the tensor does not tell.
-    """
+    """A weight in the type of a tensor that there is, with scales of its own, by the constructor of its library;
+    `Unsupported` if that needs what the tensor does not tell."""
     kind: Any = type(x)
     wanted = list(inspect.signature(kind.from_hp).parameters)[1:]
     known = {name: getattr(x, name) for name in wanted if hasattr(x, name) and name not in ("scale", "zero_point")}

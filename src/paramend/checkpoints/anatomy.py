@@ -76,11 +76,7 @@ def anatomy(model: AnyTree, config: ConfigLike | None = None) -> Anatomy:
 
 def configuration(leaves: Editable, given: ConfigLike | None = None) -> dict[str, Any]:
     """The configuration of a model: that given, else that beside a checkpoint or of a module; {} if there is none.
-
-    Raises:
-        CannotRead: there is no such file.
-        BadCheckpoint: it is damaged.
-    """
+    `CannotRead` if there is no such file, `BadCheckpoint` if it is damaged."""
     if isinstance(given, str | os.PathLike):
         file = path_of(given) / "config.json" if path_of(given).is_dir() else path_of(given)
         try:

@@ -1,6 +1,7 @@
 """Assembling: a checkpoint put together from leaves of others, which are read only when it is saved."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from paramend.anatomy.documents import Document
@@ -25,20 +26,6 @@ def assemble(
 
     A leaf brings the edits that were planned for it. Ties are place in `picks` → the first place of the same leaf, for
     leaves with several paths; by default, leaves that are tied in `base` stay tied if each path is taken once.
-
-    >>> import tempfile
-    >>> from pathlib import Path
-    >>> import numpy as np
-    >>> from paramend.checkpoints.checkpoint import open
-    >>> from paramend.checkpoints.whole import save
-    >>> from paramend.edits.selection import at
-    >>> from paramend.leaves.paths import labels
-    >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
-    >>> _ = save({"layers": {"0": np.ones(2, "int8")}}, path)
-    >>> small = open(path)
-    >>> two = assemble(small, [((*labels("layers"), *labels(n)), (small, 0)) for n in ("0", "1")])
-    >>> at(two, "layers[-1]").zero()["layers.1"].tolist(), two["layers.0"].tolist()
-    ([0, 0], [1, 1])
     """
     picks = list(picks)
     leaves = [(path, *_taken(given)) for path, given in picks]
@@ -50,6 +37,25 @@ def assemble(
         ties = ties_of(base.ties, own)
     changed = {each.name: each for each in (*base.texts, *texts)}
     return base.remade(gathered(base.source, leaves, texts=tuple(changed.values()), ties=ties))
+
+
+def exchanged(
+    base: Checkpoint,
+    new: Mapping[int, Origin | tuple[Editable, int]],
+    more: Iterable[Pick] = (),
+    *,
+    texts: Iterable[Document] = (),
+    ties: Mapping[int, int] = MappingProxyType({}),
+) -> Checkpoint:
+    """A checkpoint with other values in the places of some leaves, and more leaves at its end, which may have `ties`;
+    its own stay, and so do its marked layers."""
+    numbers = base.index.numbers
+    own: list[Pick] = [(base.index.paths[number], new.get(number, (base, number))) for number in numbers]
+    kept = ties_of(base.ties, {number: [place] for place, number in enumerate(numbers)})
+    made = assemble(base, [*own, *more], texts=texts, ties=kept | dict(ties))
+    for path, layers in base.index.layers.items():
+        made.index.mark(path, layers)
+    return made
 
 
 def _taken(given: Origin | tuple[Editable, int]) -> tuple[Origin, Any]:

@@ -17,12 +17,11 @@ from paramend.arrays.registry import backend
 from paramend.checkpoints.copies import copied
 from paramend.disk.urls import Url, path_of
 from paramend.edits.call import Call
-from paramend.edits.choosing import chosen
 from paramend.edits.damage import Damage
 from paramend.edits.plan import Plan
 from paramend.edits.quantized import check_calls, check_renamed, check_whole
 from paramend.edits.selection import at
-from paramend.edits.weights import weighed
+from paramend.edits.weights import chosen, weighed
 from paramend.errors import BadArgument, Unsupported, printable
 from paramend.formats.gathered import leaf_of
 from paramend.formats.registry import home_of, open_source

@@ -17,7 +17,7 @@ from paramend.disk.locks import opened
 from paramend.disk.permissions import PRIVATE, access_of
 from paramend.edits.plan import Plan
 from paramend.formats.gathered import Gathered
-from paramend.formats.index import read_index
+from paramend.formats.shards import read_index
 from paramend.journal.exchange import STAGED, NewFiles
 from paramend.journal.ranges import OpenRanges, Ranges
 from paramend.journal.records import DONE, Moved
@@ -27,10 +27,10 @@ from paramend.leaves.origins.stored import Stored
 from paramend.piecewise.rows import survey
 from paramend.reports import wording
 from paramend.reports.progress import Progress
-from paramend.rewriting.additions import parted
 from paramend.rewriting.arrangement import base_of
 from paramend.rewriting.layouts import lay_in_place
 from paramend.rewriting.rewrite import stage
+from paramend.rewriting.shards import parted
 
 
 @contextlib.contextmanager
@@ -48,10 +48,10 @@ def staged(
     must be as they were read. Files that are `moved` get another name; new ones that are `private` stay as private as
     they were made.
     """
-    folder = store.next_path().with_suffix(f".{STAGED}")
     if fill is None:
-        yield NewFiles(store.base, folder)
+        yield NewFiles(store.base, None)
         return
+    folder = store.next_path().with_suffix(f".{STAGED}")
     folder.mkdir(PRIVATE)
     try:
         fill(folder)

@@ -55,12 +55,8 @@ def regrouped(plan: Plan, groups: Sequence[Group]) -> Plan:
 
 
 def moved(plan: Plan, calls: Mapping[int, Call]) -> Plan:
-    """The plan with calls that move elements of leaves that cannot be read, whose bytes are copied.
-
-    Raises:
-        SpecMismatch: a call does not fit its leaf.
-        Unsupported: as in `replaced`.
-    """
+    """The plan with calls that move elements of leaves that cannot be read, whose bytes are copied; `SpecMismatch` if a
+    call does not fit its leaf, `Unsupported` as in `replaced`."""
     places: dict[int, list[Leaf]] = {}
     for number, call in calls.items():
         for row in map(plan.by_number.__getitem__, plan.twins(number)):
@@ -71,12 +67,8 @@ def moved(plan: Plan, calls: Mapping[int, Call]) -> Plan:
 
 
 def replaced(plan: Plan, places: Mapping[int, Sequence[Leaf]], hint: str) -> Plan:
-    """The plan with other leaves in the places of some.
-
-    Raises:
-        RenameClash: two leaves would have one path, or one would have the path of a container of others.
-        Unsupported: a new leaf is made of others that cannot be read, and not of whole bytes of theirs.
-    """
+    """The plan with other leaves in the places of some; `RenameClash` if two would have one path, or that of a
+    container of others, `Unsupported` if one is made of others that cannot be read, and not of their whole bytes."""
     for path, origin, _ in itertools.chain.from_iterable(places.values()):
         if origin.refusal and origin.spec.size and not origin.extents:
             name = write_path(path, plan.index.separator)

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from paramend.anatomy.documents import Document
-from paramend.checkpoints.checkpoint import Checkpoint, checkpoint_at
-from paramend.checkpoints.checkpoint import open as open_checkpoint
+from paramend.checkpoints.checkpoint import Checkpoint, checkpoint_at, open as open_checkpoint
 from paramend.checkpoints.exchanging import Addition, carried_out, staged
 from paramend.checkpoints.report import PatchReport
 from paramend.disk.copying import begin_write_back
@@ -28,14 +27,13 @@ from paramend.disk.urls import path_of
 from paramend.edits.plan import Plan
 from paramend.errors import BadArgument, BadCheckpoint, Unsupported
 from paramend.formats.gathered import Gathered
-from paramend.formats.source import Chunked, Gathering, Overlapping, Relabelled, Released, Sealed, Source, Tiled
+from paramend.formats.source import Chunked, Gathering, Overlapping, Relabelled, Sealed, Source, Tiled
 from paramend.journal.exchange import NewFiles, WholeFiles, check_replaceable
 from paramend.journal.ranges import OpenRanges, Ranges
 from paramend.journal.store import PUT, UndoStore
 from paramend.journal.writer import Writer
 from paramend.leaves.leaves import uncollected
-from paramend.leaves.origins.origin import Extent
-from paramend.leaves.origins.partly import Partly
+from paramend.leaves.origins.origin import Extent, Partly
 from paramend.piecewise.changes import Work, Works, change_all
 from paramend.piecewise.chunks import laid_flat, nbytes_of, restage
 from paramend.piecewise.rows import survey
@@ -282,7 +280,7 @@ class _Patch:
         descriptors = dict(zip(target.files, target.descriptors, strict=True))
         if any(operands(row) for row in self.plan.changed):  # which may be made of what is in these files
             for file in self.source.sources if isinstance(self.source, Gathering) else ():
-                if file.path in descriptors and isinstance(file, Released):
+                if file.path in descriptors:
                     file.hold()
         change_all(descriptors, self.source, [each for each in self.work if each.tile is None], meter)
         change_tiles(descriptors, self.source, [each for each in self.work if each.tile is not None], meter)

@@ -1,11 +1,14 @@
-"""What a patch did, as a report."""
+"""What a patch did, as a report; and the files of checkpoints, for reports that tell of them."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from paramend.edits.outcome import Outcome
-from paramend.edits.plan import Plan
+from paramend.checkpoints.checkpoint import Checkpoint
+from paramend.disk.urls import path_of
+from paramend.edits.plan import Outcome, Plan
 from paramend.reports import wording
+from paramend.reports.fields import picked
 
 
 @dataclass(frozen=True, repr=False)
@@ -41,11 +44,14 @@ class PatchReport(Outcome):
         return f"patched {self.path}: {written}; to take it back: paramend undo {self.path}"
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "path": self.path,
-            **self.plan.to_dict(),
-            "dry_run": self.dry_run,
-            "bytes_written": self.bytes_written,
-            "bytes_recorded": self.bytes_recorded,
-            "record": self.record,
-        }
+        written = picked(self, "dry_run", "bytes_written", "bytes_recorded", "record")
+        return picked(self, "path") | self.plan.to_dict() | written
+
+
+def read_by(tree: Any) -> list[Path]:
+    """The path of a checkpoint, unless it is the working directory, and the files that it is read from; none for a tree
+    in memory."""
+    if not isinstance(tree, Checkpoint):
+        return []
+    path = path_of(tree.source.path)
+    return [*([path] if path.name else ()), *tree.source.stats]

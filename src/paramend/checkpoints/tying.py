@@ -84,13 +84,8 @@ def untie(model: T, *, head: str | None = None) -> tuple[T, LayoutReport]:
 
 
 class _Work:
-    """Weights of a model that are one, or may be.
-
-    Attributes:
-        numbers: path of each leaf → its number.
-        pairs: path of a weight that may be another → the path of that one; the head is the last one of its embedding.
-        tied: those that are one now, as far as configuration and names tell.
-    """
+    """Weights of a model that are one, or may be: `numbers` are those of the leaves by path; `pairs` are path of a
+    weight that may be another → that one; `tied` those that are one now, as far as configuration and names tell."""
 
     def __init__(self, model: Any, head: str | None) -> None:
         self.leaves: Editable = editable(model)
@@ -141,10 +136,8 @@ class _Work:
         return found.digest()
 
     def done(self, pairs: Ties, *, tied: bool, last: bool = False) -> Any:
-        """The model with each of some weights as another, or as a copy of it, and the configuration that says so.
-
-        Of several weights that become one, the values of the last count if `last`, else those of the first.
-        """
+        """The model with each of some weights as another, or as a copy of it, and the configuration that says so. Of
+        several that become one, the values of the last count if `last`, else those of the first."""
         groups = {of: [one for one in pairs if pairs[one] == of] for of in pairs.values()}
         if is_module(self.leaves):
             return _module_done(self.leaves, groups, tied, last)

@@ -150,8 +150,14 @@ def bar(what: str) -> Iterator[Progress]:
 def _rich_bar() -> Any:
     # Imported only when there is something to draw: most runs end sooner.
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bar
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress as Bar,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     columns = (
         TextColumn("{task.description}", markup=False),

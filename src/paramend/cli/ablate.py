@@ -7,8 +7,7 @@ from typing import Any
 
 import click
 
-from paramend.ablation.ablate import ablate as ablate_tree
-from paramend.ablation.ablate import named as named_targets
+from paramend.ablation.ablate import ablate as ablate_tree, named as named_targets
 from paramend.ablation.methods import METHODS
 from paramend.checkpoints.whole import Kind, load
 from paramend.cli import _ui

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from paramend.edits.choosing import chosen as met
+from paramend.edits.weights import chosen as met
 from paramend.errors import NoMatch
 from paramend.reports import wording
 from paramend.selectors.messages import quoted

@@ -8,8 +8,7 @@ import click
 from paramend.cli import _ui
 from paramend.cli.choosing import EXCEPT, chosen
 from paramend.cli.options import ADDRESS, takes
-from paramend.evidence.diff import Sort
-from paramend.evidence.diff import diff as diff_of
+from paramend.evidence.diff import Sort, diff as diff_of
 
 
 @click.command()

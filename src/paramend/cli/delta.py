@@ -11,8 +11,7 @@ from paramend.cli import _ui, fates
 from paramend.cli.options import ADDRESS, takes
 from paramend.cli.writing import edit_checkpoint
 from paramend.deltas.checksums import Checksum
-from paramend.deltas.comparing import Encoding
-from paramend.deltas.comparing import delta as delta_of
+from paramend.deltas.comparing import Encoding, delta as delta_of
 from paramend.deltas.delta import Delta
 from paramend.disk.urls import path_of
 from paramend.errors import Unsupported

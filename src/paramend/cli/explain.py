@@ -1,4 +1,4 @@
-"""`paramend explain CODE`: what an error means, with code that raises it, and what to do."""
+"""`paramend explain CODE`: what an error means, with code that raises it; and topics of `paramend help`."""
 
 import re
 from collections.abc import Mapping
@@ -7,6 +7,26 @@ from importlib import resources
 import click
 
 from paramend.reports import wording
+
+SELECTORS = """\
+A selector is text, matched against the whole path of a leaf. Quote it, so that the shell leaves it alone.
+
+  layers.0.mlp.kernel        that leaf; . and / are the same separator
+  *                          anything within one key: 'Dense_*', '*_proj'
+  **                         any number of whole keys, also none: '**/bias'
+  {kernel,bias}              either
+  layers[-1]/**              positions, as in Python, among the numbered children: layers/0, layers/1 ...
+  Dense_[:2]/*               the same among numbered siblings: Dense_0, Dense_1 ...
+  layers/<n>/**              a number that is captured, for renames: to 'h/<n+1>/**'
+  "a/b".c                    quotes: exactly this key; a backslash takes the next character as it is
+
+A command takes several, and leaves out what --except matches. Each must match something.
+
+  paramend show PATH 'layers[-1]/**' '**/bias' --except 'head/*'
+"""
+
+# Word → text.
+TOPICS = dict.fromkeys(("selector", "selectors", "--except", "patterns", "paths"), SELECTORS)
 
 
 def explanations() -> Mapping[str, str]:

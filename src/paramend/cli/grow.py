@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from paramend.cli.opening import open_checkpoint
-from paramend.cli.options import ADDRESS, makes, numbers
+from paramend.cli.options import ADDRESS, makes, numbers, one_of
 from paramend.cli.recipe import keyed
 from paramend.cli.writing import write_made
 from paramend.disk.urls import path_of
@@ -84,10 +84,7 @@ def deepen(path: Path, layers: str | None, identity: Any, config: dict[str, Any]
     Exit status: 0 done; 2 an unreadable or damaged file, an order that does not fit, a family in which no layer can be
     the identity, or an OUT that cannot be written.
     """
-    given = {name: value for name in _ORDERS if (value := options.pop(name)) is not None}
-    if len(given) != 1:
-        raise click.UsageError(f"One of {', '.join(f'--{name}' for name in _ORDERS)} is needed.")
-    ((name, value),) = given.items()
+    name, value = one_of(options, *_ORDERS)
     with open_checkpoint(path) as checkpoint:
         count = len(numbered.find(checkpoint, layers)[0].numbers)
         order = _ORDERS[name](count, value)
@@ -124,10 +121,7 @@ def experts(path: Path, **options: Any) -> None:
     Exit status: 0 done; 2 there is no such expert, fewer would be left than a token goes to, groups of experts would
     differ, it is not known what counts experts, a file is unreadable or damaged, or OUT cannot be written.
     """
-    given = {name: value for name in ("keep", "drop", "duplicate") if (value := options.pop(name)) is not None}
-    if len(given) != 1:
-        raise click.UsageError("One of --keep, --drop, --duplicate is needed.")
-    ((name, value),) = given.items()
+    name, value = one_of(options, "keep", "drop", "duplicate")
     with open_checkpoint(path) as checkpoint:
         made, report = getattr(experts_of(checkpoint), name)(value)
         write_made(made, path, report, **options)

@@ -1,20 +1,25 @@
 """`paramend lesson`: list the lessons, show one or its solution, grade an answer."""
 
+import contextlib
 import copy
 import inspect
 import json
+import os
+import signal
+import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import IO, Any
 
 import click
 
-from paramend.cli.limited import run_limited
+from paramend.cli._ui import Refusal
 from paramend.cli.options import takes
-from paramend.lessons.catalogue import ROWS, find, row_of
 from paramend.lessons.grading import draw, grade, summary
-from paramend.lessons.lesson import Lesson
+from paramend.lessons.lesson import ROWS, Lesson, find, row_of
 from paramend.lessons.observation import sketch
 from paramend.lessons.solutions import load
 from paramend.reports.tables import aligned
@@ -101,13 +106,13 @@ def _shown(lesson: Lesson, seed: int, *, solution: bool) -> dict[str, Any]:
     shown: dict[str, Any] = {
         "name": lesson.name,
         "title": lesson.title,
-        "text": lesson.text.strip(),
+        "text": lesson.text,
         "call": f"solve({', '.join(lesson.parameters)})",
         "run": {"inputs": inputs, "result": sketch(result), "facts": facts},
     }
     if solution:
         shown |= {
-            "way": lesson.way.strip(),
+            "way": lesson.way,
             "reference": inspect.getsource(lesson.reference).rstrip(),
             "mistakes": [{"name": mistake.name, "why": mistake.why} for mistake in lesson.mistakes],
         }
@@ -132,3 +137,44 @@ def _shown_text(shown: dict[str, Any]) -> str:
 def _solution_text(shown: dict[str, Any]) -> str:
     source = "\n".join(f"    {line}".rstrip() for line in shown["reference"].splitlines())
     return "\n\n".join([shown["title"], shown["way"], f"The reference.\n\n{source}"])
+
+
+# How long output may come after the process has ended: a child of it may hold its pipes.
+_GRACE = 2
+
+
+def run_limited(args: Sequence[str], seconds: float, *, doing: str) -> int:
+    """The exit status of a command of Paramend, given without `paramend`, that runs in another process; what it prints
+    is passed on. After some seconds it is killed, with the processes that it started and that did not leave its
+    session; that, and its end by a signal, is a `Refusal`, which says what it was doing."""
+    here = f"import sys; sys.path[:] = {sys.path!r}; from paramend.cli.main import main; main()"
+    command = [sys.executable, "-c", here, *args]
+    pipe = subprocess.PIPE
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, start_new_session=True)
+    pipes = ((child.stdout, False), (child.stderr, True))
+    readers = [Thread(target=_pass_on, args=each, daemon=True) for each in pipes]
+    for reader in readers:
+        reader.start()
+    try:
+        status = child.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise Refusal(
+            f"{doing} took longer than {seconds:g} s, and was stopped: is there a loop that does not end?\n\n"
+            f"hint: --timeout {max(600, 2 * seconds):g} gives it more time"
+        ) from None
+    finally:
+        if child.returncode is None:  # too slow, or this process is being stopped
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+        for reader in readers:
+            reader.join(_GRACE)
+    if status < 0:
+        raise Refusal(f"{doing}: its process was ended by {signal.Signals(-status).name}")
+    return status
+
+
+def _pass_on(stream: IO[bytes], err: bool) -> None:
+    with contextlib.suppress(OSError, ValueError), stream:
+        while data := os.read(stream.fileno(), 65536):
+            click.echo(data, nl=False, err=err)

@@ -12,16 +12,16 @@ from paramend.cli.choosing import EXCEPT, chosen
 from paramend.cli.opening import open_checkpoint
 from paramend.cli.options import ADDRESS, takes
 from paramend.edits.weights import Weights, is_coded, weighed
-from paramend.formats.safetensors_header import RECORD
+from paramend.formats.safetensors import RECORD
 from paramend.formats.source import Source
 from paramend.leaves.paths import natural
 from paramend.reports import wording
+from paramend.reports.fields import data_of
 from paramend.reports.progress import Meter
 from paramend.reports.report import Line, fold
 from paramend.reports.tables import aligned
 
 if TYPE_CHECKING:
-    from paramend.checkpoints.checkpoint import Checkpoint
     from paramend.evidence.measures import Measures
 
 # A table shows at most this many entries of metadata, and this many characters of each.
@@ -64,7 +64,10 @@ def show(
         raise click.UsageError("--anatomy is of the whole model, and --html is for --anatomy.")
     with open_checkpoint(path) as checkpoint:
         if anatomy:
-            _show_anatomy(checkpoint, html, as_json=as_json)
+            from paramend.checkpoints.anatomy import anatomy as anatomy_of  # only for --anatomy
+
+            _ui.check_page(html)
+            _ui.tell(anatomy_of(checkpoint), checkpoint.path, page=html, as_json=as_json)
             return
         seen = weighed(checkpoint)
         file: Any = seen if isinstance(seen, Weights) else checkpoint.source
@@ -83,19 +86,6 @@ def show(
             _ui.show_lines(_table(checkpoint.source, file, numbers, found, every=every or stats), header=True)
 
 
-def _show_anatomy(checkpoint: "Checkpoint", html: Path | None, *, as_json: bool) -> None:
-    from paramend.checkpoints.anatomy import anatomy  # only for --anatomy
-
-    _ui.check_page(html)
-    found = anatomy(checkpoint)
-    found.tells_of([checkpoint.path])
-    if as_json:
-        _ui.emit(found.to_dict())
-    else:
-        _ui.show_lines(str(found).split("\n"))
-    _ui.write_page(found, html)
-
-
 def _data(source: Source, file: Any, numbers: list[int], found: "dict[int, Measures | str]") -> dict[str, Any]:
     leaves = []
     for number in numbers:
@@ -110,7 +100,7 @@ def _data(source: Source, file: Any, numbers: list[int], found: "dict[int, Measu
             leaf |= {"scheme": file.weight(number).codec.scheme, "stored": [*map(_named(file), file.members(number))]}
         if number in found:
             measures = found[number]
-            leaf["stats"] = None if isinstance(measures, str) else measures.to_dict()
+            leaf["stats"] = None if isinstance(measures, str) else data_of(measures)
         leaves.append(leaf)
     return {
         "path": str(source.path),

@@ -18,9 +18,9 @@ import click
 from paramend.cli import _ui
 from paramend.cli.completion import completes
 from paramend.cli.examples import shown, to_try
+from paramend.cli.explain import TOPICS
 from paramend.cli.mistakes import Typed, exists, incomplete, no_such_option, told
 from paramend.cli.opening import takes_raw
-from paramend.cli.topics import MEANT, TOPICS
 from paramend.disk.urls import path_of
 from paramend.errors import MissingExtra, ParamendError, masked
 from paramend.reports import wording
@@ -39,52 +39,70 @@ class CommandRow:
     opens: bool = True
 
 
+def _row(name: str, module: str, says: str, also: str = "", *, opens: bool = True) -> CommandRow:
+    return CommandRow(name, module, says, also=tuple(also.split()), opens=opens)
+
+
 # Without the edits of values, which `edits()` finds.
 ROWS = (
-    CommandRow("show", "look", "List the leaves of a checkpoint."),
-    CommandRow("diff", "compare", "Compare two checkpoints leaf by leaf; check that only some leaves changed."),
-    CommandRow("delete", "edit", "Write a checkpoint without some leaves."),
-    CommandRow("rename", "edit", "Write a checkpoint with leaves under other paths."),
-    CommandRow("apply", "recipe", "Apply a recipe, in a YAML or JSON file, or a delta.", also=("patch",)),
-    CommandRow("delta", "delta", "Write what is different in one model, which makes it of another.", opens=False),
-    CommandRow("config", "recipe", "Read or edit the configuration beside the weights."),
-    CommandRow("convert", "make", "Write a checkpoint in another format, or in files of another size."),
-    CommandRow("graft", "make", "Write a checkpoint that starts from the leaves of another."),
-    CommandRow("port", "port", "Write the parameters of a model for one of another framework."),
-    CommandRow("stack", "stack", "Write a checkpoint whose numbered layers are one stack."),
-    CommandRow("unstack", "stack", "Write a checkpoint with the layers of a stack under numbered names."),
-    CommandRow("concat", "stack", "Write a checkpoint in which several leaves are one.", also=("fuse",)),
-    CommandRow("interleave", "stack", "Write a checkpoint in which several leaves are one, in turns."),
-    CommandRow("split", "stack", "Write a checkpoint in which a leaf is cut into several."),
-    CommandRow("layout", "stack", "Write a checkpoint stored another way, by the rules of a layout."),
-    CommandRow("insert", "make", "Write a checkpoint with leaves of another that it lacks."),
-    CommandRow("part", "make", "Write leaves of a checkpoint as a model of their own."),
-    CommandRow("fold", "adapters", "Write a checkpoint with adapters added to its weights.", also=("lora",)),
-    CommandRow("extract", "adapters", "Write what training changed as an adapter.", also=("lora",)),
-    CommandRow("merge", "merge", "Write a model made of several.", also=("average", "soup", "slerp", "ties")),
-    CommandRow("tie", "stack", "Write a checkpoint whose head is its embedding."),
-    CommandRow("untie", "stack", "Write a checkpoint whose head has a weight of its own."),
-    CommandRow("dequantize", "codes", "Write a checkpoint with quantised weights as floats."),
-    CommandRow("quantize", "codes", "Write a checkpoint with weights in a quantised scheme."),
-    CommandRow("ablate", "ablate", "Score a checkpoint without each of its parts; write nothing."),
-    CommandRow("deepen", "grow", "Write a model with more layers, or fewer, made from those it has."),
-    CommandRow("widen", "widths", "Write a model with longer axes, which computes what it did.", also=("grow",)),
-    CommandRow("narrow", "widths", "Write a model with some places of its axes.", also=("shrink",)),
-    CommandRow(
-        "experts", "grow", "Write a model with some of its experts, or with each several times.", also=("prune",)
+    _row("show", "look", "List the leaves of a checkpoint.", "list ls inspect info stats open load print cat"),
+    _row(
+        "diff", "compare", "Compare two checkpoints leaf by leaf; check that only some leaves changed.", "compare cmp"
     ),
-    CommandRow("upcycle", "grow", "Write a dense model as a mixture of experts.", also=("moe",)),
-    CommandRow(
-        "vocabulary", "tokens", "Write a model with some of its tokens, or more.", also=("tokenizer", "embedding")
+    _row("delete", "edit", "Write a checkpoint without some leaves.", "rm remove drop prune"),
+    _row("rename", "edit", "Write a checkpoint with leaves under other paths.", "mv move"),
+    _row("apply", "recipe", "Apply a recipe, in a YAML or JSON file, or a delta.", "patch recipe recipes run edit"),
+    _row("delta", "delta", "Write what is different in one model, which makes it of another.", opens=False),
+    _row("config", "recipe", "Read or edit the configuration beside the weights."),
+    _row(
+        "convert", "make", "Write a checkpoint in another format, or in files of another size.", "save export cp copy"
     ),
-    CommandRow("undo", "undo", "Take back the last edit that was made in place.", opens=False),
-    CommandRow("history", "undo", "List the edits in a checkpoint's record, and those made in place.", opens=False),
-    CommandRow("verify", "undo", "Check a checkpoint against the record that it carries.", opens=False),
-    CommandRow("demo", "demo", "Run the five surgeries on a classifier of handwritten digits.", opens=False),
-    CommandRow("lesson", "learn", "Learn the five surgeries: worked problems that grade your answer.", opens=False),
-    CommandRow("explain", "explain", "Explain an error by its code, or list them.", also=("error",), opens=False),
-    CommandRow("completion", "completion", "Let the shell complete commands, options and paths.", opens=False),
-    CommandRow("help", "main", "Show this text, or that of a command.", opens=False),
+    _row("graft", "make", "Write a checkpoint that starts from the leaves of another.", "init transfer"),
+    _row("port", "port", "Write the parameters of a model for one of another framework."),
+    _row("stack", "stack", "Write a checkpoint whose numbered layers are one stack.", "stack_layers"),
+    _row("unstack", "stack", "Write a checkpoint with the layers of a stack under numbered names.", "unstack_layers"),
+    _row("concat", "stack", "Write a checkpoint in which several leaves are one.", "fuse"),
+    _row("interleave", "stack", "Write a checkpoint in which several leaves are one, in turns."),
+    _row("split", "stack", "Write a checkpoint in which a leaf is cut into several."),
+    _row("layout", "stack", "Write a checkpoint stored another way, by the rules of a layout."),
+    _row("insert", "make", "Write a checkpoint with leaves of another that it lacks."),
+    _row("part", "make", "Write leaves of a checkpoint as a model of their own."),
+    _row("fold", "merge", "Write a checkpoint with adapters added to its weights.", "lora"),
+    _row("extract", "merge", "Write what training changed as an adapter.", "lora"),
+    _row("merge", "merge", "Write a model made of several.", "average soup slerp ties"),
+    _row("tie", "stack", "Write a checkpoint whose head is its embedding."),
+    _row("untie", "stack", "Write a checkpoint whose head has a weight of its own."),
+    _row("dequantize", "codes", "Write a checkpoint with quantised weights as floats."),
+    _row("quantize", "codes", "Write a checkpoint with weights in a quantised scheme."),
+    _row("ablate", "ablate", "Score a checkpoint without each of its parts; write nothing."),
+    _row("deepen", "grow", "Write a model with more layers, or fewer, made from those it has.", "grow"),
+    _row("widen", "widths", "Write a model with longer axes, which computes what it did.", "grow"),
+    _row("narrow", "widths", "Write a model with some places of its axes.", "shrink"),
+    _row("experts", "grow", "Write a model with some of its experts, or with each several times.", "prune"),
+    _row("upcycle", "grow", "Write a dense model as a mixture of experts.", "moe"),
+    _row("vocabulary", "tokens", "Write a model with some of its tokens, or more.", "tokenizer embedding"),
+    _row("undo", "undo", "Take back the last edit that was made in place.", "revert rollback restore", opens=False),
+    _row(
+        "history",
+        "undo",
+        "List the edits in a checkpoint's record, and those made in place.",
+        "log record",
+        opens=False,
+    ),
+    _row(
+        "verify", "undo", "Check a checkpoint against the record that it carries.", "check verify_record", opens=False
+    ),
+    _row("demo", "demo", "Run the five surgeries on a classifier of handwritten digits.", opens=False),
+    _row(
+        "lesson",
+        "learn",
+        "Learn the five surgeries: worked problems that grade your answer.",
+        "lessons learn tutorial",
+        opens=False,
+    ),
+    _row("explain", "explain", "Explain an error by its code, or list them.", "error", opens=False),
+    _row("completion", "completion", "Let the shell complete commands, options and paths.", opens=False),
+    _row("help", "main", "Show this text, or that of a command.", "man", opens=False),
 )
 
 
@@ -214,7 +232,7 @@ def help(ctx: click.Context, commands: tuple[str, ...]) -> None:
 def _unknown(name: str) -> str:
     rows = (*ROWS, *edits())
     said = f"There is no command {masked(name)!r}"
-    near = [row.name for row in rows if name.lower() in (*row.also, *MEANT.get(row.name, "").split())]
+    near = [row.name for row in rows if name.lower() in row.also]
     near = near or wording.closest(name, [known for row in rows for known in (row.name, *row.aliases)], limit=1)
     there = exists(name)
     if near and not (there and path_of(name).is_file()):

@@ -15,15 +15,15 @@ from paramend.cli.options import ADDRESS, DRY_TOO, WRITES, Decorator, makes, ren
 from paramend.cli.stack import rewrite
 from paramend.cli.writing import carry_out, edit_checkpoint, write_made
 from paramend.errors import GraftRefused
-from paramend.formats.registry import writable
-from paramend.grafting import inserting, parts
+from paramend.formats.registry import FORMATS
+from paramend.grafting import parts
 from paramend.grafting.options import Dtype, Mismatch, Missing, Place, Unused
 
 
 @click.command()
 @click.argument("path", metavar="IN", type=ADDRESS)
 @click.argument("out", metavar="OUT")
-@click.option("--to", type=click.Choice([row.name for row in writable()]), help="The format, if OUT does not say it.")
+@click.option("--to", type=click.Choice([row.name for row in FORMATS]), help="The format, if OUT does not say it.")
 @takes(
     *("max_shard_size", *WRITES),
     dry_run="Check that it can be done, and write no checkpoint.",
@@ -155,7 +155,7 @@ def insert(
     with open_checkpoint(source) as donor:
 
         def inserted(old: Checkpoint) -> Checkpoint:
-            return inserting.insert(old, donor, selector, rename=rename)[0]
+            return parts.insert(old, donor, selector, rename=rename)[0]
 
         if in_place:
             edit_checkpoint(target, inserted, in_place=True, **options)

@@ -73,6 +73,14 @@ def numbers(ctx: click.Context, option: click.Parameter, text: str | None) -> li
     return found
 
 
+def one_of(options: dict[str, Any], *names: str) -> tuple[str, Any]:
+    """The name and the value of the one of some options that was given; they are taken out of all."""
+    given = {name: value for name in names if (value := options.pop(name)) not in (None, ())}
+    if len(given) != 1:
+        raise click.UsageError(f"One of {', '.join(f'--{name}' for name in names)} is needed.")
+    return given.popitem()
+
+
 def _rules(ctx: click.Context, option: click.Parameter, given: tuple[str, ...]) -> dict[str, str | None]:
     rules: dict[str, str | None] = {}
     for rule in given:

@@ -15,8 +15,7 @@ from paramend.cli.opening import open_checkpoint
 from paramend.cli.options import makes, renames
 from paramend.cli.writing import write_made
 from paramend.disk.urls import path_of
-from paramend.porting.port import port as ported
-from paramend.porting.port import port_on_disk
+from paramend.porting.port import port as ported, port_on_disk
 
 _FUNCTION = re.compile(r"([\w.]+):(\w+)").fullmatch
 
@@ -85,9 +84,11 @@ def _save(
 
     if out is None and not dry_run:
         raise click.UsageError("-o OUT is needed.")
-    if given.pop("record"):
-        raise click.UsageError("--record is for checkpoints: SOURCE is a model in memory.")
+    if given["record"] or given["workers"] or given["resume"] or given["engine"] != "processes":
+        raise click.UsageError(
+            "--record, --workers, --engine and --resume are for checkpoints: SOURCE is a model in memory."
+        )
     if not dry_run:
         tree = made.variables if hasattr(made, "unbind") else made
-        _ui.say(save(tree, out or "", **given).summary)
+        _ui.say(save(tree, out or "", force=given["force"], max_shard_size=given["max_shard_size"]).summary)
     _ui.tell(report, page=html, as_json=as_json)

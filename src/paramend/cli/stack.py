@@ -19,9 +19,11 @@ from paramend.edits.arguments import SIZES
 from paramend.leaves.origins.texts import shortened
 from paramend.leaves.specs import Spec
 from paramend.mapping import joining
-from paramend.pages.page import Column, Page
+from paramend.mapping.report import Moved
+from paramend.pages.page import Page
 from paramend.pages.paged import Paged
 from paramend.reports import wording
+from paramend.reports.fields import picked
 from paramend.reports.report import Line, Section
 from paramend.stacking.stack import stack_layers, unstack_layers
 
@@ -34,10 +36,10 @@ class _Told(Paged):
     new: Checkpoint
 
     @cached_property
-    def _made(self) -> dict[str, tuple[Spec, str]]:
-        """The new leaves: path → spec, and what it is made of, as an expression over the old ones."""
+    def _made(self) -> list[Moved]:
+        """The new leaves, and what they are made of."""
         rows = [row for row in self.new.plan.rows if row.made or not row.stays]
-        return {row.path: (row.spec, str(origin_of(self.new, row.source))) for row in rows}
+        return [Moved(row.path, row.spec, str(origin_of(self.new, row.source)), ()) for row in rows]
 
     @cached_property
     def _gone(self) -> dict[str, Spec]:
@@ -51,22 +53,17 @@ class _Told(Paged):
 
     def sections(self) -> list[Section]:
         gone = [Line((path,), (str(spec),)) for path, spec in self._gone.items()]
-        come = [Line((path, shortened(origin)), (str(spec),)) for path, (spec, origin) in self._made.items()]
+        come = [Line((row.path, shortened(row.origin)), (str(row.spec),)) for row in self._made]
         return [Section("from", gone), Section("to", come)]
 
     def page(self) -> Page:
         """The result as a map: what is new in it, and what was kept."""
-        index, come = self.new.index, self._made
-        paths = {index.path(number): self.new.spec(number) for number in index.numbers}
-        specs = Column("spec", list(map(str, paths.values())), "text")
-        groups = ["new" if path in come else "kept" for path in paths]
-        return Page("leaves", self.headline(), list(paths), [s.size for s in paths.values()], [specs], groups)
+        rows, come = self.new.plan.rows, {row.path for row in self._made}
+        groups = ["new" if row.path in come else "kept" for row in rows]
+        return Page.of_rows("leaves", self.headline(), rows, "spec", groups=groups)
 
     def to_dict(self) -> dict[str, Any]:
-        made = [
-            {"path": path, "dtype": spec.dtype, "shape": list(spec.shape), "origin": origin}
-            for path, (spec, origin) in self._made.items()
-        ]
+        made = [picked(row, "path", "spec.dtype", "spec.shape", "origin") for row in self._made]
         return {"from": list(self._gone), "to": made, "kept": len(self.new) - len(made)}
 
 
@@ -200,8 +197,10 @@ def layout(layout: str, path: Path, back: bool, numbers: Sequence[str], **option
     Exit status: 0 done; 2 there is no such layout, a leaf is taken by no rule or by two, a number is not known, a file
     is unreadable or damaged, or OUT cannot be written.
     """
-    from paramend.mapping.layout import Layout  # the other commands here have no rules
-    from paramend.mapping.shelf import layout as named_layout
+    from paramend.mapping.layout import (
+        Layout,  # the other commands here have no rules
+        layout as named_layout,
+    )
 
     rules = Layout.load(layout) if layout.endswith((".yaml", ".yml", ".json")) else named_layout(layout)
     given = dict(map(_number, numbers))

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from paramend.cli.opening import open_checkpoint
-from paramend.cli.options import ADDRESS, makes, numbers
+from paramend.cli.options import ADDRESS, makes, numbers, one_of
 from paramend.cli.writing import write_made
 from paramend.tokens.vocabulary import vocabulary as vocabulary_of
 
@@ -39,14 +39,9 @@ def vocabulary(path: Path, init: str, **options: Any) -> None:
     Exit status: 0 done; 2 there is no such token, or one that is new already, no leaf is a table of tokens, a table is
     quantised, a file is unreadable or damaged, or OUT cannot be written.
     """
-    given = {name: options.pop(name) for name in ("keep", "extend", "pad", "transplant")}
-    asked = [name for name, value in given.items() if value is not None and value != ()]
-    if len(asked) != 1:
-        raise click.UsageError(f"One of {', '.join(f'--{name}' for name in given)} is needed.")
-    (name,), how = asked, {}
-    if name in ("extend", "transplant"):
-        how["init"] = init
+    name, value = one_of(options, "keep", "extend", "pad", "transplant")
+    how = {"init": init} if name in ("extend", "transplant") else {}
     with open_checkpoint(path) as model:
-        value = open_checkpoint(given[name]) if name == "transplant" else given[name]
+        value = open_checkpoint(value) if name == "transplant" else value
         made, report = getattr(vocabulary_of(model), name)(value, **how)
         write_made(made, path, report, **options)

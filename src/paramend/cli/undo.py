@@ -10,9 +10,7 @@ from paramend.cli.options import ADDRESS, takes
 from paramend.disk.urls import path_of
 from paramend.errors import BadCheckpoint, UnexpectedChange, printable
 from paramend.journal.history import table
-from paramend.journal.undo import drop
-from paramend.journal.undo import history as history_of
-from paramend.journal.undo import undo as take_back
+from paramend.journal.undo import drop, history as history_of, undo as take_back
 from paramend.reports import wording
 from paramend.rewriting.provenance import record as record_of
 from paramend.rewriting.verification import Verified, lacks, verified

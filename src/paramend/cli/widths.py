@@ -15,7 +15,7 @@ from paramend.errors import BadArgument
 from paramend.growth.narrowing import narrow as narrowed
 from paramend.growth.spreads import METHODS
 from paramend.growth.widening import widen as widened
-from paramend.recipes.verbs import WIDTHS
+from paramend.recipes.keys import WIDTHS
 
 
 def _places(ctx: click.Context, option: click.Parameter, text: str | None) -> Any:

@@ -8,7 +8,7 @@ from typing import Literal, Protocol, Self, get_args
 import numpy as np
 
 from paramend._optional import need
-from paramend.deltas.windows import SPAN
+from paramend.deltas.payload import SPAN
 from paramend.errors import BadArgument
 from paramend.evidence.streams import Desk, Stream
 from paramend.leaves.specs import Array

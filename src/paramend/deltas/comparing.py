@@ -7,18 +7,18 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from paramend.checkpoints.checkpoint import Checkpoint
-from paramend.checkpoints.checkpoint import open as open_checkpoint
-from paramend.checkpoints.files import read_by
+from paramend.checkpoints.checkpoint import Checkpoint, open as open_checkpoint
+from paramend.checkpoints.report import read_by
 from paramend.deltas.checksums import Checksum, both, bytes_of, hasher
 from paramend.deltas.delta import Delta
+from paramend.deltas.manifest import BESIDE, FileChange, LeafRow, name_of
 from paramend.deltas.payload import Table, itemsize_of
-from paramend.deltas.rows import BESIDE, FileChange, LeafRow, name_of
 from paramend.disk.permissions import access_of_paths
 from paramend.edits.memory import editable
 from paramend.errors import BadArgument, Unsupported
@@ -76,46 +76,34 @@ def delta(
         raise BadArgument(f"encoding={encoding!r} is none", hint='encoding="overwrite" or encoding="xor"')
     hasher(checksum)  # for its error
     with ExitStack() as stack:
-        sides = (
-            stack.enter_context(open_checkpoint(side)) if isinstance(side, str | os.PathLike) else side
-            for side in (before, after)
-        )
-        old, new = (editable(side, raw=True) for side in sides)
+
+        def opened(side: AnyTree) -> AnyTree:
+            return stack.enter_context(open_checkpoint(side)) if isinstance(side, str | os.PathLike) else side
+
+        old, new = (editable(opened(side), raw=True) for side in (before, after))
         table = stack.enter_context(closing(Table()))
         pool = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="paramend"))
-        comparing = _Comparing(old, new, table, pool, checksum, xor=encoding == "xor", progress=progress)
+        meter = Meter(progress, sum(side.nbytes(n) for side in (old, new) for n in side.index.numbers))
+        comparing = _Comparing(old, new, table, pool, checksum, encoding == "xor", meter)
         rows, files = tuple(comparing.rows()), tuple(comparing.files())
-        return Delta(
-            rows=rows,
-            files=files,
-            checksum=checksum,
-            xor=comparing.xor,
-            separator=new.index.separator,
-            said=(*comparing.said, *_unheld(old, new)),
-            payload=table.finish(xor=comparing.xor),
-            access=access_of_paths([*read_by(old), *read_by(new)]),
-        )
+        said, payload = (*comparing.said, *_unheld(old, new)), table.finish(xor=comparing.xor)
+        access = access_of_paths([*read_by(old), *read_by(new)])
+        return Delta(rows, files, checksum, comparing.xor, new.index.separator, said, payload, access=access)
 
 
+@dataclass
 class _Comparing:
-    def __init__(
-        self,
-        old: Editable,
-        new: Editable,
-        table: Table,
-        pool: ThreadPoolExecutor,
-        checksum: str,
-        *,
-        xor: bool,
-        progress: Progress | None,
-    ) -> None:
-        self.old, self.new, self.table, self.pool, self.checksum, self.xor = old, new, table, pool, checksum, xor
-        self.meter = Meter(progress, sum(side.nbytes(n) for side in (old, new) for n in side.index.numbers))
-        self.said: list[str] = []
-        self._known: dict[tuple[int | None, int | None], tuple[str, str, int, str]] = {}
+    old: Editable
+    new: Editable
+    table: Table
+    pool: ThreadPoolExecutor
+    checksum: str
+    xor: bool
+    meter: Meter
+    said: list[str] = field(default_factory=list)
+    known: dict[tuple[int | None, int | None], tuple[str, str, int, str]] = field(default_factory=dict)
 
     def rows(self) -> Iterator[LeafRow]:
-        """The rows, as the new values go into the table."""
         there, here = named(self.old), named(self.new)
         pairs = {number: there.get(name) for name, number in here.items()}
         gone = [number for name, number in there.items() if name not in here]
@@ -129,9 +117,9 @@ class _Comparing:
         was, before = (None, None) if a is None else (keys_of(self.old.index.paths[a]), self.old.spec(a))
         path, spec = (None, None) if b is None else (keys_of(self.new.index.paths[b]), self.new.spec(b))
         one = None if a is None else self.old.ties.get(a, a), None if b is None else self.new.ties.get(b, b)
-        if one not in self._known:  # of a leaf with several paths, the new values are held once
-            self._known[one] = self._compared(a, b, name_of(path or was or (), self.new.index.separator))
-        base, result, changed, held = self._known[one]
+        if one not in self.known:  # of a leaf with several paths, the new values are held once
+            self.known[one] = self._compared(a, b, name_of(path or was or (), self.new.index.separator))
+        base, result, changed, held = self.known[one]
         nbytes = self.new.nbytes(b) if held and b is not None else 0
         return LeafRow(path, was, spec, before, base, result, changed, held, nbytes)
 
@@ -224,8 +212,8 @@ def _unheld(old: Editable, new: Editable) -> Iterator[str]:
     if metadata:
         yield f"not in the delta: the metadata of the file: {wording.listing(list(map(str, metadata)), 4)}"
     if isinstance(one, Outlined) and isinstance(two, Outlined):
-        sides = [{keys: repr(value) for keys, value in each.outline().others} for each in (one, two)]
-        others = [keys for keys in {**sides[0], **sides[1]} if sides[0].get(keys) != sides[1].get(keys)]
+        old_ones, new_ones = ({keys: repr(value) for keys, value in each.outline().others} for each in (one, two))
+        others = [keys for keys in {**old_ones, **new_ones} if old_ones.get(keys) != new_ones.get(keys)]
         if others:
             shown = wording.listing(["/".join(map(str, keys)) for keys in others], 4)
             yield f"not in the delta: {wording.plural(len(others), 'entry', 'entries')} without an array: {shown}"

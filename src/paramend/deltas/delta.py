@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from paramend.deltas import manifest
+from paramend.deltas.manifest import FileChange, LeafRow, name_of
 from paramend.deltas.payload import FILE, Payload, copy_all
-from paramend.deltas.rows import FileChange, LeafRow, name_of
 from paramend.disk.io import reading, release
 from paramend.disk.permissions import NEW_FILE, Access, create_file, of_folder, settle
 from paramend.disk.publishing import exists, published, there
@@ -16,6 +16,7 @@ from paramend.errors import BadCheckpoint, CannotRead, CannotWrite, Unsupported
 from paramend.formats.files import near
 from paramend.journal.store import PUT
 from paramend.reports import wording
+from paramend.reports.fields import data_of, picked
 from paramend.reports.progress import Progress
 from paramend.reports.report import Line, Report, Section
 
@@ -60,14 +61,14 @@ class Delta(Report):
         folder = path_of(path)
         if not folder.is_dir():
             raise CannotRead(f"{folder}: there is no such directory", hint=near(folder))
-        if not (folder / manifest.NAME).is_file():
-            from paramend.deltas.slime import metadata_of, read  # most deltas are our own
+        if (folder / manifest.NAME).is_file():
+            return cls(**manifest.read(folder))
+        from paramend.deltas.slime import metadata_of, read  # most deltas are our own
 
-            if metadata_of(folder) is None:
-                hint = f"paramend show {folder}"
-                raise BadCheckpoint(f"{folder}: it holds no delta: there is no {manifest.NAME}", hint=hint)
-            return cls(**read(folder), slime=True)
-        return cls(**manifest.read(folder))
+        if metadata_of(folder) is None:
+            hint = f"paramend show {folder}"
+            raise BadCheckpoint(f"{folder}: it holds no delta: there is no {manifest.NAME}", hint=hint)
+        return cls(**read(folder), slime=True)
 
     def save(
         self, out: str | os.PathLike[str], *, force: bool = False, slime: bool = False, progress: Progress | None = None
@@ -114,7 +115,7 @@ class Delta(Report):
             "encoding": "xor" if self.xor else "overwrite",
             "separator": self.separator,
             "leaves": [row.to_dict() for row in self.rows],
-            "files": [row.to_dict() for row in self.files],
+            "files": data_of(self.files),
             "said": list(self.said),
         }
         manifest.write(folder, table)
@@ -199,8 +200,7 @@ class Delta(Report):
         found: dict[str, Any] = {"checksum": self.checksum, "encoding": "xor" if self.xor else "overwrite"}
         for kind in KINDS:
             found[kind] = [row.to_dict() | {"path": self.called(row)} for row in self.of_kind(kind)]
-        found |= {"kept": len(self.of_kind("kept")), "files": [row.to_dict() for row in self.files]}
-        return found | {"bytes": self.nbytes, "said": list(self.said)}
+        return found | {"kept": len(self.of_kind("kept"))} | picked(self, "files", "nbytes as bytes", "said")
 
 
 def _cells(row: LeafRow) -> tuple[str, ...]:

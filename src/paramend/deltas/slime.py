@@ -11,9 +11,8 @@ Source: slime, "Delta Weight Sync", and `overwrite_encode` in `slime/utils/disk_
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -21,14 +20,13 @@ import numpy as np
 
 from paramend._optional import need
 from paramend.deltas.checksums import Checksum
-from paramend.deltas.payload import Table, itemsize_of
-from paramend.deltas.rows import LeafRow
-from paramend.deltas.windows import SPAN, Changes, Window
+from paramend.deltas.manifest import LeafRow
+from paramend.deltas.payload import SPAN, Changes, Payload, Table, Window, itemsize_of
 from paramend.disk.io import write_file
 from paramend.errors import BadCheckpoint, Unsupported
-from paramend.formats.index import index_text, read_index
 from paramend.formats.registry import open_source
 from paramend.formats.safetensors import SafetensorsFile
+from paramend.formats.shards import index_text, read_index
 from paramend.leaves.specs import Array, Spec
 from paramend.reports.progress import Meter, Progress
 
@@ -40,30 +38,19 @@ _VERSION = re.compile(r"weight_v(\d{1,18})").fullmatch
 _FORMATS = get_args(Checksum)[1:]
 
 
-class SlimePayload:
+class SlimePayload(Payload):
     """The streams of a directory."""
 
-    source = None
+    _numbers: Mapping[str, int] = {}  # neither new leaves nor other files
 
     def __init__(self, files: dict[str, SafetensorsFile], *, xor: bool) -> None:
         self._files, self.xor = files, xor
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all streams."""
         return sum(file.header.data_nbytes for file in set(self._files.values()))
 
-    def bytes(self, name: str) -> None:
-        """None: there are no other files."""
-
-    def whole(self, name: str) -> None:
-        """None: there are no new leaves."""
-
-    def changes(self, name: str, nbytes: int, itemsize: int) -> Changes:
-        """The changes of a leaf of so many bytes."""
-        return Changes(partial(self._windows, name, nbytes), nbytes)
-
-    def _windows(self, name: str, nbytes: int) -> Iterator[Window]:
+    def _windows(self, name: str, nbytes: int, itemsize: int) -> Iterator[Window]:
         found = _xored(self._stream(name), nbytes) if self.xor else self._overwritten(name, nbytes)
         done = 0
         for window in found:
@@ -183,9 +170,8 @@ def write(delta: "Delta", folder: Path, name: str, progress: Progress | None) ->
     metadata = {"version": f"{version:06d}", "base_version": f"{max(version - 1, 0):06d}"}
     metadata |= {"delta_encoding": "xor" if delta.xor else "overwrite", "compression_format": "zstd"}
     metadata |= {"checksum_format": delta.checksum}
-    write_file(
-        folder / INDEX, index_text({"metadata": metadata, "weight_map": {delta.called(row): _FILE for row in rows}})
-    )
+    places = {delta.called(row): _FILE for row in rows}
+    write_file(folder / INDEX, index_text({"metadata": metadata, "weight_map": places}))
 
 
 def _xor(changes: Changes, nbytes: int) -> Iterator[Array]:

@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from paramend.deltas.patched import Patched, whole_of
-from paramend.deltas.payload import Table, itemsize_of
-from paramend.deltas.rows import FileChange, LeafRow, by_name
-from paramend.deltas.windows import SPAN
+from paramend.deltas.manifest import FileChange, LeafRow, by_name
+from paramend.deltas.payload import SPAN, Patched, Table, itemsize_of, whole_of
 from paramend.errors import BadArgument, Unsupported
 from paramend.leaves.specs import Spec
 from paramend.reports import wording
@@ -23,10 +21,8 @@ def squashed(first: "Delta", later: "Delta") -> dict[str, Any]:
     """The attributes of both as one."""
     for name in ("checksum", "xor"):
         if getattr(first, name) != getattr(later, name) or first.slime or later.slime:
-            raise Unsupported(
-                "only deltas of one encoding and checksum, and none of slime, become one",
-                hint="apply them one after the other, then pm.delta(before, after)",
-            )
+            hint = "apply them one after the other, then pm.delta(before, after)"
+            raise Unsupported("only deltas of one encoding and checksum, and none of slime, become one", hint=hint)
     with closing(Table()) as table:
         work = _Squashing(first, later, table)
         found = {"rows": tuple(work.rows()), "files": tuple(work.files()), "payload": table.finish(xor=later.xor)}
@@ -43,53 +39,46 @@ class _Squashing:
         wrong += [later.called(row) for name, row in before.items() if name not in after]
         wrong += [later.called(row) for n, row in before.items() if n in after and after[n].result != row.base]
         if wrong:
-            count = wording.plural(len(wrong), "leaf", "leaves")
-            raise BadArgument(
-                f"a delta is not for the outcome of the one before it: {count} differ: {wording.listing(wrong, 4)}",
-                hint="paramend delta squash D1 D2 ..., in the order in which they were made",
-            )
+            differ = f"{wording.plural(len(wrong), 'leaf', 'leaves')} differ: {wording.listing(wrong, 4)}"
+            hint = "paramend delta squash D1 D2 ..., in the order in which they were made"
+            raise BadArgument(f"a delta is not for the outcome of the one before it: {differ}", hint=hint)
         self.mine = {row: after[name] for name, row in before.items()}
 
     def rows(self) -> Iterator[LeafRow]:
-        """The rows, as what changes goes into the table."""
         for row in self.later.rows:
             old = self.mine.get(row)
             if row.path is not None:
-                yield self._held(
-                    row if old is None else replace(row, was=old.was, before=old.before, base=old.base), row, old
-                )
+                both = row if old is None else replace(row, was=old.was, before=old.before, base=old.base)
+                yield self._held(both, row, old)
             elif old is not None and old.was is not None:
                 yield replace(old, path=None, spec=None, result="", changed=0, held="", nbytes=0)
         yield from (row for row in self.first.rows if row.path is None)
 
     def _held(self, both: LeafRow, row: LeafRow, old: LeafRow | None) -> LeafRow:
-        """The row of both, with what changes in the table."""
         assert both.spec is not None
         before = "" if old is None else old.held
         if both.kind in ("kept", "renamed") or not (before or row.held):
             return replace(both, changed=0, held="", nbytes=0)
-        both = replace(both, nbytes=row.nbytes or (0 if old is None else old.nbytes))  # 0 where it is kept
+        nbytes = row.nbytes or (0 if old is None else old.nbytes)  # 0 where it is kept
         name, key = row.held or before, (before, row.held)
         if key not in self._known:  # of a leaf with several paths, what changes is held once
-            replaced = row.whole or (old is not None and old.whole)
-            if not replaced:
-                self._known[key] = self._merged(name, both, row, old)
+            if not (row.whole or (old is not None and old.whole)):
+                self._known[key] = self._merged(name, both.spec, nbytes, row, old)
             elif both.whole:
                 self._known[key] = self.table.whole(name, both.spec, self._contents(row, old))
             else:
                 self._known[key] = self._again(name, both.spec, self._contents(row, old))
-        return replace(both, changed=self._known[key], held=name)
+        return replace(both, changed=self._known[key], held=name, nbytes=nbytes)
 
-    def _merged(self, name: str, both: LeafRow, row: LeafRow, old: LeafRow | None) -> int:
-        assert both.spec is not None
-        width, changed = itemsize_of(both.spec), 0
+    def _merged(self, name: str, spec: Spec, nbytes: int, row: LeafRow, old: LeafRow | None) -> int:
+        width, changed = itemsize_of(spec), 0
         steps = [(delta, each.held) for delta, each in ((self.first, old), (self.later, row)) if each and each.held]
-        changes = [delta.payload.changes(held, both.nbytes, width) for delta, held in steps]
-        for start in range(0, both.nbytes, SPAN):
-            values, mask = np.zeros((2, min(SPAN, both.nbytes - start)), np.uint8)
+        changes = [delta.payload.changes(held, nbytes, width) for delta, held in steps]
+        for start in range(0, nbytes, SPAN):
+            values, mask = np.zeros((2, min(SPAN, nbytes - start)), np.uint8)
             for each in changes:
                 each.put(values, start, mask)
-            changed += self.table.window(name, start, values, mask[::width] > 0, both.spec.dtype, known=self.later.xor)
+            changed += self.table.window(name, start, values, mask[::width] > 0, spec.dtype, known=self.later.xor)
         return changed
 
     def _contents(self, row: LeafRow, old: LeafRow | None) -> Iterator[memoryview]:
@@ -107,7 +96,6 @@ class _Squashing:
         return self.table.dense(name, spec, pieces)
 
     def files(self) -> Iterator[FileChange]:
-        """The files beside the weights that differ, whose content goes into the table."""
         sides = [{row.name: row for row in delta.files} for delta in (self.first, self.later)]
         for name in {**sides[0], **sides[1]}:
             one, two = (side.get(name) for side in sides)

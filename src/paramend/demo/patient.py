@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import safetensors.numpy
 
-from paramend.demo import digits, training
+from paramend.demo import training
 from paramend.demo.network import Classifier
 from paramend.disk.io import write_file
 from paramend.edits.selection import at
@@ -22,7 +22,7 @@ class Patient:
     write their files to `folder`, and those that continue training do so for some `epochs`."""
 
     folder: Path
-    digits: digits.Digits
+    digits: training.Digits
     model: Classifier
     fresh: Any
     params: Any
@@ -53,7 +53,7 @@ class Patient:
 
 def prepare(folder: Path, *, epochs: int, seed: int) -> Patient:
     """A classifier, trained and saved."""
-    data, model = digits.load(seed), Classifier()
+    data, model = training.load(seed), Classifier()
     fresh = model.init(jax.random.key(seed), data.pixels)
     params = training.train(model, fresh, optax.adam(2e-3), data, epochs=epochs, seed=seed)
     patient = Patient(folder, data, model, fresh, params, epochs=max(1, epochs // 3), seed=seed)

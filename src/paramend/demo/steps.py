@@ -1,5 +1,6 @@
 """The steps of the demo. Each is one line of Paramend, and evidence that it did what it claims."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,9 +21,20 @@ from paramend.grafting.graft import graft
 from paramend.growth.zeroing import init_zero_
 from paramend.reports.tables import aligned
 
+STEPS: list[DemoStep] = []
+_Run = Callable[[Patient], Outcome]
 
-def look(patient: Patient) -> Outcome:
-    """The tree, in the file and in memory."""
+
+def _step(name: str, title: str, code: str) -> Callable[[_Run], _Run]:
+    def entered(run: _Run) -> _Run:
+        STEPS.append(DemoStep(name, title, code, run))
+        return run
+
+    return entered
+
+
+@_step("look", "Train a classifier, look at its tree", "paramend show paramend-demo/digits.safetensors")
+def _look(patient: Patient) -> Outcome:
     fresh, params = patient.fresh, patient.params
     loaded = at(fresh, "**").set(safetensors.numpy.load_file(patient.file))
     with SafetensorsFile(patient.file) as file:
@@ -35,8 +47,8 @@ def look(patient: Patient) -> Outcome:
     return outcome(fresh, params, patient.accuracy, claims, detail)
 
 
-def replace_kernel(patient: Patient) -> Outcome:
-    """The first kernel, replaced by its approximation of rank 8."""
+@_step("replace", "Replace a kernel: the first one, at rank 8", 'pm.at(params, "**/Dense_0/kernel").set(kernel)')
+def _replace_kernel(patient: Patient) -> Outcome:
     params = patient.params
     kernel = low_rank(at(params, "**/Dense_0/kernel").one(), rank=8)
     edited = at(params, "**/Dense_0/kernel").set(kernel)
@@ -54,8 +66,8 @@ def low_rank(kernel: Any, rank: int) -> np.ndarray[Any, Any]:
     return (left[:, :rank] * scales[:rank]) @ right[:rank]  # type: ignore[no-any-return]
 
 
-def zero_last_kernel(patient: Patient) -> Outcome:
-    """A last layer that ignores its input."""
+@_step("zero", "Zero the last kernel", 'pm.at(params, "**/Dense_[-1]/kernel").zero()')
+def _zero_last_kernel(patient: Patient) -> Outcome:
     params = patient.params
     edited = at(params, "**/Dense_[-1]/kernel").zero()
     logits, bias = patient.logits(edited), np.asarray(at(edited, "**/Dense_[-1]/bias").one())
@@ -71,8 +83,10 @@ def zero_last_kernel(patient: Patient) -> Outcome:
     return outcome(params, edited, patient.accuracy, claims, detail)
 
 
-def restore(patient: Patient) -> Outcome:
-    """The last kernel, back in its place."""
+@_step(
+    "restore", "Put it back", 'pm.at(zeroed, "**/Dense_[-1]/kernel").set(pm.at(params, "**/Dense_[-1]/kernel").get())'
+)
+def _restore(patient: Patient) -> Outcome:
     params = patient.params
     zeroed = at(params, "**/Dense_[-1]/kernel").zero()
     restored = at(zeroed, "**/Dense_[-1]/kernel").set(at(params, "**/Dense_[-1]/kernel").get())
@@ -83,8 +97,8 @@ def restore(patient: Patient) -> Outcome:
     return outcome(zeroed, restored, patient.accuracy, claims)
 
 
-def freeze_first_layer(patient: Patient) -> Outcome:
-    """Training that skips the first layer."""
+@_step("freeze", "Freeze the first layer and train on", 'pm.freeze(adamw, "**/Dense_0/**")')
+def _freeze_first_layer(patient: Patient) -> Outcome:
     params, adamw = patient.params, optax.adamw(1e-3, weight_decay=1e-2)
     tx = freeze(adamw, "**/Dense_0/**")
     trained = patient.trained_on(tx)
@@ -104,8 +118,8 @@ def digests(before: Any, after: Any) -> list[str]:
     return aligned((path, old, "->", late, "same bytes" if old == late else "moved") for path, old, late in rows)
 
 
-def zero_gradients(patient: Patient) -> Outcome:
-    """A freeze that does not work: AdamW also decays what has no gradient."""
+@_step("zero-gradients", "For contrast: only zero its gradients", 'pm.freeze(adamw, "**/Dense_0/**", how="gradients")')
+def _zero_gradients(patient: Patient) -> Outcome:
     params, adamw = patient.params, optax.adamw(1e-3, weight_decay=1e-2)
     tx = freeze(adamw, "**/Dense_0/**", how="gradients")
     trained = patient.trained_on(tx)
@@ -120,8 +134,8 @@ def zero_gradients(patient: Patient) -> Outcome:
     return outcome(params, trained, patient.accuracy, claims, detail)
 
 
-def warm_start(patient: Patient) -> Outcome:
-    """A deeper model that starts from the layers of the trained one."""
+@_step("graft", "Warm-start a deeper model", 'pm.graft(fresh, params, rename={"**/Dense_[-1]/**": "**/Dense_[-1]/**"})')
+def _warm_start(patient: Patient) -> Outcome:
     params, deeper = patient.params, Classifier(blocks=2)
     fresh = first_params(deeper, patient)
     grafted, report = graft(fresh, params, rename={"**/Dense_[-1]/**": "**/Dense_[-1]/**"})
@@ -133,8 +147,8 @@ def warm_start(patient: Patient) -> Outcome:
     return outcome(fresh, grafted, partial(patient.accuracy, model=deeper), claims, str(report).splitlines())
 
 
-def new_block_to_identity(patient: Patient) -> Outcome:
-    """The deeper model, started so that it computes exactly what the trained one does."""
+@_step("identity", "Make its new block the identity", 'pm.at(grafted, "**/Dense_4/**").zero()')
+def _new_block_to_identity(patient: Patient) -> Outcome:
     params, deeper = patient.params, Classifier(blocks=2)
     fresh = first_params(deeper, patient)
     grafted, _ = graft(fresh, params, rename={"**/Dense_[-1]/**": "**/Dense_[-1]/**"})
@@ -155,8 +169,12 @@ def first_params(model: Classifier, patient: Patient) -> Any:
     return model.init(jax.random.key(patient.seed + 2), patient.digits.pixels)
 
 
-def edit_file(patient: Patient) -> Outcome:
-    """The same edit twice: streamed from file to file, and in memory."""
+@_step(
+    "file",
+    "Zero the last kernel in the file",
+    "paramend zero paramend-demo/digits.safetensors '**/Dense_[-1]/kernel' -o paramend-demo/zeroed.safetensors",
+)
+def _edit_file(patient: Patient) -> Outcome:
     params, file = patient.params, patient.file
     streamed, in_memory = file.with_name("zeroed.safetensors"), file.with_name("zeroed-in-memory.safetensors")
     original = data_digest(file)
@@ -173,8 +191,8 @@ def edit_file(patient: Patient) -> Outcome:
     )
 
 
-def edit_torch(patient: Patient) -> Outcome:
-    """The same edit in torch, in place."""
+@_step("torch", "Zero the last weight of a torch twin, in place", 'pm.at(twin, "layers[-1].weight").zero_()')
+def _edit_torch(patient: Patient) -> Outcome:
     params, pixels = patient.params, patient.digits.pixels
     before, twin = twin_of(params), twin_of(params)
     weight = twin.layers[-1].weight
@@ -191,8 +209,8 @@ def edit_torch(patient: Patient) -> Outcome:
     return outcome(before, twin, lambda twin: patient.score(twin_logits(twin, pixels)), claims, detail)
 
 
-def zero_torch_layer(patient: Patient) -> Outcome:
-    """A layer that outputs only zeros."""
+@_step("init-zero", "Zero a whole torch layer", "pm.init_zero_(twin.layers[-1])")
+def _zero_torch_layer(patient: Patient) -> Outcome:
     params, pixels = patient.params, patient.digits.pixels
     before, twin = twin_of(params), twin_of(params)
     init_zero_(twin.layers[-1])
@@ -201,50 +219,3 @@ def zero_torch_layer(patient: Patient) -> Outcome:
         "every logit is 0.0": not twin_logits(twin, pixels).any(),
     }
     return outcome(before, twin, lambda twin: patient.score(twin_logits(twin, pixels)), claims)
-
-
-STEPS = (
-    DemoStep("look", "Train a classifier, look at its tree", "paramend show paramend-demo/digits.safetensors", look),
-    DemoStep(
-        "replace",
-        "Replace a kernel: the first one, at rank 8",
-        'pm.at(params, "**/Dense_0/kernel").set(kernel)',
-        replace_kernel,
-    ),
-    DemoStep("zero", "Zero the last kernel", 'pm.at(params, "**/Dense_[-1]/kernel").zero()', zero_last_kernel),
-    DemoStep(
-        "restore",
-        "Put it back",
-        'pm.at(zeroed, "**/Dense_[-1]/kernel").set(pm.at(params, "**/Dense_[-1]/kernel").get())',
-        restore,
-    ),
-    DemoStep("freeze", "Freeze the first layer and train on", 'pm.freeze(adamw, "**/Dense_0/**")', freeze_first_layer),
-    DemoStep(
-        "zero-gradients",
-        "For contrast: only zero its gradients",
-        'pm.freeze(adamw, "**/Dense_0/**", how="gradients")',
-        zero_gradients,
-    ),
-    DemoStep(
-        "graft",
-        "Warm-start a deeper model",
-        'pm.graft(fresh, params, rename={"**/Dense_[-1]/**": "**/Dense_[-1]/**"})',
-        warm_start,
-    ),
-    DemoStep(
-        "identity", "Make its new block the identity", 'pm.at(grafted, "**/Dense_4/**").zero()', new_block_to_identity
-    ),
-    DemoStep(
-        "file",
-        "Zero the last kernel in the file",
-        "paramend zero paramend-demo/digits.safetensors '**/Dense_[-1]/kernel' -o paramend-demo/zeroed.safetensors",
-        edit_file,
-    ),
-    DemoStep(
-        "torch",
-        "Zero the last weight of a torch twin, in place",
-        'pm.at(twin, "layers[-1].weight").zero_()',
-        edit_torch,
-    ),
-    DemoStep("init-zero", "Zero a whole torch layer", "pm.init_zero_(twin.layers[-1])", zero_torch_layer),
-)

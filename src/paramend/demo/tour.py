@@ -1,17 +1,24 @@
-"""The demo from start to end: the steps in order, and a report."""
+"""The demo from start to end: the steps in order, a report, and the folder that all files are written to, or none."""
 
+import contextlib
+import os
+import shutil
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paramend.demo.folder import workplace
 from paramend.demo.patient import prepare
 from paramend.demo.step import DemoStep, Outcome, command_in
 from paramend.demo.steps import STEPS
+from paramend.errors import CannotWrite
+from paramend.reports import wording
+from paramend.reports.fields import picked
 
 EPOCHS = 30
+_HINT = "paramend demo --out DIR"
 NEXT = (
     "paramend lesson",
     "paramend show paramend-demo/digits.safetensors '**/kernel' --stats",
@@ -35,21 +42,10 @@ class TourRow:
         return all(self.outcome.claims.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """The row as data that JSON can hold."""
-        outcome = self.outcome
-        return {
-            "number": self.number,
-            "name": self.step.name,
-            "title": self.step.title,
-            "code": self.code,
-            "changed": list(outcome.changed),
-            "leaves": outcome.leaves,
-            "accuracy": {"before": outcome.before, "after": outcome.after},
-            "claims": dict(outcome.claims),
-            "held": self.held,
-            "detail": list(outcome.detail),
-            "seconds": round(self.seconds, 3),
-        }
+        did = "number", "step.name", "step.title", "code", "outcome.changed", "outcome.leaves"
+        accuracy = {"accuracy": picked(self.outcome, "before", "after")}
+        held = picked(self, "outcome.claims", "held", "outcome.detail")
+        return picked(self, *did) | accuracy | held | {"seconds": round(self.seconds, 3)}
 
 
 @dataclass(frozen=True)
@@ -73,16 +69,8 @@ class Report:
         return [command_in(command, self.folder) for command in NEXT]
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as data that JSON can hold."""
-        return {
-            "folder": str(self.folder),
-            "seed": self.seed,
-            "held": self.held,
-            "steps": [row.to_dict() for row in self.rows],
-            "files": list(self.files),
-            "next": self.next,
-            "seconds": round(self.seconds, 3),
-        }
+        rows = picked(self, "seed", "held", "rows as steps", "files", "next")
+        return {"folder": str(self.folder), **rows, "seconds": round(self.seconds, 3)}
 
 
 def tour(
@@ -109,3 +97,40 @@ def tour(
                 progress(rows[-1])
         files = sorted(file.name for file in place.iterdir())
     return Report(folder, seed, rows, files, time.monotonic() - began)
+
+
+@contextlib.contextmanager
+def workplace(folder: Path, *, force: bool = False) -> Iterator[Path]:
+    """An empty folder inside `folder`. At the end its files move up; on an exception they are deleted. `CannotWrite` if
+    it holds files. With `force` it may, and those with the names of new ones are replaced."""
+    made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    place = None
+    try:
+        place = _opened(folder, force=force)
+        yield place
+        for file in sorted(place.iterdir()):
+            file.replace(folder / file.name)
+        place.rmdir()
+    except BaseException:
+        if place is not None:
+            shutil.rmtree(place, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for path in made:
+                path.rmdir()
+        raise
+
+
+def _opened(folder: Path, *, force: bool) -> Path:
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise CannotWrite(f"{folder} is not a folder", hint=_HINT)
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if names and not force:
+        raise CannotWrite(
+            f"{folder} already exists and holds {wording.listing(names, 3)}",
+            hint=f"{_HINT}, or --force, which replaces only the files of an earlier demo",
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder))
+    except OSError as error:
+        raise CannotWrite(f"{folder}: {error.strerror}", hint=_HINT) from error

@@ -1,14 +1,38 @@
-"""Training with minibatches and an optimizer."""
+"""The data, the 1,797 handwritten digits of 8 by 8 pixels that ship with scikit-learn, and training on them."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
-from paramend.demo.digits import Digits
+from paramend.leaves.specs import Array
 
 BATCH = 64
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Pixels between 0 and 1, one row for each digit, and labels: to train on, and held out for accuracies."""
+
+    train_pixels: Array
+    train_labels: Array
+    pixels: Array
+    labels: Array
+
+
+def load(seed: int = 0) -> Digits:
+    """The digits, split by the seed, with equal shares of each digit in both parts."""
+    pixels, labels = load_digits(return_X_y=True)
+    pixels = (pixels / 16).astype(np.float32)
+    train_pixels, held_out, train_labels, held_out_labels = train_test_split(
+        pixels, labels, test_size=0.25, stratify=labels, random_state=seed
+    )
+    return Digits(train_pixels, train_labels, held_out, held_out_labels)
 
 
 def train(model: Any, params: Any, tx: Any, digits: Digits, *, epochs: int, seed: int = 0) -> Any:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,10 +43,17 @@ def reason(error: BaseException) -> str:
 
 def linked(path: Path) -> CannotWrite:
     """The error for a symbolic link."""
-    return CannotWrite(
-        f"{path} is a symbolic link, as in a hub cache, and its target may be shared; nothing was changed",
-        hint=ELSEWHERE,
-    )
+    what = "a symbolic link, as in a hub cache, and its target may be shared"
+    return CannotWrite(f"{path} is {what}; nothing was changed", hint=ELSEWHERE)
+
+
+def check_regular(file: Path, status: os.stat_result, *, shows: str) -> None:
+    """Raise `CannotWrite` for what is no regular file, or has other names: a change of it `shows` under them."""
+    if not stat.S_ISREG(status.st_mode):
+        raise CannotWrite(f"{file} is not a regular file; nothing was changed")
+    if status.st_nlink > 1:
+        what = f"{file} has {status.st_nlink} names (hard links), and a change would show under {shows}"
+        raise CannotWrite(f"{what}; nothing was changed", hint=ELSEWHERE)
 
 
 def check_room(folder: Path, nbytes: int, what: str, *, hint: str = "") -> None:
@@ -53,7 +61,5 @@ def check_room(folder: Path, nbytes: int, what: str, *, hint: str = "") -> None:
     disk = os.statvfs(folder)
     free = disk.f_bavail * disk.f_frsize
     if disk.f_blocks and free < nbytes:  # some network file systems report no blocks at all
-        raise CannotWrite(
-            f"{what} needs {wording.size(nbytes)}, and {wording.size(free)} are free in {folder}; nothing was written",
-            hint=hint,
-        )
+        there = f"{wording.size(free)} are free in {folder}"
+        raise CannotWrite(f"{what} needs {wording.size(nbytes)}, and {there}; nothing was written", hint=hint)

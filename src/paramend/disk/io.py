@@ -83,34 +83,26 @@ def status_of(descriptor: Readable) -> os.stat_result:
 
 
 @contextlib.contextmanager
-def reading(path: Path, flags: int = 0) -> Iterator[int]:
-    """The descriptor of a file or a folder, open for reading."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
+def reading(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+    """The descriptor of a file or a folder, open for reading; a new one is private."""
+    descriptor = os.open(path, os.O_CLOEXEC | flags, 0o600)
     try:
         yield descriptor
     finally:
         release(descriptor)
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[int]:
-    """The descriptor of a file that is there, open for writing."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        yield descriptor
-    finally:
-        release(descriptor)
+def writing(path: Path, flags: int = 0) -> contextlib.AbstractContextManager[int]:
+    """The descriptor of a file, open for writing."""
+    return reading(path, os.O_WRONLY | os.O_NOFOLLOW | flags)
 
 
 @contextlib.contextmanager
 def durable(path: Path, flags: int = 0) -> Iterator[int]:
-    """The descriptor of a file, open for writing, whose content is durable in the end; a new one is private."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o600)
-    try:
+    """The descriptor of a file, open for writing, whose content is durable in the end."""
+    with writing(path, flags) as descriptor:
         yield descriptor
         os.fsync(descriptor)
-    finally:
-        release(descriptor)
 
 
 def write_file(path: Path, data: Bytes) -> None:

@@ -7,11 +7,10 @@ import contextlib
 import errno
 import fcntl
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from paramend.disk.failures import ELSEWHERE, UNSUPPORTED, linked
+from paramend.disk.failures import ELSEWHERE, UNSUPPORTED, check_regular, linked
 from paramend.disk.io import reading, release
 from paramend.errors import Busy, CannotRead, CannotWrite
 
@@ -38,15 +37,11 @@ def take(descriptor: int, path: Path) -> None:
     try:
         taken = hold(descriptor)
     except BlockingIOError:
-        raise Busy(
-            f"{path}: another program is writing to it; nothing was changed",
-            hint="try again when it is done, or write a new file: -o OUT",
-        ) from None
+        hint = "try again when it is done, or write a new file: -o OUT"
+        raise Busy(f"{path}: another program is writing to it; nothing was changed", hint=hint) from None
     if not taken:
-        raise CannotWrite(
-            f"{path}: its file system has no locks, so two programs could write at once; nothing was changed",
-            hint=ELSEWHERE,
-        )
+        why = "its file system has no locks, so two programs could write at once"
+        raise CannotWrite(f"{path}: {why}; nothing was changed", hint=ELSEWHERE)
 
 
 @contextlib.contextmanager
@@ -90,17 +85,8 @@ def opened(files: Sequence[Path], *, lock: bool = True) -> Iterator[list[int]]:
     with contextlib.ExitStack() as stack:
         found = []
         for file in files:
-            descriptor = _open(file)
-            stack.callback(release, descriptor)
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise CannotWrite(f"{file} is not a regular file; nothing was changed")
-            if status.st_nlink > 1:
-                raise CannotWrite(
-                    f"{file} has {status.st_nlink} names (hard links), and a change would show under all of them; "
-                    "nothing was changed",
-                    hint=ELSEWHERE,
-                )
+            stack.callback(release, descriptor := _open(file))
+            check_regular(file, os.fstat(descriptor), shows="all of them")
             if lock:
                 take(descriptor, file)
             if not os.path.samestat(os.fstat(descriptor), file.lstat()):

@@ -56,10 +56,7 @@ def published(
         if folder:
             _sync_tree(temporary)
         _clear(manifest_of(temporary))
-        if folder:
-            _publish_folder(temporary, out, force=force)
-        else:
-            _publish_file(temporary, out, force=force)
+        _publish(temporary, out, force=force, folder=folder)
     except BaseException as error:
         stays = resumes is not None and manifest_of(temporary).exists()
         if not stays:
@@ -75,9 +72,8 @@ def published(
     try:
         sync_folder(out.parent)
     except OSError as error:
-        raise CannotWrite(
-            f"{out} was written, but it is not certain to outlast a power failure: {reason(error)}"
-        ) from error
+        why = f"it is not certain to outlast a power failure: {reason(error)}"
+        raise CannotWrite(f"{out} was written, but {why}") from error
     finally:
         _clear(temporary)  # the old state, after a swap
 
@@ -241,10 +237,8 @@ def _sweep(out: Path, *, but: Path) -> None:
 
 
 def _busy(out: Path, sign: str) -> Busy:
-    return Busy(
-        f"{out}: another program is writing it at this moment (it {sign}); nothing was written",
-        hint="try again when it is done, or write to another name",
-    )
+    hint = "try again when it is done, or write to another name"
+    return Busy(f"{out}: another program is writing it at this moment (it {sign}); nothing was written", hint=hint)
 
 
 def _clear(temporary: Path) -> None:
@@ -278,35 +272,27 @@ def _sync_tree(folder: Path) -> None:
     sync_folder(folder)
 
 
-def _publish_file(temporary: Path, out: Path, *, force: bool) -> None:
-    if force:
-        temporary.replace(out)
-        return
-    try:
-        # Neither replaces a file that appeared meanwhile, as a plain rename would; the first leaves no second name.
-        if not _rename_at_once(temporary, out, _NOREPLACE):
-            out.hardlink_to(temporary)
-            _clear(temporary)
-    except FileExistsError:
-        raise exists(out) from None
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        if os.path.lexists(out):
-            raise exists(out) from None
-        temporary.rename(out)
-
-
 _NOREPLACE, _EXCHANGE = 1, 2
 
 
-def _publish_folder(temporary: Path, out: Path, *, force: bool) -> None:
+def _publish(temporary: Path, out: Path, *, force: bool, folder: bool) -> None:
+    if force and not folder:
+        temporary.replace(out)
+        return
     replaces = force and os.path.lexists(out)
     try:
+        # Neither replaces a file that appeared meanwhile, as a plain rename would; the first leaves no second name.
         if _rename_at_once(temporary, out, _EXCHANGE if replaces else _NOREPLACE):
+            return
+        if not folder:
+            out.hardlink_to(temporary)
+            _clear(temporary)
             return
     except FileExistsError:
         raise exists(out) from None
+    except OSError as error:
+        if folder or error.errno not in _NO_LINKS:
+            raise
     if not replaces:
         if os.path.lexists(out):
             raise exists(out)
@@ -321,9 +307,8 @@ def _publish_folder(temporary: Path, out: Path, *, force: bool) -> None:
         try:
             aside.rename(out)
         except OSError:
-            raise CannotWrite(
-                f"{out}: {reason(error)}; what was there is now {aside}", hint=f"mv {aside} {out}"
-            ) from error
+            told = f"{out}: {reason(error)}; what was there is now {aside}"
+            raise CannotWrite(told, hint=f"mv {aside} {out}") from error
         raise
     with contextlib.suppress(OSError):
         _remove(aside)

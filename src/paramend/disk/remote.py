@@ -42,11 +42,9 @@ _USUAL = (
 )
 
 
-T = TypeVar("T")
-
-
 # How the names of the environment variables begin that stores are made from.
 _OWN = ("AWS_", "GOOGLE_", "AZURE_", "HF_")
+T = TypeVar("T")
 
 
 class Seen(NamedTuple):
@@ -64,6 +62,9 @@ class Seen(NamedTuple):
     def same(self, other: "Seen") -> bool:
         mine, others = (self.tag, other.tag) if self.tag and other.tag else (self.time, other.time)
         return (self.size, mine) == (other.size, others)
+
+
+_UNKNOWN = Seen(0, "", datetime.fromtimestamp(0, UTC))
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,6 @@ class Address:
 
     @property
     def path(self) -> str:
-        """The path in the store."""
         return unquote(self.key) if self.scheme.startswith("http") else self.key
 
 
@@ -121,15 +121,11 @@ def _store(at: Address, settings: tuple[tuple[str, str], ...], seconds: tuple[in
     login, _, host = place.rpartition("@")
     base, said = f"{scheme}://{host}/", f"Basic {b64encode(unquote(login).encode()).decode()}" if login else ""
     if scheme == "hf":
-        base, token = f"{_hub()}/{place}", _token()
+        base, token = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{place}", _token()
         said = f"Bearer {token}" if token else ""
     options |= {"default_headers": {"authorization": said}} if said else {}
     options |= {"allow_http": base.startswith("http://")}
     return stores.HTTPStore(f"{base}?{query}" if query else base, client_options=options, retry_config=tries)
-
-
-def _hub() -> str:
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 
 def _token() -> str:
@@ -186,10 +182,8 @@ def _of_hub(obstore: Any, at: Address) -> dict[str, Seen | None]:
     rows = json.loads(bytes(obstore.get(tree.store, tree.key).bytes()))
     if not isinstance(rows, list):
         return {}
-    return {
-        Path(row["path"]).name: Seen(row["size"], "", datetime.fromtimestamp(0, UTC)) if row["type"] == "file" else None
-        for row in rows
-    }
+    seen = (_UNKNOWN._replace(size=row["size"]) if row["type"] == "file" else None for row in rows)
+    return dict(zip((Path(row["path"]).name for row in rows), seen, strict=True))
 
 
 def _probed(at: Address, name: Path) -> dict[str, Seen | None]:
@@ -202,7 +196,7 @@ def _probed(at: Address, name: Path) -> dict[str, Seen | None]:
             with suppress(ValueError, AttributeError), Object(at.inside(each), name / each) as index:
                 table = json.loads(index.read(0, index.seen.size))
                 named |= {file for file in table.get("weight_map", {}).values() if isinstance(file, str)}
-    return {**found, **dict.fromkeys(named, Seen(0, "", datetime.fromtimestamp(0, UTC)))} if found else {}
+    return {**found, **dict.fromkeys(named, _UNKNOWN)} if found else {}
 
 
 def _seen(row: Mapping[str, Any]) -> Seen:
@@ -212,7 +206,7 @@ def _seen(row: Mapping[str, Any]) -> Seen:
 def status(at: Address, seen: Seen | None) -> os.stat_result:
     """A stat result for an object, or a folder: two of the same version are the same, and of others differ."""
     kind = 0o040755 if seen is None else 0o100644
-    size, tag, when = seen or Seen(0, "", datetime.fromtimestamp(0, UTC))
+    size, tag, when = seen or _UNKNOWN
     node = int.from_bytes(sha256(f"{at.scheme}://{at.place}/{at.key}".encode()).digest()[:7], "big")
     nanoseconds = int(when.timestamp() * 1_000_000) * 1000
     second, mark = nanoseconds // 10**9, zlib.crc32(tag.encode())
@@ -243,9 +237,8 @@ class Object:
         self._lock = threading.Lock()
         self._next = self._run = 0
         self._parts: deque[_Part] = deque()
-        result = self._asked(0, _HEAD, None)
-        self.seen = Seen(0, "", datetime.fromtimestamp(0, UTC)) if result is None else result[0]
-        self._near = (0, memoryview(b"") if result is None else result[1])
+        self.seen, data = self._asked(0, _HEAD, None)
+        self._near = (0, data)
 
     @property
     def stat(self) -> os.stat_result:
@@ -258,7 +251,6 @@ class Object:
         self.close()
 
     def close(self) -> None:
-        """Drop what was fetched ahead."""
         with self._lock:
             while self._parts:
                 self._parts.popleft().data.cancel()
@@ -300,7 +292,7 @@ class Object:
             edge, last = parts[-1].stop if parts else at, ahead == self.seen.size
             while len(parts) < _AT_ONCE and edge < ahead and (edge < stop or edge + PART <= ahead or last):
                 high = min(edge + PART, ahead)
-                parts.append(_Part(edge, high, _pool().submit(self._fetched, edge, high)))
+                parts.append(_Part(edge, high, _pool(os.getpid()).submit(self._fetched, edge, high)))
                 edge = high
             low, high, answer = parts[0]
             end = min(stop, high)
@@ -310,11 +302,10 @@ class Object:
                 parts.popleft()
 
     def _fetched(self, start: int, stop: int) -> memoryview:
-        found = self._asked(start, stop, self.seen)
-        return memoryview(b"") if found is None else found[1]
+        return self._asked(start, stop, self.seen)[1]
 
-    def _asked(self, start: int, stop: int, seen: Seen | None) -> tuple[Seen, memoryview] | None:
-        """What the store sends of a range, tried again where a connection broke; None for an empty object."""
+    def _asked(self, start: int, stop: int, seen: Seen | None) -> tuple[Seen, memoryview]:
+        """What the store sends of a range, tried again where a connection broke; nothing of an empty object."""
         obstore = need("obstore", extra="remote", to="open remote addresses")
         options: dict[str, Any] = {"range": (start, stop)}
         if seen is not None and seen.solid and self.at.scheme != "hf":  # the Hub sends readers elsewhere
@@ -327,7 +318,7 @@ class Object:
                 found, data = _seen(result.meta), memoryview(result.bytes())
             except Exception as caught:
                 if seen is None and _code(caught) == 416:
-                    return None
+                    return _UNKNOWN, memoryview(b"")
                 error = caught
             else:
                 if seen is not None and not found.same(seen):
@@ -342,16 +333,12 @@ class Object:
 
 def together(calls: Iterable[Callable[[], T]]) -> list[T]:
     """What functions return that ask a store, all of them at once."""
-    return [answer.result() for answer in [_pool().submit(call) for call in calls]]
+    return [answer.result() for answer in [_pool(os.getpid()).submit(call) for call in calls]]
 
 
 @cache
-def _pool_of(process: int) -> ThreadPoolExecutor:
+def _pool(process: int) -> ThreadPoolExecutor:  # threads do not survive a fork
     return ThreadPoolExecutor(2 * _AT_ONCE, "paramend-remote")
-
-
-def _pool() -> ThreadPoolExecutor:
-    return _pool_of(os.getpid())  # threads do not survive a fork
 
 
 # ---- what went wrong ------------------------------------------------------------------------------------------
@@ -441,6 +428,5 @@ def _passes(error: Exception) -> bool:
 
 
 def _other(name: Path) -> CannotRead:
-    return CannotRead(
-        f"{name}: the store has another version than when it was opened", hint="open the checkpoint again"
-    )
+    reason = "the store has another version than when it was opened"
+    return CannotRead(f"{name}: {reason}", hint="open the checkpoint again")

@@ -199,8 +199,7 @@ def uploaded(out: Url, *, force: bool, folder: bool) -> Iterator[Staging]:
 def check_writable(out: Url) -> None:
     """Raise `Unsupported` for an address that is only read."""
     if out.at.scheme not in ("s3", "gs", "az"):
-        what = "the Hub" if out.at.scheme == "hf" else "a web server"
-        raise Unsupported(
-            f"{out}: what is on {what} is only read",
-            hint="-o model/, then `hf upload`" if out.at.scheme == "hf" else "-o with a path, or s3://, gs:// or az://",
-        )
+        what, hint = "a web server", "-o with a path, or s3://, gs:// or az://"
+        if out.at.scheme == "hf":
+            what, hint = "the Hub", "-o model/, then `hf upload`"
+        raise Unsupported(f"{out}: what is on {what} is only read", hint=hint)

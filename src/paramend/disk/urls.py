@@ -49,10 +49,8 @@ class Url(PosixPath):
         return "/".join([f"{scheme}/", *rest]).partition("?")[0]
 
     def __fspath__(self) -> str:
-        raise Unsupported(
-            f"{self}: this needs a file on this machine, and it is in a remote store",
-            hint="copy it to this machine, and give the path of the copy",
-        )
+        hint = "copy it to this machine, and give the path of the copy"
+        raise Unsupported(f"{self}: this needs a file on this machine, and it is in a remote store", hint=hint)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self.parts  # with its credentials: workers need them
@@ -126,11 +124,9 @@ class Url(PosixPath):
         child = super().__truediv__(name)
         inside = self.__dict__.get("_inside", {})
         if child.name in inside or (inside and not self.parts[0].startswith("http")):
-            child.__dict__["_mode"] = self._mode_of(child.name)
+            there = child.name in inside
+            child.__dict__["_mode"] = _remote().status(self.at, inside[child.name]).st_mode if there else 0
         return child
-
-    def _mode_of(self, name: str) -> int:
-        return _remote().status(self.at, self._inside[name]).st_mode if name in self._inside else 0
 
     def iterdir(self) -> Generator["Url", None, None]:
         return (self / name for name in sorted(self._inside))
@@ -184,10 +180,8 @@ def path_of(given: str | os.PathLike[str]) -> Path:
     if scheme == "file":
         return Path(rest)
     if scheme not in SCHEMES:
-        raise BadArgument(
-            f"{scheme}:// is not the address of a store that can be opened",
-            hint=f"one of {', '.join(f'{each}://' for each in SCHEMES)}, or a path",
-        )
+        hint = f"one of {', '.join(f'{each}://' for each in SCHEMES)}, or a path"
+        raise BadArgument(f"{scheme}:// is not the address of a store that can be opened", hint=hint)
     path, mark, query = rest.partition("?") if scheme.startswith("http") else (rest, "", "")
     return Url(f"{scheme}://{path}{mark}{query.replace('/', _SLASH)}")
 

@@ -17,20 +17,13 @@ Args = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A kind of argument.
-
-    Attributes:
-        read: data → the argument; raises BadArgument.
-        schema: the JSON Schema of the data.
-        array: whether it may be an array too.
-        scalar: whether it is one number, also in Python.
-    """
+    """A kind of argument."""
 
     says: str
-    read: Callable[[Any], Any]
-    schema: Mapping[str, Any]
-    array: bool = False
-    scalar: bool = False
+    read: Callable[[Any], Any]  # data → the argument; raises BadArgument
+    schema: Mapping[str, Any]  # the JSON Schema of the data
+    array: bool = False  # whether it may be an array too
+    scalar: bool = False  # whether it is one number, also in Python
     example: str = ""
 
     def named(self, says: str, example: str) -> "Value":

@@ -30,49 +30,29 @@ Moves = Callable[[Origin, Args], Origin]
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Op:
-    """One edit. `edits.ops` is the table of them.
+    """One edit. `edits.ops` is the table of them."""
 
-    Attributes:
-        name: the verb.
-        says: what it does, for the docs table and `--help`.
-        parameters: the names of its arguments.
-        run: (backend, array, args, place) → a new array.
-        check: (spec, args) → the spec after it; raises if the edit makes no sense. None if it always does.
-        slot: for edits that jax.numpy's `.at[index]` has too: args → (its method, its argument), or None.
-        losses: for edits that a dtype may be too narrow for: how many values it could not hold.
-        reads: whether the result depends on the old values; if not, an engine need not read them.
-        keeps_spec: whether shape and dtype stay, so that the edit can be done in place.
-        chunks: whether an array may be edited piece by piece, in order.
-        arithmetic: whether leaves that are not numbers (PRNG keys) must be refused.
-        placed: whether the result depends on where the leaf is.
-        takes: the kind of each argument as data; empty if arguments can only be code.
-        optional: the optional arguments and their defaults.
-        aliases: other names for it on the command line.
-        also: other words that users may search for.
-        moves: for edits that only move elements: (origin, args) → the origin after it, whose bytes are copied.
-        bytewise: whether it moves stored bytes and takes them for no values, so that it is right for the codes and
-            scales of quantised weights, too.
-        product: for edits that add a product of low rank: (spec, args) → the product, or None.
-    """
-
-    name: str
-    says: str
-    parameters: tuple[str, ...]
-    run: Run
+    name: str  # the verb
+    says: str  # what it does, for the docs table and `--help`
+    parameters: tuple[str, ...]  # the names of its arguments
+    run: Run  # (backend, array, args, place) → a new array
+    # (spec, args) → the spec after it; raises if the edit makes no sense. None if it always does.
     check: Check | None = None
+    # For edits that jax.numpy's `.at[index]` has too: args → (its method, its argument), or None.
     slot: Callable[[Args], tuple[str, Any] | None] | None = None
-    losses: Losses | None = None
-    reads: bool = True
-    keeps_spec: bool = True
-    chunks: bool = True
-    arithmetic: bool = True
-    placed: bool = False
-    takes: tuple[Value, ...] = ()
-    optional: Args = field(default_factory=dict)
-    aliases: tuple[str, ...] = ()
-    also: tuple[str, ...] = ()
+    losses: Losses | None = None  # for edits that a dtype may be too narrow for: how many values it could not hold
+    reads: bool = True  # whether the result depends on the old values; if not, an engine need not read them
+    keeps_spec: bool = True  # whether shape and dtype stay, so that the edit can be done in place
+    chunks: bool = True  # whether an array may be edited piece by piece, in order
+    arithmetic: bool = True  # whether leaves that are not numbers (PRNG keys) must be refused
+    placed: bool = False  # whether the result depends on where the leaf is
+    takes: tuple[Value, ...] = ()  # the kind of each argument as data; empty if arguments can only be code
+    optional: Args = field(default_factory=dict)  # the optional arguments and their defaults
+    aliases: tuple[str, ...] = ()  # other names for it on the command line
+    also: tuple[str, ...] = ()  # other words that users may search for
+    # For edits that only move elements: (origin, args) → the origin after it, whose bytes are copied.
     moves: Moves | None = None
-    bytewise: bool = False
+    # For edits that add a product of low rank: (spec, args) → the product, or None.
     product: Callable[[Spec, Args], Product | None] | None = None
 
     def __repr__(self) -> str:
@@ -112,27 +92,16 @@ class Op:
 
 @dataclass(frozen=True, slots=True)
 class Coding:
-    """What was asked of a quantised weight, and how the leaves that it is stored in do it.
+    """What was asked of a quantised weight, and how the leaves that it is stored in do it."""
 
-    Attributes:
-        path: the weight.
-        before: its shape and dtype.
-        spec: those after the edits.
-        scheme: what it is stored in, such as "fp8-block".
-        asked: the edits, first to last.
-        how: "codes of 0", "its scale", "encoded anew, ..." for each of them.
-        misfit: how far codes that were made anew are from what was asked; None if all is exact.
-        serial: its place among others.
-    """
-
-    path: str
-    before: Spec
-    spec: Spec
-    scheme: str
-    asked: tuple["Call", ...]
-    how: tuple[str, ...]
-    misfit: Misfit | None = None
-    serial: int = field(default_factory=count().__next__, compare=False)
+    path: str  # the weight
+    before: Spec  # its shape and dtype
+    spec: Spec  # those after the edits
+    scheme: str  # what it is stored in, such as "fp8-block"
+    asked: tuple["Call", ...]  # the edits, first to last
+    how: tuple[str, ...]  # "codes of 0", "its scale", "encoded anew, ..." for each of them
+    misfit: Misfit | None = None  # how far codes that were made anew are from what was asked; None if all is exact
+    serial: int = field(default_factory=count().__next__, compare=False)  # its place among others
 
     @property
     def said(self) -> str:
@@ -157,15 +126,12 @@ class Coding:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Call:
-    """An op with its arguments, and the slice of the leaf that it edits (None for the whole leaf).
-
-    Attributes:
-        coding: the edit of a quantised weight that this is a part of; None if it is one of the leaf itself.
-    """
+    """An op with its arguments, and the slice of the leaf that it edits (None for the whole leaf)."""
 
     op: Op
     args: Args = field(default_factory=dict)
     index: Any = None
+    # The edit of a quantised weight that this is a part of; None if it is one of the leaf itself.
     coding: Coding | None = None
 
     def __post_init__(self) -> None:

@@ -1,6 +1,6 @@
 """How an edit of a quantised weight is made in what it is stored in: by codes, by scales, or encoded anew."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,22 +26,11 @@ Compute = Callable[[Origin, Call], Origin]
 def coded(
     weight: Weight, call: Call, compute: Compute, ops: Mapping[str, Op], *, shares: bool = False
 ) -> dict[str, Call]:
-    """What a call on a quantised weight is in the leaves that it is stored in: role → call that sets the leaf.
-
-    0 is set by codes, and scales are kept. A factor goes to scales where they can take it. What else there is, is
-    computed in float32 and encoded to the nearest; blocks whose values stay keep their bytes.
-
-    Args:
-        weight: the weight.
-        call: an edit that keeps the spec.
-        compute: how values are computed.
-        ops: the table of edits.
-        shares: whether its scale of scales is that of other weights, too, which do not change with it.
-
-    Raises:
-        SpecMismatch: the call does not fit the weight.
-        Quantized: the weight would have to be encoded, and the call says never.
-    """
+    """What a call on a quantised weight is in the leaves that it is stored in: role → call that sets the leaf. 0 is set
+    by codes, and scales are kept. A factor goes to scales where they can take it. What else there is, is computed in
+    float32 and encoded to the nearest; blocks whose values stay keep their bytes. `shares` says whether its scale of
+    scales is that of other weights, too, which do not change with it. `Quantized` if it would have to be encoded, and
+    the call says never."""
     rule = call.args.get("requantize", "amax")
     codec, parts = weight.codec, weight.parts
     call = _wide(weight, call)
@@ -105,13 +94,8 @@ def _wide(weight: Weight, call: Call) -> Call:
 
 
 def taken(weight: Weight, places: Places, axis: int) -> dict[str, tuple[Array, int]] | None:
-    """Role → places along an axis of the leaf as it is stored, for some places of a weight; None if blocks are cut.
-
-    Args:
-        weight: the weight.
-        places: which ones.
-        axis: its axis in the model.
-    """
+    """Role → places along an axis of the leaf as it is stored, for some places along an axis of the model; None if
+    blocks are cut."""
     codec, found = weight.codec, {}
     at = codec.axes[axis] if codec.axes else axis
     wanted = np.asarray(places, dtype=np.int64)
@@ -146,8 +130,3 @@ def _blocks(field: Field, axis: int, places: Array, length: int) -> Array | None
         return None
     found: Array = (blocks[:, None] * words + np.arange(words)).reshape(-1)
     return found[found < field.spec.shape[axis]]
-
-
-def array(values: Sequence[int], spec: Spec) -> Array:
-    """Whole numbers as the leaf that holds a shape."""
-    return np.array(values, numpy_dtype(spec.dtype)).reshape(spec.shape)

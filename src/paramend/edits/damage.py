@@ -21,15 +21,10 @@ Losses = Callable[[Array, Array, Args], tuple[int, int]]
 
 @dataclass(slots=True)
 class Damage:
-    """What the edits of one leaf did to values that its dtype cannot hold.
+    """How many values of one leaf edits changed because its dtype cannot hold them."""
 
-    Attributes:
-        overflowed: how many finite values became inf, NaN or another number.
-        lost: how many values became zero, or lost their fraction, in a cast.
-    """
-
-    overflowed: int = 0
-    lost: int = 0
+    overflowed: int = 0  # finite ones that became inf, NaN or another number
+    lost: int = 0  # those that became zero, or lost their fraction, in a cast
 
     def clear(self) -> None:
         self.overflowed = self.lost = 0
@@ -72,10 +67,8 @@ def _operand(args: Args, before: Array) -> Array:
 
 
 def of_call(call: Any, before: Any, after: Any) -> tuple[int, int]:
-    """What a call did to a leaf; nothing is known of traced arrays.
-
-    Values on an accelerator are fetched only where an overflow is likely: after a cast, and in narrow dtypes.
-    """
+    """What a call did to a leaf; nothing is known of traced arrays. Values on an accelerator are fetched only where an
+    overflow is likely: after a cast, and in narrow dtypes."""
     op, library = call.op, backend(before)
     spec = library.spec(before)
     if op.losses is None or not spec.size or spec.kind == "other" or library.refusal(before):

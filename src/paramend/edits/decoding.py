@@ -5,19 +5,17 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from paramend.anatomy import recoding
+from paramend.anatomy import quantization
 from paramend.anatomy.counts import retyped
 from paramend.anatomy.documents import document_of
 from paramend.anatomy.quantization import FILES
 from paramend.edits.memory import editable
-from paramend.edits.own import Own
-from paramend.edits.own import floats as float_of
+from paramend.edits.own import Own, floats as float_of
 from paramend.edits.plan import call
 from paramend.errors import Unsupported
 from paramend.formats.jsontext import CONFIG
 from paramend.leaves.groups import Group
-from paramend.leaves.leaves import Editable, keys_of
-from paramend.leaves.leaves import Group as Regroup
+from paramend.leaves.leaves import Editable, Group as Regroup, keys_of
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.paths import Label
 from paramend.leaves.schemes import WEIGHTS
@@ -30,13 +28,8 @@ Change = Callable[[str, dict[str, Any]], dict[str, Any] | None]
 def floated(
     stored: Editable, weights: Mapping[int, Weight | Own], kept: Sequence[Group], dtypes: Mapping[int, str]
 ) -> tuple[Any, tuple[str, ...]]:
-    """A tree or a checkpoint with some weights as floats, and what is to be said of the files beside it.
-
-    Args:
-        stored: the leaves as they are stored.
-        weights: number of a payload → the weight.
-        kept: the groups that stay quantised.
-        dtypes: number of a payload → the dtype; "" for that of the library.
+    """A tree or a checkpoint with some weights as floats, and what is to be said of the files beside it. Weights and
+    their dtypes ("" for that of the library) come by the numbers of payloads; `kept` are the groups that stay.
 
     Raises:
         Unsupported: a configuration cannot say which modules are quantised then.
@@ -109,7 +102,7 @@ def _configured(
     values: Mapping[str, Any],
 ) -> dict[str, Any] | None:
     """What a file beside the weights holds then; None if nothing."""
-    new = recoding.dequantised(file, values, gone, floats, left=left)
+    new = quantization.dequantised(file, values, gone, floats, left=left)
     return new if new is None or file != CONFIG or not dtypes[1] else retyped(new, *dtypes)[0]
 
 
@@ -131,21 +124,12 @@ def keys(path: tuple[Label, ...]) -> list[tuple[str, int | None]]:
 
 
 def renamed(tree: Any, moved: Mapping[str, str]) -> Any:
-    """A tree; of a checkpoint, the configuration of which names modules that got other names as they are called then.
-
-    Args:
-        tree: the tree.
-        moved: every module → its name then.
-    """
-    return followed(tree, partial(recoding.renamed, moved=moved))[0]
+    """A tree; of a checkpoint, with a configuration that names modules as they are called then, which `moved` says."""
+    return followed(tree, partial(quantization.renamed, moved=moved))[0]
 
 
 def followed(tree: Any, change: Change) -> tuple[Any, tuple[str, ...]]:
-    """A tree; of a checkpoint, with other files beside its weights, and what is to be said of them.
-
-    Raises:
-        BadCheckpoint: one of them is damaged.
-    """
+    """A tree; of a checkpoint, with other files beside its weights, and what is to be said of them."""
     said: list[str] = []
     for name, _ in FILES:
         document = document_of(tree, name)

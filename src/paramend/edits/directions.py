@@ -12,11 +12,7 @@ from paramend.leaves.specs import AnyArray, Array, Spec, kind_of
 
 
 def unit_of(direction: AnyArray) -> Array:
-    """A direction as a unit vector of float64.
-
-    Raises:
-        BadArgument: it is not a vector of numbers, or zero, or not finite, or traced.
-    """
+    """A direction as a unit vector of float64; `BadArgument` if it is none."""
     given = concrete(direction.read() if isinstance(direction, Stored) else direction)
     if given is None:
         raise BadArgument("the direction must be known before the edit runs; this is a traced value")
@@ -33,12 +29,7 @@ def unit_of(direction: AnyArray) -> Array:
 
 
 def axis_along(spec: Spec, length: int, axis: object) -> int:
-    """The axis of a leaf that a direction is along, counted from the front: of the last two, the one of its length.
-
-    Raises:
-        SpecMismatch: none has its length, or both.
-        OutOfRange: the leaf has no such axis.
-    """
+    """The axis of a leaf that a direction is along, counted from the front: of the last two, the one of its length."""
     fits = [each for each in range(spec.ndim) if spec.shape[each] == length]
     if axis is not None:
         chosen = axis_of(spec, axis)

@@ -88,11 +88,7 @@ def equal(x: Any, y: Any) -> bool:
 
 
 def _bits(x: Any, like: Any) -> Iterator[Array]:
-    """The bytes, an origin's in the pieces in which another one is best read.
-
-    Raises:
-        Unsupported: there are no values.
-    """
+    """The bytes, an origin's in the pieces in which another one is best read; `Unsupported` if there are no values."""
     if isinstance(x, Origin):
         pieces: Iterable[Array] = (x.read_range(*each) for each in like.ranges())
     else:

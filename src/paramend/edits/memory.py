@@ -11,6 +11,7 @@ from paramend.arrays.initializers import NOWHERE, Site
 from paramend.arrays.lowrank import LowRank
 from paramend.arrays.origins import made
 from paramend.arrays.registry import backend, backend_of
+from paramend.edits import structure
 from paramend.edits.call import Call, explained
 from paramend.edits.damage import Damage, of_call, said
 from paramend.edits.quantized import check_calls, check_renamed, check_whole
@@ -88,23 +89,17 @@ class Memory(Tree, Editable):
         return any(min(pair) < len(arrays) <= max(pair) for pair in found)
 
     def deleted(self, numbers: Iterable[int]) -> Any:
-        from paramend.edits import structure  # rarely needed, and imports take time
-
         gone = {twin for number in numbers for twin in self.twins(number)}
         check_whole(self, gone)
         return structure.relocate(self, {}, gone)
 
     def moved(self, selector: Any, numbers: Iterable[int], to: str) -> Any:
-        from paramend.edits import structure  # as above
-
         chosen = tuple(numbers)
         check_renamed(self, lambda: structure.moves(self.index, selector, set(chosen), to))
         twins = {twin for number in chosen for twin in self.twins(number)}
         return self.relocated(structure.moves(self.index, selector, twins, to))
 
     def relocated(self, moves: Mapping[int, Sequence[tuple[str, int | None]]]) -> Any:
-        from paramend.edits import structure  # as above
-
         return structure.relocate(self, moves, ())
 
     def expression(self, number: int) -> Origin:
@@ -122,8 +117,6 @@ class Memory(Tree, Editable):
         return backend(self.values[number]).beside(values, self.values[number])
 
     def regrouped(self, groups: Sequence[Group], *, close_up: bool = True) -> Any:
-        from paramend.edits import structure  # as above
-
         if all(map(self._stays, groups)):
             made = {each.numbers[0]: each.make([self.read(each.numbers[0])])[0] for each in groups}
             specs = {number: backend(leaf).spec(leaf) for number, leaf in made.items()}
@@ -179,10 +172,8 @@ class Memory(Tree, Editable):
 
 
 def editable(tree: Any, *, raw: bool = False) -> Editable:
-    """A checkpoint, which carries out edits itself, as it is; anything else as a tree in memory.
-
-    A checkpoint that was opened `raw` stays so.
-    """
+    """A checkpoint, which carries out edits itself, as it is; anything else as a tree in memory. A checkpoint that was
+    opened `raw` stays so."""
     leaves = tree if isinstance(tree, Editable) else Memory(tree)
     if not isinstance(tree, Editable) and not leaves.index.numbers:
         from paramend.edits.subjects import check_subject  # needed only for errors
@@ -192,12 +183,7 @@ def editable(tree: Any, *, raw: bool = False) -> Editable:
 
 
 def valued(tree: Any) -> Editable:
-    """Leaves that are computed with: all of them must have values.
-
-    Raises:
-        BadArgument: a path is given.
-        Unsupported: leaves are traced, or abstract; the message lists them.
-    """
+    """Leaves that are computed with: `Unsupported` if some have no values, `BadArgument` for a path."""
     if isinstance(tree, str | os.PathLike):
         raise BadArgument(
             f"{str(tree)!r} is a path, and a tree or a checkpoint is needed", hint=f"pm.open({str(tree)!r})"

@@ -18,22 +18,14 @@ def _is_whole(value: Any) -> bool:
 
 
 def whole_numbers(values: Any, what: str, hint: str) -> list[int]:
-    """The whole numbers of a list.
-
-    Raises:
-        BadArgument: it is not one.
-    """
+    """The whole numbers of a list; `BadArgument` if it is not one."""
     if isinstance(values, str) or not isinstance(values, Iterable) or not all(map(_is_whole, values)):
         raise BadArgument(f"{what} {shown(values)} is not a list of whole numbers", hint=hint)
     return list(map(int, values))
 
 
 def axis_of(spec: Spec, axis: Any) -> int:
-    """An axis of a leaf, counted from the front.
-
-    Raises:
-        OutOfRange: the leaf has no such axis.
-    """
+    """An axis of a leaf, counted from the front; `OutOfRange` if the leaf has no such axis."""
     if not _is_whole(axis):
         raise BadArgument(f"the axis {shown(axis)} is not a whole number", hint="axis=0")
     found = int(axis)
@@ -78,7 +70,7 @@ def reshaped(x: Any, args: Args) -> Any:
 _LIST = "[0, 2], a slice, or a mask of bools"
 
 
-def _places(spec: Spec, args: Args) -> tuple[Places, int]:
+def places(spec: Spec, args: Args) -> tuple[Places, int]:
     """The places along an axis that indices, a slice or a mask name, and the axis."""
     axis = axis_of(spec, args.get("axis", 0))
     length, indices = spec.shape[axis], args["indices"]
@@ -103,31 +95,27 @@ def _places(spec: Spec, args: Args) -> tuple[Places, int]:
     return given.astype(np.int64) % max(length, 1), axis
 
 
-def _permutation(spec: Spec, args: Args) -> tuple[Places, int]:
+def permutation(spec: Spec, args: Args) -> tuple[Places, int]:
+    """The old place of each new one along an axis, and the axis."""
     axis = axis_of(spec, args.get("axis", 0))
     try:
-        places: Places | None = _places(spec, {"indices": args["index"], "axis": axis})[0]
+        found: Places | None = places(spec, {"indices": args["index"], "axis": axis})[0]
     except OutOfRange:
-        places = None
-    if places is None or not np.array_equal(np.sort(places), np.arange(spec.shape[axis])):
+        found = None
+    if found is None or not np.array_equal(np.sort(found), np.arange(spec.shape[axis])):
         raise SpecMismatch(
             f"permute takes each of the {spec.shape[axis]:,} places along axis {axis} of {spec} once, and index is "
             f"{shown(args['index'])}",
             hint=".take(indices, axis) takes some places, or one more than once",
         )
-    return places, axis
-
-
-def places_of(spec: Spec, verb: str, args: Args) -> tuple[Places, int]:
-    """The old places along an axis that `take` or `permute` asks for, and the axis."""
-    return (_places if verb == "take" else _permutation)(spec, args)
+    return found, axis
 
 
 def taken(x: Any, args: Args) -> Any:
     """Some places along an axis."""
-    return hands.take(x, *_places(hands.spec_of(x), args))
+    return hands.take(x, *places(hands.spec_of(x), args))
 
 
 def permuted(x: Any, args: Args) -> Any:
     """All places along an axis in another order."""
-    return hands.take(x, *_permutation(hands.spec_of(x), args))
+    return hands.take(x, *permutation(hands.spec_of(x), args))

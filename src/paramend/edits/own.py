@@ -26,19 +26,12 @@ from paramend.leaves.weights import Weight
 
 @dataclass(frozen=True, eq=False)
 class Own:
-    """A weight by a rule of the user's, as `leaves.weights.Weight` is one by a scheme.
-
-    Attributes:
-        path: its path.
-        group: the leaves.
-        rule: how they make it.
-        leaves: what holds them.
-    """
+    """A weight by a rule of the user's, as `leaves.weights.Weight` is one by a scheme."""
 
     path: str
-    group: Group
-    rule: Codec
-    leaves: Editable
+    group: Group  # its leaves
+    rule: Codec  # how they make it
+    leaves: Editable  # what holds them
     parts: ClassVar[Mapping[str, Origin]] = {}
 
     @property
@@ -71,12 +64,7 @@ class Own:
         return to_numpy(self.decoded([self.leaves.read(number) for number in self.group.numbers], dtype))
 
     def coded(self, call: Call, place: Site, set_: Op) -> dict[int, Call]:
-        """What a call is in the leaves: number → call that sets the leaf.
-
-        Raises:
-            Quantized: the rule does not encode.
-            SpecMismatch: the call does not fit the weight, or what `encode` gives the leaves.
-        """
+        """What a call is in the leaves: number → call that sets the leaf. `Quantized` if the rule does not encode."""
         explained(self.path, call.spec, self.spec)
         asked = call.args.get("requantize", "amax")
         if self.rule.encode is None or asked != "amax":
@@ -135,13 +123,7 @@ class _Later:
 
 
 def floats(weight: Weight | Own, given: Sequence[Any], dtype: str = "") -> Any:
-    """A weight as one leaf like those that it is stored in: an origin, or an array of their library.
-
-    Args:
-        weight: the weight.
-        given: its leaves.
-        dtype: that of the values; the library's, or that of `decode`, by default.
-    """
+    """A weight as one leaf like those given, in which it is stored: an origin, or an array of their library."""
     if isinstance(given[0], Origin):
         return weight.origin(dtype)
     if isinstance(weight, Own):

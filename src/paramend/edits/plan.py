@@ -12,11 +12,10 @@ from paramend.arrays.initializers import NOWHERE, Site
 from paramend.edits.call import Call, Coding, explained, settled
 from paramend.edits.damage import Damage, said
 from paramend.edits.ops import OPS
-from paramend.errors import BadArgument, RenameClash, Unsupported
+from paramend.errors import BadArgument, RenameClash, Unsupported, printable_lines
 from paramend.formats.gathered import Gathered
-from paramend.leaves.described import Described
 from paramend.leaves.groups import groups_of
-from paramend.leaves.leaves import Index, Leaves, keys_of, plain, uncollected
+from paramend.leaves.leaves import Described, Index, Leaves, keys_of, plain, uncollected
 from paramend.leaves.names import by_name
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.texts import shortened
@@ -25,40 +24,31 @@ from paramend.leaves.specs import Spec
 from paramend.pages.page import Column, Page
 from paramend.pages.paged import Paged
 from paramend.reports import wording
+from paramend.reports.fields import data_of, picked
 from paramend.reports.tables import aligned
-from paramend.selectors.selector import resolve, slice_of
 from paramend.selectors.slices import write_index
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Row:
-    """One leaf of the result: `path, spec ◄─ source, calls`.
-
-    Attributes:
-        source: the number of the leaf that it comes from.
-        calls: the edits, first to last; empty if the values stay.
-        places: where the leaf was when each call was made, which random values depend on.
-        was: the path in the source, if it is another.
-        damage: what a run of the edits did to values that the dtype cannot hold.
-        depths: for each key of a moved leaf, the depth in the source of the template of its container, or None.
-        added: where it comes from, in reports of what came to a checkpoint in its own files.
-        made: what it is made of before the calls, an origin or its text, if it is not the leaf of its path.
-        coding: of a quantised weight that a report shows as one leaf, how it is edited.
-    """
+    """One leaf of the result: `path, spec ◄─ source, calls`."""
 
     path: str
     spec: Spec
-    source: int
+    source: int  # the number of the leaf that it comes from
     before: Spec
-    calls: tuple[Call, ...] = ()
-    places: tuple[Site, ...] = ()
+    calls: tuple[Call, ...] = ()  # the edits, first to last; empty if the values stay
+    places: tuple[Site, ...] = ()  # where the leaf was when each call was made, which random values depend on
     labels: tuple[Label, ...] = ()
-    was: str = ""
+    was: str = ""  # the path in the source, if it is another
+    # For each key of a moved leaf, the depth in the source of the template of its container, or None.
     depths: tuple[int | None, ...] = ()
+    # What a run of the edits did to values that the dtype cannot hold.
     damage: Damage = field(default_factory=Damage, compare=False)
-    added: str = ""
+    added: str = ""  # where it comes from, in reports of what came to a checkpoint in its own files
+    # What it is made of before the calls, an origin or its text, if it is not the leaf of its path.
     made: Origin | str = ""
-    coding: Coding | None = None
+    coding: Coding | None = None  # of a quantised weight that a report shows as one leaf, how it is edited
 
     def __repr__(self) -> str:
         return f"<{self.path}: {self.spec}, {self.outcome or 'as it is'}>"
@@ -82,7 +72,7 @@ class Row:
         """
         added = (f"inserted from {self.added}",) if self.added else ()
         moved = (f"renamed from {self.was}",) if self.was else ()
-        return ", ".join((*added, *map(_said, self.calls), *moved))
+        return ", ".join((*added, *self.edits, *moved))
 
     @property
     def outcome(self) -> str:
@@ -93,21 +83,22 @@ class Row:
         edit = " ".join(filter(None, (edit, coded)))
         return f"{edit}: {damage}" if damage else edit
 
+    @property
+    def edits(self) -> list[str]:
+        """The calls, each as text after its slice."""
+        return list(map(_said, self.calls))
+
+    @property
+    def origin(self) -> str:
+        """What it is made of before the calls, as text; "" if it is the leaf of its path."""
+        return str(self.made) if self.made else ""
+
     def to_dict(self) -> dict[str, Any]:
-        """The row as data that JSON can hold."""
-        more: dict[str, Any] = {"renamed_from": self.was, "inserted_from": self.added, "origin": str(self.made)}
-        more |= {"overflowed": self.damage.overflowed, "lost": self.damage.lost}
-        return {
-            "path": self.path,
-            "dtype": self.spec.dtype,
-            "shape": list(self.spec.shape),
-            "nbytes": self.spec.nbytes,
-            "dtype_before": self.before.dtype,
-            "shape_before": list(self.before.shape),
-            "edits": [_said(call) for call in self.calls],
-            **{name: value for name, value in more.items() if value},
-            **(self.coding.to_dict() if self.coding else {}),
-        }
+        return picked(self, "path", *_SPECS, "edits", *_MORE) | (data_of(self.coding) or {})
+
+
+_SPECS = "spec.dtype", "spec.shape", "spec.nbytes", "before.dtype as dtype_before", "before.shape as shape_before"
+_MORE = "was as renamed_from?", "added as inserted_from?", "origin?", "damage.overflowed?", "damage.lost?"
 
 
 def _said(edit: Call) -> str:
@@ -118,21 +109,13 @@ def _said(edit: Call) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Plan(Paged):
-    """What an edit of some leaves will do. Its text is the table of a dry run.
+    """What an edit of some leaves will do. Its text is the table of a dry run. A plan never changes: editing it returns
+    a new plan, in which leaves keep their numbers."""
 
-    A plan never changes: editing it returns a new plan, in which leaves keep their numbers.
-
-    Attributes:
-        leaves: the leaves that the numbers in the rows refer to.
-        rows: one for each leaf of the result, in order.
-        deleted: the rows of the deleted leaves.
-        texts: the files beside the weights that change.
-    """
-
-    leaves: Leaves
-    rows: tuple[Row, ...]
-    deleted: tuple[Row, ...] = ()
-    texts: tuple[Document, ...] = ()
+    leaves: Leaves  # the leaves that the numbers in the rows refer to
+    rows: tuple[Row, ...]  # one for each leaf of the result, in order
+    deleted: tuple[Row, ...] = ()  # the rows of the deleted leaves
+    texts: tuple[Document, ...] = ()  # the files beside the weights that change
 
     def __reduce__(self) -> tuple[Any, ...]:
         calls = [(row, edit) for row in self.changed for edit in row.calls]
@@ -322,11 +305,9 @@ class Plan(Paged):
         columns = [
             Column("edit", [end or row.edit for end, row in zip(ends, rows, strict=True)], "text"),
             Column("before", [str(row.before) if row.before != row.spec else "" for row in rows], "text"),
-            Column("spec", [str(row.spec) for row in rows], "text"),
         ]
         groups = [end or kind for end, kind in zip(ends, kinds, strict=True)]
-        sizes = [row.spec.size for row in rows]
-        return Page("edit", self.headline(), [row.path for row in rows], sizes, columns, groups)
+        return Page.of_rows("edit", self.headline(), rows, *columns, "spec", groups=groups)
 
     @property
     def configured(self) -> list[Change]:
@@ -387,6 +368,29 @@ class Plan(Paged):
         return data | {"kept": len(self.rows) - len(changed)}
 
 
+class Outcome(Paged):
+    """A report of a plan that was carried out, whose rows are those of the plan."""
+
+    plan: Plan
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "plan", self.plan.told())
+
+    @property
+    def summary(self) -> str:
+        """What was written, in one line."""
+        raise NotImplementedError
+
+    def headline(self) -> str:
+        return self.summary
+
+    def page(self) -> Page:
+        return replace(self.plan.page(), headline=self.summary)
+
+    def __str__(self) -> str:
+        return f"{self.plan}\n{printable_lines(self.summary)}"
+
+
 def _weight(rows: Sequence[Row]) -> Row:
     """A quantised weight as one row, of the rows of what it is stored in."""
     codings = {each.coding.serial: each.coding for row in rows for each in row.calls if each.coding is not None}
@@ -419,23 +423,6 @@ def call(op: str, args: Mapping[str, Any]) -> Call:
         if name not in args and name not in OPS[op].optional:
             raise BadArgument(f"{op} needs {name}; it takes {takes}")
     return settled(Call(OPS[op], dict(args)))
-
-
-def plan(leaves: Leaves, selector: Any, edit: Call) -> Plan:
-    """The plan of one edit of the selected leaves. Everything that can be checked without data is checked here.
-
-    >>> from paramend.trees.tree import Tree
-    >>> tree = Tree({"a": np.ones((2, 3)), "b": np.ones(3)})
-    >>> print(plan(tree, "b", call("fill", {"value": 0.5})))
-    path  spec        edit
-    b     float64[3]  fill(0.5)
-    <BLANKLINE>
-    1 of 2 leaves changes
-    """
-    selector, index = slice_of(selector)
-    if index is not None:
-        edit = replace(edit, index=index)
-    return Plan.of(leaves).edited(dict.fromkeys(resolve(selector, leaves), edit))
 
 
 _LEAVE_OUT = "leave it out of the selection"

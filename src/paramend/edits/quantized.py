@@ -23,18 +23,14 @@ def check_calls(leaves: Editable, calls: Mapping[int, Call]) -> None:
     """Raise `Quantized` for calls that compute or put values in a quantised weight."""
     if leaves.raw or not may_hold_groups(leaves):
         return
-    taken = {number: call for number, call in calls.items() if not call.op.bytewise and call.coding is None}
+    taken = {number: call for number, call in calls.items() if call.coding is None}
     for said, numbers in groupby(taken, key=lambda number: str(taken[number])):
         check_values(leaves, numbers, f"cannot take {said}")
 
 
 def check_values(leaves: Leaves, numbers: Iterable[int], said: str, *ways: str) -> None:
-    """Raise `Quantized` for what computes or puts values, if it meets a quantised weight; nothing is read before.
-
-    Args:
-        said: what is refused, as a predicate of the leaf.
-        ways: ways out, for the hint.
-    """
+    """Raise `Quantized` for what computes or puts values, if it meets a quantised weight; nothing is read before. What
+    is refused is said as a predicate of the leaf, before ways out for the hint."""
     if getattr(leaves, "raw", False) or not may_hold_groups(leaves):
         return
     chosen = list(numbers)

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from paramend.arrays import initializers
-from paramend.arrays import numpy as numpy_backend
+from paramend.arrays import initializers, numpy as numpy_backend
 from paramend.arrays.backend import Backend
 from paramend.arrays.initializers import Site
 from paramend.arrays.lowrank import LowRank, added_to, product_of, widened

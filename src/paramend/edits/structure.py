@@ -23,14 +23,8 @@ from paramend.trees.tree import Tree
 
 @unexhausted("the tree")
 def relocate(tree: Tree, moved: Mapping[int, Sequence[tuple[str, int | None]]], gone: Collection[int]) -> Any:
-    """A tree without some leaves, or dicts and lists that became empty, and with others under new paths.
-
-    All move at once, so paths may be swapped.
-
-    Args:
-        moved: the new paths of leaves, from `moves`.
-        gone: the leaves to delete. If there are any, list positions close up.
-    """
+    """A tree without leaves that are gone, or dicts and lists that became empty, and with others under new paths, from
+    `moves`. All move at once, so paths may be swapped. If leaves are gone, list positions close up."""
     draft = take_apart(tree)
     values = {number: draft.take(number) for number in moved}
     for number in gone:
@@ -105,14 +99,10 @@ def _rules(selector: Selector, to: str) -> list[Rename]:
 
 
 class _Container:
-    """An opened container: its entries by key, which can be removed and added.
+    """An opened container: its entries by key, which can be removed and added."""
 
-    Attributes:
-        entries: key → a container, or any other value.
-        rank: key → its place. A new key takes the place of the first leaf moved to it, or the end.
-    """
-
-    def __init__(self, node: Any, kind: Kind, path: tuple[str, ...], *, empty: bool = False) -> None:
+    def __init__(self, node: Any, kind: Kind | None, path: tuple[str, ...], *, empty: bool = False) -> None:
+        assert kind is not None
         self.node, self.kind, self.path = node, kind, path
         names, children, _ = kind.open(node)
         self.positional = not names and isinstance(node, list | tuple)
@@ -122,7 +112,8 @@ class _Container:
         self.numbered = self.positional or (bool(names) and all(type(name) is int for name in names))
         self.before: dict[Any, Any] = {} if empty else dict(zip(names, children, strict=True))
         self.entries: dict[Any, Any] = dict(self.before)
-        # Frameworks open some mappings in sorted order; the user sees the order of iteration.
+        # The place of each key; a new one takes that of the first leaf moved to it, or the end. Frameworks open some
+        # mappings in sorted order; the user sees the order of iteration.
         listed = list(node) if isinstance(node, Mapping) and len(node) == len(names) else names
         self.rank: dict[Any, float] = {} if empty else {name: place for place, name in enumerate(listed)}
 
@@ -141,7 +132,10 @@ class _Container:
 
     def close(self, *, close_up: bool) -> Any:
         """The container with its entries. List positions close up if `close_up`; else they must have no holes."""
-        entries = {key: self._closed(child, close_up=close_up) for key, child in self.entries.items()}
+        entries = {
+            key: child.close(close_up=close_up) if isinstance(child, _Container) else child
+            for key, child in self.entries.items()
+        }
         if entries.keys() == self.before.keys():
             if all(child is self.before[key] for key, child in entries.items()):
                 return self.node
@@ -152,7 +146,7 @@ class _Container:
                 f"{name} is a {type(self.node).__name__}, whose entries are fixed",
                 hint="only dicts and lists can lose or gain entries",
             )
-        order = sorted(entries) if self.positional else sorted(entries, key=self._rank)
+        order = sorted(entries, key=None if self.positional else lambda key: self.rank.get(key, math.inf))
         if self.positional and not close_up and order != list(range(len(order))):
             hole = next(i for i in range(len(order) + 1) if i not in entries)
             raise RenameClash(
@@ -162,12 +156,6 @@ class _Container:
         if self.positional:
             return self.kind.rekey(self.node, {i: entries[key] for i, key in enumerate(order)})
         return self.kind.rekey(self.node, {key: entries[key] for key in order})
-
-    def _rank(self, key: Any) -> float:
-        return self.rank.get(key, math.inf)
-
-    def _closed(self, child: Any, *, close_up: bool) -> Any:
-        return child.close(close_up=close_up) if isinstance(child, _Container) else child
 
 
 def _vacated(child: Any) -> bool:
@@ -229,14 +217,9 @@ class Draft:
     def put(
         self, number: int | None, path: Sequence[tuple[str, int | None]], value: Any, *, position: int | None = None
     ) -> None:
-        """Put a leaf under new keys; missing containers are made like those that the keys come from.
-
-        Args:
-            number: the leaf whose old containers serve as templates; None if it comes from elsewhere.
-            path: the keys, each with the depth in the old path of the template of its container, or None.
-            value: the value to put there.
-            position: which of the keys is a position, for which a list is made if there is no container yet.
-        """
+        """Put a leaf under new keys, each with the depth in the old path of the template of its container, or None. A
+        leaf without a number comes from elsewhere, and has no templates. For the key at `position` a list is made if
+        there is no container yet."""
         old = _Place((), (), None) if number is None else self.places[number]
         container = self.root
         for depth, (text, _) in enumerate(path):
@@ -326,9 +309,7 @@ def _list_in(root: _Container, path: tuple[str, ...]) -> _Container:
     """An empty list; in an NNX State, which holds no lists, a dict with int keys."""
     in_state = type(root.node).__name__ == "State"
     node: Any = {} if in_state else []
-    kind = find_kind(node)
-    assert kind is not None
-    made = _Container(node, kind, path)
+    made = _Container(node, find_kind(node), path)
     made.numbered = made.numbered or in_state
     return made
 
@@ -336,8 +317,5 @@ def _list_in(root: _Container, path: tuple[str, ...]) -> _Container:
 def _like(template: _Container | None, first: str, path: tuple[str, ...]) -> _Container:
     """An empty container of the same kind as another, if that kind can hold a key of this text; else a dict."""
     if template is None or template.fixed or (template.positional and number_of(first) is None):
-        node: Any = {}
-        kind = find_kind(node)
-        assert kind is not None
-        return _Container(node, kind, path)
+        return _Container({}, find_kind({}), path)
     return _Container(template.node, template.kind, path, empty=True)

@@ -4,10 +4,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any, cast
 
+import numpy as np
+
 from paramend.anatomy.quantization import stated
 from paramend.arrays.initializers import NOWHERE, Site
 from paramend.arrays.registry import backend
-from paramend.edits import coding, moves
+from paramend.edits import coding, moves, structure
 from paramend.edits.call import Call, Coding, explained
 from paramend.edits.memory import Memory, editable
 from paramend.edits.ops import OPS
@@ -15,16 +17,15 @@ from paramend.edits.own import Own
 from paramend.edits.quantized import check_values, refusal
 from paramend.errors import NoMatch, RenameClash, SpecMismatch, Unsupported
 from paramend.leaves.groups import Group, alone, by_rule, groups_of, may_hold_groups
-from paramend.leaves.leaves import Editable, Index, keys_of
-from paramend.leaves.leaves import Group as Regroup
+from paramend.leaves.leaves import Editable, Group as Regroup, Index, keys_of
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.stored import Held
 from paramend.leaves.paths import write_path
 from paramend.leaves.rules import Codec
-from paramend.leaves.specs import Spec, dtype_name
+from paramend.leaves.specs import Spec, dtype_name, numpy_dtype
 from paramend.leaves.weights import Weight, labels_of, weight_of
-from paramend.selectors.renames import Keys
-from paramend.selectors.selector import resolve
+from paramend.selectors.renames import Keys, Rename, keys
+from paramend.selectors.selector import SelectorLike, resolve, resolve_paths
 
 # Projections of one layer that engines join into one matrix, which then has one scale of scales.
 _FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"w1", "w3"})
@@ -32,17 +33,8 @@ _FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"w1", "w3"}
 
 class Weights(Editable):
     """Leaves in which each quantised weight is one, with its own path and spec; numbers are those of the payloads.
-
-    Values are decoded as they are read, and edits are made in what is stored.
-
-    Attributes:
-        stored: the leaves as they are stored.
-        groups: number of a payload → the leaves of its weight.
-        rule: the user's codec, by which some of them are one.
-
-    Raises:
-        RenameClash: another leaf has the name of a weight.
-    """
+    Values are decoded as they are read, and edits are made in what is stored. `RenameClash` if another leaf has the
+    name of a weight."""
 
     def __init__(
         self, stored: Editable, groups: Iterable[Group], *, inputs: bool = False, rule: Codec | None = None
@@ -269,20 +261,19 @@ class Weights(Editable):
         weight, group = self.weight(number), self.groups[number]
         after = explained(weight.path, call.spec, weight.spec)
         if call.op.name in ("take", "permute") and isinstance(weight, Weight):
-            found = coding.taken(weight, *moves.places_of(weight.spec, call.op.name, call.args))
+            find = moves.places if call.op.name == "take" else moves.permutation
+            found = coding.taken(weight, *find(weight.spec, call.args))
             if found is not None:
-                said = Coding(
-                    weight.path, weight.spec, after, weight.codec.scheme, (call,), ("codes and scales alike",)
-                )
+                said = Coding(weight.path, weight.spec, after, weight.scheme, (call,), ("codes and scales alike",))
                 roles = {group.role(each): each for each in group.numbers}
                 made = {
                     roles[role]: Call(OPS["take"], {"indices": at, "axis": along}, coding=said)
                     for role, (at, along) in found.items()
                 }
                 if "shape" in roles:
-                    shape = self.stored.spec(roles["shape"])
-                    values = Held(coding.array(after.shape, shape))
-                    made[roles["shape"]] = Call(OPS["set"], {"value": values}, coding=said)
+                    leaf = self.stored.spec(roles["shape"])
+                    values = np.array(after.shape, numpy_dtype(leaf.dtype)).reshape(leaf.shape)
+                    made[roles["shape"]] = Call(OPS["set"], {"value": Held(values)}, coding=said)
                 return made
         raise refusal(
             self.stored,
@@ -296,8 +287,6 @@ class Weights(Editable):
         return self.stored.deleted([each for number in numbers for each in self.members(number)])
 
     def moved(self, selector: Any, numbers: Iterable[int], to: str) -> Any:
-        from paramend.edits import structure  # most programs rename nothing
-
         chosen = {twin for number in numbers for twin in self.twins(number)}
         try:
             resolve(selector, self)
@@ -353,23 +342,10 @@ class Weights(Editable):
 
 
 def weighed(leaves: Editable, *, inputs: bool = False, rule: Codec | None = None) -> Editable:
-    """The leaves with each quantised weight as one, unless they are taken as they are stored.
-
-    Weights that cannot be decoded stay several leaves: those in schemes without a codec, those of which a part is
-    elsewhere, those without values.
-
-    Args:
-        leaves: a tree or a checkpoint.
-        inputs: whether scales of the inputs of a weight, which its values do not depend on, are leaves of their own.
-        rule: a codec of the user's, which goes before what is known, and also takes leaves as they are stored.
-
-    >>> from paramend.edits.memory import Memory, editable
-    >>> import numpy as np
-    >>> stored = {"weight_packed": np.array([[0x76543210]], "int32"), "weight_scale": np.ones((1, 1), "float32")}
-    >>> leaves = weighed(editable({"fc": stored}))
-    >>> leaves.index.path(0), str(leaves.spec(0)), leaves.read(0).tolist()
-    ('fc/weight', 'float32[1,8]', [[-8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0]])
-    """
+    """The leaves with each quantised weight as one, unless they are taken as they are stored. Weights that cannot be
+    decoded stay several leaves: those in schemes without a codec, those of which a part is elsewhere, those without
+    values. A rule of the user's goes before what is known, and also takes leaves as they are stored. With `inputs`
+    scales of the inputs of a weight, which its values do not depend on, are leaves of their own."""
     if isinstance(leaves, Weights) or (leaves.raw and rule is None):
         return leaves
     known: dict[Any, Editable | None] = leaves.__dict__.setdefault("_weighed", {})
@@ -417,4 +393,42 @@ def exact(leaves: Editable, number: int) -> Origin:
     if isinstance(leaves, Weights) and number in leaves.groups:
         return leaves.weight(number).origin("float32")
     found: Origin = leaves.expression(number)
+    return found
+
+
+def chosen(selector: SelectorLike, leaves: Editable) -> list[int]:
+    """The leaves that a selector means, which may name what a quantised weight is stored in; `NoMatch` for none."""
+    try:
+        return list(resolve(selector, leaves))
+    except NoMatch:
+        groups = leaves.groups if isinstance(leaves, Weights) else {}
+        owner = {number: payload for payload, group in groups.items() for number in group.numbers}
+        try:
+            numbers = list(resolve(selector, cast(Weights, leaves).stored)) if owner else []
+        except NoMatch:
+            numbers = []
+        if owner.keys().isdisjoint(numbers):
+            raise
+        return leaves.index.ordered({owner.get(number, number) for number in numbers})
+
+
+def members(selector: SelectorLike, leaves: Editable) -> Sequence[int]:
+    """The stored leaves that a selector means, one for each path: all of a quantised weight; `NoMatch` for none."""
+    seen = weighed(leaves)
+    try:
+        numbers = resolve_paths(selector, seen)
+    except NoMatch:
+        return resolve_paths(selector, leaves)
+    if not isinstance(seen, Weights):
+        return numbers
+    return leaves.index.ordered({each for number in numbers for each in seen.members(number)})
+
+
+def carried(leaves: Editable, rule: Rename) -> dict[int, Keys]:
+    """The new paths of stored leaves by a rule for those that are seen, in the form of `structure.moves`."""
+    seen = weighed(leaves)
+    found: dict[int, Keys] = {number: keys(path) for number, path in rule.over(leaves.index).items()}
+    if isinstance(seen, Weights):
+        for number, path in rule.over(seen.index).items():
+            found |= seen.carried(number, keys(path))
     return found

@@ -3,21 +3,20 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 from paramend.checkpoints.checkpoint import open as open_checkpoint
-from paramend.checkpoints.files import read_by
 from paramend.checkpoints.keys import matched
+from paramend.checkpoints.report import read_by
 from paramend.edits.memory import Memory
 from paramend.edits.weights import weighed
 from paramend.errors import BadArgument, UnexpectedChange, Unsupported
-from paramend.evidence.choices import chosen
 from paramend.evidence.comparisons import Comparer, Pair
 from paramend.evidence.differences import PARTS, DiffReport, DiffRow, arranged, said
 from paramend.evidence.histograms import histograms as histograms_of
 from paramend.evidence.moves import moves
-from paramend.evidence.pairing import Match, matches
+from paramend.evidence.pairing import Match, chosen, matches
 from paramend.evidence.permutations import transposed
 from paramend.leaves.leaves import Editable
 from paramend.leaves.rules import Codec
@@ -254,7 +253,7 @@ def _rows(old: Editable, new: Editable, found: Sequence[Judged], comparer: Compa
     pairs = {place: pair for place, pair in pairs.items() if not pair.hindrance}
     measured = [place for place, pair in pairs.items() if _comparable(pair)]
     for place, distance in zip(measured, comparer.distances([pairs[place] for place in measured]), strict=True):
-        rows[place] = replace(rows[place], **distance.to_dict())
+        rows[place] = replace(rows[place], **asdict(distance))
     for place, pair in pairs.items():
         rows[place] = replace(rows[place], transposed=transposed(pair))
     return rows

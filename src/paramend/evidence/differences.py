@@ -8,14 +8,17 @@ from typing import Any
 from paramend.evidence.distances import FIGURES, Distance
 from paramend.leaves.paths import natural
 from paramend.leaves.specs import Spec
-from paramend.pages.page import Column, Histogram, Page
+from paramend.pages.page import Histogram, Page
 from paramend.pages.paged import Paged
 from paramend.reports import wording
+from paramend.reports.fields import picked
 from paramend.reports.report import Line, Section
 
 DIFFERENT = ("changed", "respecified", "renamed", "removed", "added")
 PARTS = (*DIFFERENT, "identical")
 _MOST_ULPS = 1_000_000  # beyond, values are not near each other, and the other figures say how far apart they are
+_LAST = ("near as max_ulp", "before as was", "spec")
+_COLUMNS = ("relative_l2", "max_abs", "differing", "nonfinite", "cosine", *_LAST)
 _HEADER = ("differ", "max abs", "rel l2", "cosine", "ulp")
 
 
@@ -64,6 +67,16 @@ class DiffRow(Distance):
         return self.spec if self.shape_before is None else Spec(self.shape_before, self.dtype_before or "")
 
     @property
+    def before(self) -> str:
+        """The path or the spec in a, if that is another."""
+        return self.was or (str(self.spec_before) if self.shape_before else "")
+
+    @property
+    def near(self) -> int | None:
+        """`max_ulp`, if values are near each other."""
+        return None if self.max_ulp is None or self.max_ulp > _MOST_ULPS else self.max_ulp
+
+    @property
     def says(self) -> str:
         """How far the values moved, in words."""
         if self.differing is None:
@@ -80,7 +93,7 @@ class DiffRow(Distance):
         names += ["shape_before", "dtype_before"] * (self.shape_before is not None)
         names += FIGURES if self.differing is not None else ()
         names += ["transposed"] * (self.transposed is not None)
-        return {name: list(value) if isinstance(value := getattr(self, name), tuple) else value for name in names}
+        return picked(self, *names)
 
 
 def said(kind: str, row: DiffRow) -> str:
@@ -122,6 +135,7 @@ class DiffReport(Paged):
     only: str | None = None
     histograms: Mapping[str, Histogram] = field(default_factory=dict)
 
+    _data = ("only", "totals", *PARTS)
     _between = " → "
 
     def __bool__(self) -> bool:
@@ -180,19 +194,11 @@ class DiffReport(Paged):
     def page(self) -> Page:
         """The tree b as a map, coloured by what became of each leaf, beside the leaves that b lacks."""
         rows = [(name, row) for name in PARTS for row in getattr(self, name)]
-        was = [row.was or (str(row.spec_before) if row.shape_before else "") for _, row in rows]
-        figures = {name: [getattr(row, name) for _, row in rows] for name in ("relative_l2", "max_abs", *FIGURES)}
-        figures["max_ulp"] = [None if ulp is None or ulp > _MOST_ULPS else ulp for ulp in figures["max_ulp"]]
-        columns = [
-            *(Column(name.replace("_", " "), values) for name, values in figures.items()),
-            Column("was", was, "text"),
-            Column("spec", [str(row.spec) for _, row in rows], "text"),
-        ]
-        paths, sizes = [row.path for _, row in rows], [row.spec.size for _, row in rows]
         groups = [name if row.allowed else f"{name}, unexpected" for name, row in rows]
-        drawn = {place: self.histograms[path] for place, path in enumerate(paths) if path in self.histograms}
-        sides = "before → after"
-        return Page("diff", self.headline(), paths, sizes, columns, groups, histograms=drawn, of=sides)
+        found = self.histograms
+        drawn = {place: found[row.path] for place, (_, row) in enumerate(rows) if row.path in found}
+        shown: Any = {"groups": groups, "histograms": drawn, "of": "before → after"}
+        return Page.of_rows("diff", self.headline(), [row for _, row in rows], *_COLUMNS, **shown)
 
     @property
     def changes(self) -> dict[str, str]:
@@ -200,8 +206,7 @@ class DiffReport(Paged):
         return {row.path: said(name, row) for name in DIFFERENT for row in getattr(self, name)}
 
     def to_dict(self) -> dict[str, Any]:
-        rows = {name: [row.to_dict() for row in getattr(self, name)] for name in PARTS}
-        return {"different": bool(self), "only": self.only, "totals": self.totals, **rows}
+        return {"different": bool(self)} | super().to_dict()
 
 
 def _section(name: str, title: str, rows: Sequence[DiffRow]) -> Section:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from paramend.evidence.widening import total, widened
+from paramend.evidence.measures import total, widened
 from paramend.leaves.specs import BITS, Array, kind_of
 
 # Elements processed at once: in float64 they fit the processor's cache.
@@ -29,10 +29,6 @@ class Distance:
     relative_l2: float | None = None
     cosine: float | None = None
     max_ulp: int | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The figures by name."""
-        return {name: getattr(self, name) for name in FIGURES}
 
 
 FIGURES = tuple(field.name for field in fields(Distance))

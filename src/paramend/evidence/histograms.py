@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from paramend.evidence.measures import widened
 from paramend.evidence.reading import Span, looked
 from paramend.evidence.streams import Desk, Stream
-from paramend.evidence.widening import widened
 from paramend.leaves.specs import Array
 from paramend.pages.page import Histogram
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from paramend.evidence.measures import widened
 from paramend.evidence.streams import CHUNK, Desk, Stream
-from paramend.evidence.widening import widened
 from paramend.leaves.specs import Array
 
 # The relative error of the singular value, and the most passes made to reach it.
@@ -18,17 +18,11 @@ _HELD = 1 << 23  # a matrix of so many elements is kept in float64, not read aga
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
-    """Properties of a leaf as a matrix.
+    """Properties of a leaf as a matrix."""
 
-    Attributes:
-        spectral_norm: its greatest singular value; None if it holds NaN or inf.
-        units: the number of its output units.
-        dead: how many of them have only weights of 0.
-    """
-
-    spectral_norm: float | None
-    units: int
-    dead: int
+    spectral_norm: float | None  # the greatest singular value; None if it holds NaN or inf
+    units: int  # the number of output units
+    dead: int  # how many of them have only weights of 0
 
 
 def spectrum(stream: Stream, *, out_first: bool) -> Spectrum:

@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from paramend.evidence.measures import MEASURES, Measures
 from paramend.leaves.specs import Spec
-from paramend.pages.page import Column, Histogram, Page
+from paramend.pages.page import Histogram, Page
 from paramend.pages.paged import Paged
 from paramend.reports import wording
+from paramend.reports.fields import picked
 from paramend.reports.report import Line, Section
 
 _LEAF = ("path", "shape", "dtype", "nbytes", "also", "unread")
@@ -63,9 +64,8 @@ class StatsRow(Measures):
         return 0 if self.zeros is None else self.spec.size - (self.nans or 0) - (self.infs or 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """The row as data that JSON can hold."""
         names = (*_LEAF, *MEASURES, *(_SPECTRAL if self.units is not None else ()))
-        return {name: list(value) if isinstance(value := getattr(self, name), tuple) else value for name in names}
+        return picked(self, *names)
 
 
 @dataclass(repr=False)
@@ -76,6 +76,8 @@ class StatsReport(Paged):
         leaves: a row for each leaf, in the order of the tree; a leaf with several paths counts once.
         histograms: path → the histogram of the leaf, if requested.
     """
+
+    _data = ("totals", "leaves")
 
     leaves: list[StatsRow] = field(default_factory=list)
     histograms: Mapping[str, Histogram] = field(default_factory=dict)
@@ -103,8 +105,8 @@ class StatsReport(Paged):
     def sections(self) -> list[Section]:
         """The leaves that could be read, and those that could not."""
         by_path = {row.path: row for row in self.leaves}
-        read = [Line((row.path,), (str(row.spec),), row.spec.size) for row in self.leaves if not row.unread]
-        unread = [Line((row.path,), (str(row.spec), row.unread)) for row in self.leaves if row.unread]
+        read = Section.of("values", [row for row in self.leaves if not row.unread], "spec")
+        unread = Section.of("unread", [row for row in self.leaves if row.unread], "spec", "unread", size="")
         spectral = any(row.units is not None for row in self.leaves)
         columns = (*MEASURES, *(("spectral norm", "stable rank", "dead") if spectral else ()))
 
@@ -113,7 +115,7 @@ class StatsReport(Paged):
             found = together(rows)
             return (*(shown(found[name]) for name in MEASURES), *(_spectral(rows) if spectral else ()))
 
-        return [Section("values", read, columns, cells), Section("unread", unread)]
+        return [replace(read, columns=columns, cells=cells), unread]
 
     def page(self) -> Page:
         """The tree as a map, coloured by norm."""
@@ -121,14 +123,9 @@ class StatsReport(Paged):
             *sorted(MEASURES, key="norm".__ne__),
             *(_SPECTRAL if any(row.units is not None for row in self.leaves) else ()),
         ]
-        columns = [Column(name.replace("_", " "), [getattr(row, name) for row in self.leaves]) for name in names]
-        columns.append(Column("spec", [str(row.spec) for row in self.leaves], "text"))
-        paths, sizes = [row.path for row in self.leaves], [row.spec.size for row in self.leaves]
-        drawn = {place: self.histograms[path] for place, path in enumerate(paths) if path in self.histograms}
-        return Page("stats", self.headline(), paths, sizes, columns, histograms=drawn, colour="norm")
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"totals": self.totals, "leaves": [row.to_dict() for row in self.leaves]}
+        found = self.histograms
+        drawn = {place: found[row.path] for place, row in enumerate(self.leaves) if row.path in found}
+        return Page.of_rows("stats", self.headline(), self.leaves, *names, "spec", histograms=drawn, colour="norm")
 
 
 def together(rows: Sequence[StatsRow]) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from paramend.checkpoints.checkpoint import open as open_checkpoint
-from paramend.checkpoints.files import read_by
+from paramend.checkpoints.report import read_by
 from paramend.edits.memory import Memory
 from paramend.edits.weights import weighed
 from paramend.evidence.histograms import histograms as histograms_of
@@ -112,7 +112,7 @@ def _row(leaves: Editable, number: int, measures: Measures | str, matrix: bool) 
     row = StatsRow(first, spec.shape, spec.dtype, leaves.nbytes(number), tuple(also))
     if isinstance(measures, str):
         return replace(row, unread=measures)
-    row = replace(row, **measures.to_dict())
+    row = replace(row, **asdict(measures))
     if not matrix:
         return row
     found = spectrum(stream_of(leaves, number), out_first=leaves.index.separator == ".")

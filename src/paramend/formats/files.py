@@ -4,6 +4,7 @@ import mmap
 import os
 import stat
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -14,7 +15,7 @@ from paramend.disk.io import Readable, get, get_into, release, status_of
 from paramend.disk.urls import Url, path_of
 from paramend.errors import BadArgument, BadCheckpoint, CannotRead
 from paramend.formats.source import Opened, check_readable, in_numpy
-from paramend.leaves.leaves import Index
+from paramend.leaves.leaves import Index, separator_of
 from paramend.leaves.origins.origin import Extent
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 from paramend.reports import wording
@@ -50,7 +51,6 @@ class OpenFile:
 
     @property
     def size(self) -> int:
-        """The length of the file in bytes when it was opened."""
         return self.stat.st_size
 
     def close(self) -> None:
@@ -81,16 +81,15 @@ class OpenFile:
         return bytes(get(handle.number, start, nbytes, self.path))
 
     def read_into(self, view: memoryview, start: int) -> None:
-        """Fill a view of bytes; `BadCheckpoint` if the file has become shorter since it was opened."""
         handle = self._held()
         get_into(view, handle.number, start, self.path)
 
     @property
     def map(self) -> mmap.mmap:
         """The whole file as memory: pages are read when touched. That of a remote one only has addresses."""
-        handle, found = self._held(), self._map
-        if found is None and isinstance(handle.number, int):
-            found = self._map = mmap.mmap(handle.number, 0, access=mmap.ACCESS_READ)
+        number, found = self._held().number, self._map
+        if found is None and isinstance(number, int):
+            found = self._map = mmap.mmap(number, 0, access=mmap.ACCESS_READ)
         elif found is None:
             found = self._map = mmap.mmap(-1, self.size, mmap.MAP_PRIVATE | _UNRESERVED, mmap.PROT_READ)
         return found
@@ -150,9 +149,10 @@ class FileSource(Opened):
     index: Index
     ties: Mapping[int, int] = {}  # nothing, for formats in which each leaf has one name
     rows: Sequence[Row]  # of each leaf, its spec and where its bytes are
+    holds = ""  # the pattern of such files, which the hint for a directory names
 
-    def __init__(self, path: str | os.PathLike[str], *, holds: str = "") -> None:
-        self._file = OpenFile(path, holds=holds)
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._file = OpenFile(path, holds=self.holds)
         self.path = self._file.path  # as the user gave it
         try:
             self._begin()
@@ -179,6 +179,12 @@ class FileSource(Opened):
 
     def fileno(self) -> int:
         return self._file.fileno()
+
+    def release(self) -> None:
+        """Close the descriptor, if the file can be opened again when a leaf is read."""
+
+    def hold(self) -> None:
+        """Keep the descriptor from now on: whoever changes the file goes on reading it."""
 
     def spec(self, number: int) -> Spec:
         return self.rows[number].spec
@@ -225,6 +231,27 @@ class FileSource(Opened):
         return buffer.view(dtype)
 
 
+class FlatFile(FileSource):
+    """A file that is a table of names, whose descriptor may be closed until it is read again."""
+
+    rows: Sequence[Any]  # with a `name` each
+
+    @property
+    def names(self) -> list[str]:
+        return [row.name for row in self.rows]
+
+    @cached_property
+    def index(self) -> Index:  # type: ignore[override]  # made on first use
+        names = self.names
+        return Index.of_names(names, separator_of(names))
+
+    def release(self) -> None:
+        self._file.release()
+
+    def hold(self) -> None:
+        self._file.hold()
+
+
 def open_regular(path: Path, *, holds: str = "") -> Readable:
     """A regular file, opened for reading; the hint for a directory names files that it `holds`."""
     if isinstance(path, Url):
@@ -246,10 +273,8 @@ def open_regular(path: Path, *, holds: str = "") -> Readable:
     if not stat.S_ISDIR(mode):
         raise BadCheckpoint(f"{path}: it is not a regular file (it is a pipe, a device or a socket)")
     inside = sorted(path.glob(holds)) if holds else []
-    raise BadCheckpoint(
-        f"{path}: it is a directory, not a file",
-        hint=f"{inside[0]}" + (f" or one of {len(inside) - 1} more" if inside[1:] else "") if inside else "",
-    )
+    more = f" or one of {len(inside) - 1} more" if inside[1:] else ""
+    raise BadCheckpoint(f"{path}: it is a directory, not a file", hint=f"{inside[0]}{more}" if inside else "")
 
 
 def open_bytes(path: Path) -> IO[bytes]:

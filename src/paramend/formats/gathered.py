@@ -14,17 +14,13 @@ from paramend.leaves.origins.origin import Extent, Origin
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.paths import Label
 
+Named = tuple[Sequence[Label], Origin]  # where a leaf gets its name, and where it comes from
+
 
 class Gathered(Gathering):
     """Leaves from anywhere as one source."""
 
-    def __init__(
-        self,
-        base: Any,
-        leaves: Iterable[tuple[Sequence[Label], Origin]],
-        *,
-        ties: Mapping[int, int] | None = None,
-    ) -> None:
+    def __init__(self, base: Any, leaves: Iterable[Named], *, ties: Mapping[int, int] | None = None) -> None:
         self.base = base  # the checkpoint whose directory layout, metadata and format the result has
         self.ties: Mapping[int, int] = ties or {}
         self.path: Path = Path() if base is None else base.path

@@ -16,6 +16,16 @@ def most_elements(shape: Iterable[int]) -> int:
     return max(accumulate(shape, mul), default=1)
 
 
+def is_deep(name: str) -> bool:
+    """Whether a name has too many pieces."""
+    return name.count("/") + name.count(".") >= MAX_PIECES
+
+
+def is_within(path: str) -> bool:
+    """Whether a path, with "/" between folders, stays within its folder on every system."""
+    return all(piece not in ("", ".", "..") for piece in path.split("/")) and "\\" not in path and "\0" not in path
+
+
 def shown(text: str) -> str:
     """A name from a file in a message: no control characters, no hundred megabytes."""
     return repr(text) if len(text) <= 120 else f"{text[:100]!r}... ({len(text):,} characters)"

@@ -2,13 +2,13 @@
 
 import struct
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from paramend.errors import Unsupported
-from paramend.formats.writer import Item, LeafBytes, outline_of_items
+from paramend.formats.source import Item, LeafBytes, Parts, Writer, outline_of_items
 from paramend.leaves.outlines import ATOMS, BOXED, Keys, Outline, Place, once
 from paramend.leaves.specs import BITS, Spec
 
@@ -26,19 +26,13 @@ class Extension(NamedTuple):
     data: bytes
 
 
-class MsgpackWriter:
+class MsgpackWriter(Writer):
     """Lays out files that `flax.serialization.from_bytes` reads: nested maps of arrays and plain values, by their keys.
     Lists and tuples become maps by position, as flax writes them; those of a msgpack file stay lists. The metadata of
     other formats is left out: flax would take it for parameters."""
 
-    seals = False
-    copies_raw = False
-    flat = False
-
     def refusal(self, spec: Spec) -> str:
-        if spec.dtype not in BITS or BITS[spec.dtype] % 8:
-            return f"flax cannot write {spec.dtype}"
-        return ""
+        return f"flax cannot write {spec.dtype}" if BITS.get(spec.dtype, 1) % 8 else ""
 
     def holds(self, value: Any) -> bool:
         if isinstance(value, list | tuple) and type(value) is not Extension:
@@ -49,19 +43,13 @@ class MsgpackWriter:
             return -(1 << 63) <= value < 1 << 64
         return type(value) in ATOMS or type(value) is Extension or (type(value) in (dict, OrderedDict) and not value)
 
-    def parts(
-        self, items: Sequence[Item], metadata: Mapping[str, Any], outline: Outline | None = None
-    ) -> Iterator[bytes | LeafBytes]:
-        """The file from its first byte to its last; no leaf may have the path of a container of others."""
+    def parts(self, items: Sequence[Item], metadata: Mapping[str, Any], outline: Outline | None = None) -> Parts:
         return _emit(self._tree(outline or outline_of_items(items)), items)
 
     def _tree(self, outline: Outline) -> Any:
         own, holds = outline.format == "msgpack", once(self.holds)
-        entries = [
-            (_path(keys, value, own=own), value)
-            for keys, value in outline.entries
-            if type(value) is Place or holds(value)
-        ]
+        held = ((keys, value) for keys, value in outline.entries if type(value) is Place or holds(value))
+        entries = [(_path(keys, value, own=own), value) for keys, value in held]
         containers = outline.containers if own else {}
         return Outline(entries, containers).nested(lambda value: value if own else _as_flax(value))
 
@@ -79,7 +67,7 @@ def _as_flax(value: Any) -> Any:
     return {str(at): _as_flax(each) for at, each in enumerate(value)}
 
 
-def _emit(node: Any, items: Sequence[Item]) -> Iterator[bytes | LeafBytes]:
+def _emit(node: Any, items: Sequence[Item]) -> Parts:
     if type(node) is Place:
         yield from _item(node.number, items[node.number])
     elif isinstance(node, dict):
@@ -95,7 +83,7 @@ def _emit(node: Any, items: Sequence[Item]) -> Iterator[bytes | LeafBytes]:
         yield _plain(node)
 
 
-def _item(place: int, item: Item) -> Iterator[bytes | LeafBytes]:
+def _item(place: int, item: Item) -> Parts:
     shape, dtype = item.spec.shape, item.spec.dtype
     if item.nbytes <= MAX_CHUNK:
         yield _head(shape, dtype, item.nbytes)

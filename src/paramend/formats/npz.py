@@ -6,6 +6,7 @@ contiguous and are memory-mapped. Those of `numpy.savez_compressed` are decompre
 
 import ast
 import re
+import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,16 +14,22 @@ from typing import Any
 
 import numpy as np
 
-from paramend.errors import BadCheckpoint
+from paramend.errors import BadCheckpoint, RenameClash
 from paramend.formats.files import OpenFile
-from paramend.formats.limits import MAX_AXES, MAX_PIECES, U64, most_elements, shown
-from paramend.formats.npz_writer import DESCRS, MAGIC, NpzWriter
-from paramend.formats.source import check_readable, in_numpy
-from paramend.formats.zips.archive import STORED, Archive, Member, ZipSource
+from paramend.formats.limits import MAX_AXES, MAX_PIECES, U64, is_deep, is_within, most_elements, shown
+from paramend.formats.source import Item, LeafBytes, Parts, Writer, check_readable, in_numpy
+from paramend.formats.zips import ALIGNMENT, STORED, Archive, Member, ZipHeaders, ZipSource
 from paramend.leaves.leaves import Index, separator_of
 from paramend.leaves.origins.origin import Extent
+from paramend.leaves.outlines import Outline
 from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype
 from paramend.reports import wording
+
+MAGIC = b"\x93NUMPY"
+# The dtypes that numpy can name: it saves those of ml_dtypes as void.
+_NATIVE = ["bool", "float16", "float32", "float64", "complex64", "complex128"]
+_NATIVE += [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
+DESCRS = {name: np.dtype(name).newbyteorder("<").str for name in _NATIVE}
 
 MAX_HEADER = 1 << 16
 _MAX_OTHER = 1 << 20
@@ -73,9 +80,8 @@ class NpzFile(ZipSource):
         # The names; its separator is "/" where the file's own names hold "/" and no ".".
         self.index = Index.of_names(names, separator_of(names))
         # What else is in the archive, by name, as bytes.
-        self.metadata: Mapping[str, Any] = {
-            member.name: _other(self.archive, member) for member in members if not member.name.endswith(".npy")
-        }
+        others = [member for member in members if not member.name.endswith(".npy")]
+        self.metadata: Mapping[str, Any] = {member.name: _other(self.archive, member) for member in others}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_stream": None}  # a copy starts over
@@ -94,13 +100,8 @@ class NpzFile(ZipSource):
         if entry.straight:
             return super().read(number)
         check_readable(self, number)
-        place, dtype = self._place(entry), numpy_dtype(entry.spec.dtype)
-        stored = place is not None and entry.nbytes
-        flat = (
-            self._mapped(place, entry.spec) if place and stored else self._inflated(entry, 0, entry.nbytes).view(dtype)
-        )
-        if entry.swapped:
-            flat = flat.byteswap()
+        place = None if entry.swapped or not entry.nbytes else self._place(entry)
+        flat = self._stretch(entry, 0, entry.spec.size) if place is None else self._mapped(place, entry.spec)
         flat.flags.writeable = False
         with in_numpy(entry.spec.shape):
             return flat.reshape(entry.spec.shape, order="F" if entry.fortran else "C")
@@ -108,15 +109,16 @@ class NpzFile(ZipSource):
     def _gathered(self, number: int, start: int, stop: int) -> Array:
         # Memory is bounded, unless the array is in Fortran order. Ranges in a row share one decompression.
         entry = self.rows[number]
-        if entry.fortran:
-            return super()._gathered(number, start, stop)
+        return super()._gathered(number, start, stop) if entry.fortran else self._stretch(entry, start, stop)
+
+    def _stretch(self, entry: NpzEntry, start: int, stop: int) -> Array:
+        """The elements from `start` to `stop` in the order of the file."""
         place, dtype = self._place(entry), numpy_dtype(entry.spec.dtype)
-        first, nbytes = start * dtype.itemsize, (stop - start) * dtype.itemsize
+        buffer = np.empty((stop - start) * dtype.itemsize, np.uint8)
         if place is None:
-            buffer = self._inflated(entry, first, nbytes)
+            self._inflate(entry, start * dtype.itemsize, buffer.data)
         else:
-            buffer = np.empty(nbytes, np.uint8)
-            self._file.read_into(buffer.data, place + first)
+            self._file.read_into(buffer.data, place + start * dtype.itemsize)
         found = buffer.view(dtype)
         return found.byteswap() if entry.swapped else found
 
@@ -125,23 +127,21 @@ class NpzFile(ZipSource):
         stored = self.archive.members[entry.member].method == STORED
         return self.archive.offsets(entry.member).start + entry.head if stored else None
 
-    def _inflated(self, entry: NpzEntry, start: int, nbytes: int) -> Array:
+    def _inflate(self, entry: NpzEntry, start: int, view: memoryview) -> None:
         if not entry.nbytes:
-            return np.empty(0, np.uint8)
+            return
         start += entry.head
         stream = self._stream
         if stream is None or stream.member.name != entry.member or stream.at > start:
             stream = self._stream = _Stream(self.archive, self.archive.members[entry.member])
         try:
             stream.skip(start - stream.at)
-            buffer = np.empty(nbytes, np.uint8)
-            stream.read_into(buffer.data)
+            stream.read_into(view)
             if stream.at == stream.member.nbytes:
                 stream.finish()
         except BaseException:
             self._stream = None  # its position is unknown
             raise
-        return buffer
 
 
 class _Stream:
@@ -167,11 +167,10 @@ class _Stream:
                 return data
 
     def read_into(self, view: memoryview) -> None:
-        at = 0
-        while at < len(view):
-            data = self.pull(min(len(view) - at, _PIECE))
-            view[at : at + len(data)] = data
-            at += len(data)
+        while view:
+            data = self.pull(min(len(view), _PIECE))
+            view[: len(data)] = data
+            view = view[len(data) :]
 
     def skip(self, nbytes: int) -> None:
         while nbytes:
@@ -236,7 +235,7 @@ def _other(archive: Archive, member: Member) -> bytes:
 
 def _entry(archive: Archive, member: Member) -> NpzEntry:
     name = member.name.removesuffix(".npy")
-    if name.count("/") + name.count(".") >= MAX_PIECES:
+    if is_deep(name):
         raise archive.bad(member.name, f"the name has more than {MAX_PIECES} pieces")
     head = _Head(archive, member)
     prefix = head.take(8)
@@ -326,6 +325,55 @@ def _fields(text: str) -> tuple[Any, bool, tuple[int, ...]]:
     if type(descr) not in (str, list, tuple):
         raise ValueError("descr does not name a dtype")
     return descr, fortran, shape
+
+
+class NpzWriter(Writer):
+    """Lays out files that `numpy.load` reads and maps: each leaf uncompressed, its bytes aligned. Other files of an
+    archive are kept; all other metadata of a source has no place, and is left out. Each leaf needs a name of its own, a
+    path within an archive."""
+
+    seals = flat = True
+
+    def refusal(self, spec: Spec) -> str:
+        return "" if spec.dtype in DESCRS else f"numpy files cannot hold {spec.dtype}"
+
+    def parts(self, items: Sequence[Item], metadata: Mapping[str, Any], outline: Outline | None = None) -> Parts:
+        taken, read, zipped = set[str](), dict[str, Item](), ZipHeaders()
+        for place, item in enumerate(items):
+            _check_name(item.name, taken)
+            other = read.setdefault(item.name.replace(".", "/"), item)
+            if other is not item:
+                both = f"{shown(other.name)} and {shown(item.name)} read the same"
+                hint = "rename one of them, or save to .safetensors, .pt or .msgpack"
+                raise RenameClash(f"{both}, and in a file of names nothing tells their keys apart", hint=hint)
+            head = _head(item.spec)
+            crc = 0 if item.nbytes else zlib.crc32(head)
+            yield zipped.open(f"{item.name}.npy", len(head) + item.nbytes, crc)
+            yield head
+            yield LeafBytes(place, 0, item.nbytes)
+            yield zipped.close()
+        for name, data in metadata.items():
+            if type(data) is bytes and not name.endswith(".npy"):
+                _check_name(name, taken)
+                yield from zipped.member(name, data)
+        yield zipped.finish()
+
+
+def _head(spec: Spec) -> bytes:
+    """The header of an array in version 1.0 of the format, padded so that the array is aligned."""
+    text = f"{{'descr': '{DESCRS[spec.dtype]}', 'fortran_order': False, 'shape': {spec.shape}, }}".encode()
+    pad = -(len(MAGIC) + 4 + len(text) + 1) % ALIGNMENT
+    return MAGIC + b"\1\0" + struct.pack("<H", len(text) + pad + 1) + text + b" " * pad + b"\n"
+
+
+def _check_name(name: str, taken: set[str]) -> None:
+    if not is_within(name) or ":" in name.partition("/")[0]:
+        raise RenameClash(f"{shown(name)} is not a valid name in a zip file", hint="rename it first")
+    if len(name.encode()) > 60_000:
+        raise RenameClash(f"{shown(name)} is too long for a name in a zip file", hint="rename it first")
+    if name in taken:
+        raise RenameClash(f"two leaves would have the same name, {shown(name)}", hint="rename or delete one first")
+    taken.add(name)
 
 
 WRITER = NpzWriter()

@@ -6,18 +6,17 @@ import os
 import re
 import stat
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from paramend.disk.urls import Url, path_of, unanswered
-from paramend.errors import BadCheckpoint, CannotRead, Unsupported
+from paramend.errors import BadCheckpoint, CannotRead
 from paramend.formats.files import FOREIGN, OpenFile, near
-from paramend.formats.index import is_index, read_index
-from paramend.formats.shards import open_directory
+from paramend.formats.shards import is_index, open_directory, read_index
 from paramend.formats.source import Source
-from paramend.formats.zips.archive import names_in
+from paramend.formats.zips import names_in
 from paramend.leaves.nested import unexhausted
 from paramend.reports import wording
 
@@ -33,11 +32,10 @@ class Format:
     suffixes: tuple[str, ...]  # how their names end; a file written under such a name has this format
     # (path, the first bytes; none for a directory) → whether it has this format.
     recognise: Callable[[Path, bytes], bool]
-    module: str  # the module that reads it
-    reader: str  # the class or function in it that opens one
+    # The class or function that opens one, after the name of its module in this folder and a colon. The module has a
+    # `WRITER` too.
+    reader: str
     keeps: str  # what survives an edit besides the leaves
-    writes: bool = True  # whether new files can be written; the module then has a `WRITER`
-    patches: bool = True  # whether leaves can be changed in place
     extra: str = ""  # the extra needed to read it; "" for none
     # Whether a checkpoint is a directory with files of its own kinds. The module then has `home`, which finds the one
     # that holds the tree, and its `WRITER` fills a directory.
@@ -51,19 +49,16 @@ class Format:
     typed_keys: bool = False  # whether it tells typed PRNG keys from their numbers
 
     def open(self, path: Path) -> Source:
-        found: Source = getattr(self._load(), self.reader)(path)
+        found: Source = getattr(self.module, self.reader.partition(":")[2])(path)
         return found
 
     def writer(self) -> Any:
-        """The writer of this format: see `Writer`; `Unsupported` if there is none."""
-        if not self.writes:
-            raise Unsupported(
-                f"{self.says} cannot be written", hint=f"one of {wording.listing([row.name for row in writable()])}"
-            )
-        return self._load().WRITER
+        """The writer of this format: see `Writer`."""
+        return self.module.WRITER
 
-    def _load(self) -> Any:
-        return importlib.import_module(self.module)
+    @property
+    def module(self) -> Any:
+        return importlib.import_module(f"paramend.formats.{self.reader.partition(':')[0]}")
 
 
 # ---- how each is recognised ---------------------------------------------------------------------------------
@@ -72,10 +67,6 @@ class Format:
 def _is_safetensors(path: Path, head: bytes) -> bool:
     # A header may begin with white space; the head of a truncated file still shows its format.
     return head[8:].lstrip()[:1] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32
-
-
-def _is_torch(path: Path, head: bytes) -> bool:
-    return _is_zip(path, head) and _holds_pickle(path)
 
 
 def _is_zip(path: Path, head: bytes) -> bool:
@@ -115,9 +106,9 @@ def _is_orbax(path: Path, head: bytes) -> bool:
     if any((path / mark).exists() for mark in marks):
         return True
     # The folder of a CheckpointManager: steps, each a checkpoint with its items in folders.
-    return any(
-        (inner / mark).exists() for step in _steps(path) for inner in (step, step / "default") for mark in marks[:2]
-    )
+    steps = [entry for entry in path.iterdir() if entry.name.rpartition("_")[2].isdigit() and entry.is_dir()]
+    inside = (inner for step in steps for inner in (step, step / "default"))
+    return any((inner / mark).exists() for inner in inside for mark in marks[:2])
 
 
 def _is_dcp(path: Path, head: bytes) -> bool:
@@ -126,20 +117,13 @@ def _is_dcp(path: Path, head: bytes) -> bool:
     return not head and path.is_dir() and is_checkpoint(path)
 
 
-def _steps(path: Path) -> Iterator[Path]:
-    for entry in sorted(path.iterdir()):
-        if entry.name.rpartition("_")[2].isdigit() and entry.is_dir():
-            yield entry
-
-
 FORMATS: tuple[Format, ...] = (
     Format(
         "safetensors",
         "safetensors files, and directories of them as Hugging Face lays them out",
         (".safetensors",),
         _is_safetensors,
-        "paramend.formats.safetensors",
-        "SafetensorsFile",
+        "safetensors:SafetensorsFile",
         keeps="metadata, order of tensors, unknown dtypes, index, sidecars",
         padded=False,
     ),
@@ -147,9 +131,8 @@ FORMATS: tuple[Format, ...] = (
         "torch",
         "zip files of torch.save",
         (".pt", ".pth", ".bin", ".ckpt", ".pth.tar", ".pt.tar"),
-        _is_torch,
-        "paramend.formats.torch.source",
-        "TorchFile",
+        lambda path, head: _is_zip(path, head) and _holds_pickle(path),
+        "torch.source:TorchFile",
         keeps="entries that are not tensors, shared storages",
         framework="pt",
         structural=True,
@@ -159,8 +142,7 @@ FORMATS: tuple[Format, ...] = (
         "zip files of numpy.savez",
         (".npz",),
         _is_zip,
-        "paramend.formats.npz",
-        "NpzFile",
+        "npz:NpzFile",
         keeps="other files in the archive",
         framework="np",
         single=False,
@@ -170,8 +152,7 @@ FORMATS: tuple[Format, ...] = (
         "Flax msgpack files",
         (".msgpack",),
         _is_msgpack,
-        "paramend.formats.msgpack",
-        "MsgpackFile",
+        "msgpack:MsgpackFile",
         keeps="entries that are not arrays",
         framework="flax",
     ),
@@ -180,8 +161,7 @@ FORMATS: tuple[Format, ...] = (
         "GGUF files of llama.cpp",
         (".gguf",),
         lambda path, head: head.startswith(b"GGUF"),
-        "paramend.formats.gguf.source",
-        "open_gguf",
+        "gguf.source:open_gguf",
         keeps="keys and their types, blocks as they are, unknown types, the parts of a model in several files",
         framework="pt",
         structural=True,
@@ -192,8 +172,7 @@ FORMATS: tuple[Format, ...] = (
         "Orbax directories",
         (".orbax",),
         _is_orbax,
-        "paramend.formats.orbax.source",
-        "OrbaxCheckpoint",
+        "orbax.source:OrbaxCheckpoint",
         keeps="layout, shardings, true key paths, custom metadata, other items of a step",
         extra="orbax",
         folder=True,
@@ -206,8 +185,7 @@ FORMATS: tuple[Format, ...] = (
         "distributed checkpoints of torch",
         (".dcp",),
         _is_dcp,
-        "paramend.formats.dcp.source",
-        "DcpCheckpoint",
+        "dcp.source:DcpCheckpoint",
         keeps="objects that are not tensors, places in the nested state dict, other files of the directory",
         folder=True,
         data="*.distcp",
@@ -224,15 +202,8 @@ SUFFIXES = tuple(suffix for row in FORMATS for suffix in row.suffixes)
 
 # Suffixes of formats that cannot be written here: those of weights, and others.
 FOREIGN_WEIGHTS = (".ggml", ".h5", ".hdf5", ".keras", ".onnx", ".ot", ".tflite", ".pkl", ".pickle", ".npy")
-FOREIGN_SUFFIXES = (
-    *FOREIGN_WEIGHTS,
-    *(".zarr", ".tar", ".gz", ".tgz", ".zip", ".7z", ".json", ".yaml", ".parquet", ".distcp", ".mlmodel"),
-)
-
-
-def writable() -> list[Format]:
-    """The formats that new files can be written in."""
-    return [row for row in FORMATS if row.writes]
+_OTHERS = (".zarr", ".tar", ".gz", ".tgz", ".zip", ".7z", ".json", ".yaml", ".parquet", ".distcp", ".mlmodel")
+FOREIGN_SUFFIXES = (*FOREIGN_WEIGHTS, *_OTHERS)
 
 
 def find_format(path: Path, head: bytes) -> Format | None:
@@ -253,37 +224,35 @@ def format_of(source: Source) -> Format | None:
     return next((row for row in FORMATS if row.name == source.format), None)
 
 
+def tree_format(path: Path) -> Format | None:
+    """The format of a path that is a directory of one whose checkpoints are directories, such as Orbax; or None."""
+    row = find_format(path, b"") if path.is_dir() else None
+    return row if row is not None and row.folder else None
+
+
 def is_tree(path: Path) -> bool:
-    """Whether a path is a directory of a format whose checkpoints are directories, such as Orbax."""
-    row = find_format(path, b"") if path.is_dir() else None
-    return row is not None and row.folder
-
-
-def table_of(path: Path) -> str:
-    """The name of the file that says which leaves a directory has, if edits in place replace it; "" for none."""
-    row = find_format(path, b"") if path.is_dir() else None
-    return "" if row is None else row.table
+    """Whether a path is such a directory."""
+    return tree_format(path) is not None
 
 
 def home_of(path: Path) -> Path:
     """The file or folder that identifies a checkpoint, however the user named it: for Orbax, the folder of the tree."""
+    row = None
     try:
-        row = find_format(path, b"") if path.is_dir() else None
+        row = tree_format(path)
     except OSError as error:
         if unanswered(error):
             raise
-        row = None
-    if row is None or not row.folder:
+    if row is None:
         return path.with_name(_first_part(path.name)) if path.name.endswith(".gguf") else path
-    found: Path = row._load().home(path)
+    found: Path = row.module.home(path)
     return found
 
 
 def weight_files(folder: Path) -> set[str]:
     """The names of the files that are read as weights when a directory, or an index in it, is opened; of a format whose
     checkpoints are directories, of those whose bytes change in place."""
-    row = find_format(folder, b"")
-    if row is not None and row.folder:
+    if (row := tree_format(folder)) is not None:
         return {path.name for path in folder.glob(row.data)} if row.data else set()
     names = sorted(entry.name for entry in folder.iterdir())
     if not any(map(_holds_weights, names)) and (first := _only_gguf(folder)) is not None:
@@ -333,7 +302,7 @@ def _open_folder(path: Path) -> Source:
             return row.open(path)
         names = [entry.name for entry in path.iterdir() if entry.name.startswith("shard-")]
         if names and not any(path.glob("*.index.json")):
-            from paramend.formats.dcp.sharded import is_sharded, open_sharded  # few models are in this form
+            from paramend.formats.dcp.source import is_sharded, open_sharded  # few models are in this form
 
             if is_sharded(names):
                 return open_sharded(path, _open_file)
@@ -350,10 +319,8 @@ def _open_folder(path: Path) -> Source:
     inside = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
     below = [name for name in inside if any((path / name).glob("*.safetensors")) or _is_dcp(path / name, b"")]
     held = f"it holds {wording.listing(inside, 4)}" if inside else "it is empty"
-    raise BadCheckpoint(
-        f"{path}: it is a directory without a checkpoint: {held}",
-        hint=f"{path / below[0]}" if below else "a directory with *.safetensors or *.bin files, or one of Orbax",
-    )
+    hint = f"{path / below[0]}" if below else "a directory with *.safetensors or *.bin files, or one of Orbax"
+    raise BadCheckpoint(f"{path}: it is a directory without a checkpoint: {held}", hint=hint)
 
 
 def _holds_weights(name: str) -> bool:
@@ -386,19 +353,16 @@ def _is_weights(folder: Path) -> Callable[[str], bool]:
     if len(visible) == 1 and (folder / visible[0]).is_file():
         return lambda name: find_format(folder / name, _head(folder / name)) is not None
     if len(chosen) > 1:
-        raise BadCheckpoint(
-            f"{folder}: it holds {len(chosen)} checkpoints: {wording.listing(sorted(chosen), 4)}",
-            hint=f"open one of them: {folder / sorted(chosen)[0]}",
-        )
+        chosen.sort()
+        held = f"{len(chosen)} checkpoints: {wording.listing(chosen, 4)}"
+        raise BadCheckpoint(f"{folder}: it holds {held}", hint=f"open one of them: {folder / chosen[0]}")
     return lambda name: False
 
 
 def _open_file(path: Path) -> Source:
     if path.name.endswith(".distcp") or (path.name == ".metadata" and any(path.parent.glob("*.distcp"))):
-        raise BadCheckpoint(
-            f"{path}: it is a part of a distributed checkpoint of torch (DCP), which is a directory",
-            hint=f"{path.parent}",
-        )
+        what = "a part of a distributed checkpoint of torch (DCP), which is a directory"
+        raise BadCheckpoint(f"{path}: it is {what}", hint=f"{path.parent}")
     head = _head(path)
     row = find_format(path, head)
     if row is None and head:
@@ -420,14 +384,11 @@ def _unknown(path: Path, head: bytes) -> BadCheckpoint:
     if not head:
         return BadCheckpoint(f"{path}: byte 0: the file is empty", hint="copy or download it again")
     if not isinstance(path, Url) and tarfile.is_tarfile(path):
-        return BadCheckpoint(
-            f"{path}: it is a tar archive, which may hold a checkpoint",
-            hint=f"tar -xf {path}, then open what was in it",
-        )
+        hint = f"tar -xf {path}, then open what was in it"
+        return BadCheckpoint(f"{path}: it is a tar archive, which may hold a checkpoint", hint=hint)
     for magic, what, hint in FOREIGN:
         if head.startswith(magic):
             return BadCheckpoint(f"{path}: byte 0: it is {what}", hint=hint)
-    return BadCheckpoint(
-        f"{path}: byte 0: neither its first bytes nor its name are those of a known format",
-        hint=f"formats that can be opened: {wording.listing([row.says for row in FORMATS])}",
-    )
+    hint = f"formats that can be opened: {wording.listing([row.says for row in FORMATS])}"
+    reason = "neither its first bytes nor its name are those of a known format"
+    return BadCheckpoint(f"{path}: byte 0: {reason}", hint=hint)

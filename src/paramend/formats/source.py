@@ -1,15 +1,20 @@
-"""`Source`: the leaves of a file on disk, which engines copy, compute and patch by the place of their bytes."""
+"""`Source`: the leaves of a file on disk, which engines copy, compute and patch by the place of their bytes.
+
+`Writer`: the layout of a new file, known before its first byte is written.
+"""
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 from paramend.errors import Unsupported
-from paramend.leaves.leaves import Leaves, entries
+from paramend.leaves.leaves import Leaves, entries, uncollected
 from paramend.leaves.origins.origin import Extent, Origin
+from paramend.leaves.outlines import Outline, Place
 from paramend.leaves.specs import BITS, Array, Spec
 
 
@@ -54,7 +59,6 @@ class Opened:
         self.close()
 
     def close(self) -> None:
-        """Close the files."""
         raise NotImplementedError
 
     def children(self, node: Any) -> list[tuple[Any, Any]] | None:
@@ -66,12 +70,10 @@ class Gathering(Opened):
     """A source whose leaves are those of others, or are made of them."""
 
     def origin(self, number: int) -> Origin:
-        """Where a leaf comes from."""
         raise NotImplementedError
 
     @property
     def sources(self) -> Sequence[Any]:
-        """The sources that leaves come from."""
         raise NotImplementedError
 
     @property
@@ -172,46 +174,32 @@ class Relabelled(Protocol):
         `RenameClash` if something else has one of the names."""
 
 
-@runtime_checkable
-class Flat(Protocol):
-    """A file that is a table of names, which it has without making an index."""
-
-    @property
-    def names(self) -> Sequence[str]:
-        """The names, by leaf number."""
-
-
-@runtime_checkable
-class Released(Protocol):
-    """A file whose descriptor can be closed until a leaf is read again: of many files only a few need to be open."""
-
-    def release(self) -> None:
-        """Close the descriptor."""
-
-    def hold(self) -> None:
-        """Keep the descriptor from now on: whoever changes the file goes on reading it."""
-
-
 class Few:
     """Of many files, those that were read last: the others are released. Systems limit a process to a few hundred open
     files; the largest models have more."""
 
     def __init__(self, most: int = 64) -> None:
         self._most = most
-        self._open: OrderedDict[int, Released] = OrderedDict()
+        self._open: OrderedDict[int, Any] = OrderedDict()
 
     def touch(self, file: Any) -> None:
-        """Note that a file is read."""
         self._open[id(file)] = file
         self._open.move_to_end(id(file))
         if len(self._open) > self._most:
-            release(self._open.popitem(last=False)[1])
+            self._open.popitem(last=False)[1].release()
 
 
-def release(file: Any) -> None:
-    """Close the descriptor of a file that can be opened again."""
-    if isinstance(file, Released):
-        file.release()
+@contextmanager
+def opening() -> Iterator[list[Any]]:
+    """A list for files that are opened one after the other, which are closed if the block fails."""
+    files: list[Any] = []
+    with uncollected():
+        try:
+            yield files
+        except BaseException:
+            for file in files:
+                file.close()
+            raise
 
 
 def check_readable(leaves: Leaves, number: int) -> None:
@@ -236,3 +224,57 @@ def in_numpy(shape: tuple[int, ...]) -> Iterator[None]:
         yield
     except ValueError as error:
         raise Unsupported(f"numpy has no array of shape {shape}: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One leaf on its way into a new file."""
+
+    name: str  # its path as plain text, keys joined by a separator
+    keys: tuple[str, ...]  # its path key by key
+    spec: Spec
+    nbytes: int
+    # The position of the first of the items that are one leaf; its own if it is not tied to an earlier one.
+    tied: int = -1
+
+
+def outline_of_items(items: Sequence[Item]) -> Outline:
+    """The outline of items alone, by their keys."""
+    return Outline([(() if item.keys == ("",) else item.keys, Place(at)) for at, item in enumerate(items)])
+
+
+class LeafBytes(NamedTuple):
+    """Bytes of a leaf, in C order and little-endian."""
+
+    item: int  # the position of the leaf among those that are written
+    start: int  # the first byte
+    stop: int  # the one after the last
+
+
+Parts = Iterator[bytes | LeafBytes]
+# The bytes of the leaf at a position, in pieces of bounded size.
+Data = Callable[[int], Iterator[memoryview]]
+
+
+class Writer:
+    """Lays out files of one format. A format's module has one under the name `WRITER`. The parts of a file tell the
+    engine its length. It lets the kernel copy what is in other files, and computes the rest. A format whose checkpoints
+    are folders has `write` instead of `parts`: see `OrbaxWriter`."""
+
+    copies_raw = False  # whether leaves from files of this format are copied unchanged, whatever `refusal` says of them
+    flat = False  # whether a file is a table of names, without containers
+    # Whether it holds checksums of its leaves: written as 0, and corrected by `after_patch` of the finished file.
+    seals = False
+
+    def refusal(self, spec: Spec) -> str:
+        """Why the format cannot hold such a leaf, or ""."""
+        raise NotImplementedError
+
+    def holds(self, value: Any) -> bool:
+        """Whether the format has a place for an entry that is not an array."""
+        return False
+
+    def parts(self, items: Sequence[Item], metadata: Mapping[str, Any], outline: Outline | None = None) -> Parts:
+        """The file from its first byte to its last. The spans of a leaf come one after the other, first to last. Of the
+        `metadata` of the source a writer takes what its format can hold; flat formats need no `outline`."""
+        raise NotImplementedError

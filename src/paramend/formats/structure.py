@@ -109,7 +109,6 @@ class Walk:
             raise BadCheckpoint(f"{self._place}: {self.crowded(self._room < 0)}")
 
     def crowded(self, containers: bool) -> str:
-        """What is wrong with a structure that is too large."""
         return "too many values are under long keys"
 
     def _is_plain(self, node: Any) -> bool:

@@ -33,7 +33,6 @@ class Tile(Stored):
 
     @property
     def box(self) -> Box:
-        """Its places in the whole."""
         return tuple(map(range, self.offsets, self.ends))
 
     def read(self) -> Array:
@@ -61,12 +60,11 @@ def _joined(low: tuple[int, ...], high: tuple[int, ...], tiles: Sequence[Tile]) 
     if len(tiles) == 1:
         return tiles[0] if (tiles[0].offsets, tiles[0].ends) == (low, high) else None
     for axis in range(len(low)):
-        groups: list[list[Tile]] = []
-        reach = low[axis]
+        groups, reach = list[list[Tile]](), low[axis]
         for tile in sorted(tiles, key=lambda tile: tile.offsets[axis]):
-            if tile.offsets[axis] >= reach:
+            if not groups or tile.offsets[axis] >= reach:
                 groups.append([])
-            groups[-1 if groups else 0 :] = [[*groups[-1], tile]] if groups else [[tile]]
+            groups[-1].append(tile)
             reach = max(reach, tile.ends[axis])
         if len(groups) > 1:
             cuts = [*(group[0].offsets[axis] for group in groups), high[axis]]
@@ -89,12 +87,10 @@ def _flaw(shape: tuple[int, ...], tiles: Sequence[Tile], what: str) -> BadCheckp
     for _, corner in zip(range(_TRIES), product(*edges), strict=False):
         here = [tile for tile in tiles if all(at in places for at, places in zip(corner, tile.box, strict=True))]
         if not here:
-            names = "; ".join(tile.named for tile in tiles[:4]) or "none"
-            return BadCheckpoint(
-                f"{what}: no chunk holds its element at {list(corner)}: a file or a part of the checkpoint is missing "
-                f"(its chunks: {names}{'; ...' if tiles[4:] else ''})",
-                hint="copy or download the checkpoint again",
-            )
+            names = f"{'; '.join(tile.named for tile in tiles[:4]) or 'none'}{'; ...' if tiles[4:] else ''}"
+            why = f"a file or a part of the checkpoint is missing (its chunks: {names})"
+            told = f"{what}: no chunk holds its element at {list(corner)}: {why}"
+            return BadCheckpoint(told, hint="copy or download the checkpoint again")
         if here[1:]:
             return BadCheckpoint(f"{what}: its chunks {here[0].named} and {here[1].named} overlap")
     return Unsupported(f"{what}: its {len(tiles):,} chunks do not result from cuts along its axes")

@@ -49,16 +49,8 @@ def freeze(
 
     With `until=` leaves are thawed during training, as in gradual unfreezing (ULMFiT, arXiv:1801.06146), and with
     `since=` they are frozen during training. The step is a counter in the optimizer state, so one compiled step
-    serves the whole schedule. A leaf that will thaw has its moments from the start. At the thaw they are:
-
-    | how | moments at the thaw |
-    |---|---|
-    | `"exclude"` | what they were when it was frozen; as `init` makes them, if it was frozen from the beginning |
-    | `"updates"` | those of all gradients so far, as if it had been trained |
-    | `"gradients"` | faded by one step for each step it was frozen; zero, if frozen from the beginning |
-
-    Counts in `tx` run on for all leaves alike. So the bias correction of Adam is over for a leaf that thaws late
-    with moments of zero, and its first update is up to `(1 - b1) / sqrt(1 - b2)`, by default 3.2, times the rate.
+    serves the whole schedule. A leaf that will thaw has its moments from the start; `docs/freezing.md` says what they
+    are at the thaw, and what the counts of Adam, which run on for all leaves alike, mean for its first update.
 
     A slice, as in `pm.sel("layers/mlp/wo/kernel")[:4]`, freezes those elements of each leaf. They do not move, and
     with "exclude" their gradients are zero to `tx` and their moments do not change. `tx` still sees the whole leaf:

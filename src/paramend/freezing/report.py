@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from paramend.leaves.specs import Spec
 from paramend.reports import wording
-from paramend.reports.report import Line, Report, Section
+from paramend.reports.fields import data_of
+from paramend.reports.report import Report, Section
 
 TITLES = {
     "trained": "trained",
@@ -28,6 +29,8 @@ class FrozenRow:
             (in the forward pass, as running statistics do: no optimizer trains it or holds it).
     """
 
+    _data: ClassVar = ("path", "spec.shape", "spec.dtype")
+
     path: str
     spec: Spec
     status: str
@@ -42,6 +45,8 @@ class FreezeReport(list[str], Report):
         sliced: the slice of each leaf, as it is written between brackets; "" for whole leaves.
     """
 
+    _data = ("did", "sliced as slice", "rows as leaves")
+
     def __init__(self, did: str, rows: Iterable[FrozenRow], sliced: str = "") -> None:
         self.did, self.rows, self.sliced = did, tuple(rows), sliced
         super().__init__(row.path for row in self.rows)
@@ -51,18 +56,7 @@ class FreezeReport(list[str], Report):
         return f"{self.did}: {f'[{self.sliced}] of ' if self.sliced else ''}{count}"
 
     def sections(self) -> list[Section]:
-        return [_section(self.did, self.rows)]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"did": self.did, "slice": self.sliced, "leaves": list(map(_plain, self.rows))}
-
-
-def _section(title: str, rows: Iterable[FrozenRow]) -> Section:
-    return Section(title, [Line((row.path,), (str(row.spec),), row.spec.size) for row in rows])
-
-
-def _plain(row: FrozenRow) -> dict[str, Any]:
-    return {"path": row.path, "shape": list(row.spec.shape), "dtype": row.spec.dtype}
+        return [Section.of(self.did, self.rows, "spec")]
 
 
 @dataclass(frozen=True, repr=False)
@@ -105,8 +99,8 @@ class FrozenReport(Report):
         return f"{', '.join(parts)} of {wording.plural(len(self.rows), 'leaf', 'leaves')}{state}"
 
     def sections(self) -> list[Section]:
-        return [_section(title, self.of(status)) for status, title in TITLES.items()]
+        return [Section.of(title, self.of(status), "spec") for status, title in TITLES.items()]
 
     def to_dict(self) -> dict[str, Any]:
-        rows = [_plain(row) | {"status": row.status} for row in self.rows]
+        rows = [data_of(row) | {"status": row.status} for row in self.rows]
         return {"leaves": rows, "state_nbytes": self.state_nbytes}

@@ -25,10 +25,6 @@ _MOST_FAMILIES = 200
 def propose(source: Shapes, target: Shapes) -> Iterator[Rules]:
     """Renames, `{source pattern: target template}`, that may make the source fit the target; each at most once.
 
-    Args:
-        source: path as pieces → shape, for every leaf.
-        target: the same for the other tree.
-
     >>> source = {("h", str(i), "w"): (4, 4) for i in range(3)}
     >>> target = {("layers", str(i), "kernel"): (4, 4) for i in range(3)}
     >>> next(propose(source, target))
@@ -87,9 +83,6 @@ def _last_to_last(source: Shapes, target: Shapes) -> Rules:
             text = "/".join((*map(write_piece, above), layer, *["**"] * bool(below)))
             rules[text] = text
     return rules
-
-
-# ---- families --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -227,9 +220,7 @@ def _generalised(pairs: Sequence[_Pair], source: Shapes, target: Shapes, wanted:
             return {}
         for number, path in moved.items():
             found.setdefault(names[number], pieces(path))
-    astray = {
-        path for path, new in found.items() if wanted.get(path, new) != new or (path not in wanted and new in target)
-    }
+    astray = {p for p, new in found.items() if wanted.get(p, new) != new or (p not in wanted and new in target)}
     first = dict(pair.rule() for pair in pairs if any(path in astray or path not in found for path in pair.members))
     astray -= {path for pair in pairs for path in pair.members}
     # No exact rule keeps a leaf that already agrees and would be sent astray.

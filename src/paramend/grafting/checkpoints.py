@@ -11,9 +11,8 @@ from typing import Any
 
 from paramend.arrays import losses
 from paramend.arrays.registry import to_numpy
-from paramend.checkpoints.assemble import assemble, origin_of
+from paramend.checkpoints.assemble import exchanged, origin_of
 from paramend.checkpoints.checkpoint import Checkpoint
-from paramend.checkpoints.gathering import ties_of
 from paramend.edits.plan import call
 from paramend.formats.gathered import Gathered
 from paramend.grafting.engine import value_of
@@ -33,13 +32,9 @@ def grafted(plan: GraftPlan) -> Checkpoint:
     target: Checkpoint = plan.target
     if _holds_more(plan):
         return _edited(target, {move.number: _taken(plan, move) for move in plan.moves})
-    moves = {move.number: move for move in plan.moves}
-    picks = []
-    for number in target.index.numbers:
-        move = moves.get(target.ties.get(number, number))
-        picks.append((target.index.paths[number], (target, number) if move is None else _taken(plan, move)))
-    places = {number: [place] for place, number in enumerate(target.index.numbers)}
-    return assemble(target, picks, ties=ties_of(target.ties, places))
+    taken = {move.number: _taken(plan, move) for move in plan.moves}
+    units = {number: target.ties.get(number, number) for number in target.index.numbers}
+    return exchanged(target, {number: taken[unit] for number, unit in units.items() if unit in taken})
 
 
 def _holds_more(plan: GraftPlan) -> bool:

@@ -11,10 +11,9 @@ from paramend.arrays.registry import backend, to_numpy
 from paramend.edits.subjects import barren
 from paramend.errors import BadArgument, GraftRefused, Unsupported
 from paramend.grafting import ways
-from paramend.grafting.cases import KINDS
 from paramend.grafting.numbers import Counted, counts
-from paramend.grafting.options import Options
-from paramend.grafting.plan import GraftPlan, Move
+from paramend.grafting.options import KINDS, Options, listed
+from paramend.grafting.plan import GraftPlan, Move, abstract
 from paramend.grafting.quantized import check_groups
 from paramend.grafting.report import GraftReport
 from paramend.leaves.leaves import Editable, Leaves
@@ -27,16 +26,10 @@ from paramend.trees.tree import Tree
 
 
 def assign(tree: Tree, new: dict[int, Any]) -> None:
-    """Assign all values to their leaves; if one of them fails, restore those before it.
-
-    Raises:
-        Unsupported: two of the leaves are one array, or one shares memory with others.
-    """
+    """Assign all values to their leaves; if one of them fails, restore those before it."""
     for number, first in tree.apart(new).items():
-        raise Unsupported(
-            f"{tree.index.path(first)} and {tree.index.path(number)} are one array, which cannot take two values",
-            hint="pm.graft returns a new tree: params, report = pm.graft(params, source)",
-        )
+        why = f"{tree.index.path(first)} and {tree.index.path(number)} are one array, which cannot take two values"
+        raise Unsupported(why, hint="pm.graft returns a new tree: params, report = pm.graft(params, source)")
     old: dict[int, Any] = {}
     try:
         for number in list(new):
@@ -128,11 +121,7 @@ def _parts(plan: GraftPlan, move: Move, leaf: Any) -> Origin | None:
 
 
 def _converted(value: Any, dtype: str) -> Any:
-    """An array in another dtype: of its own library for floats and complex numbers, else of numpy.
-
-    >>> _converted(np.array([1.5, 2.0]), "int32")
-    array([1, 2], dtype=int32)
-    """
+    """An array in another dtype: of its own library for floats and complex numbers, else of numpy."""
     if kind_of(dtype) in ("float", "complex"):
         with np.errstate(over="ignore"):
             return backend(value).cast(value, dtype)
@@ -143,35 +132,20 @@ def _converted(value: Any, dtype: str) -> Any:
 
 def refuse_abstract(tree: Tree, given: Mapping[int, Any], report: GraftReport) -> None:
     """Raise if leaves of a tree have no values and are given none."""
-    left = [
-        n
-        for n in tree.index.numbers
-        if tree.ties.get(n, n) not in given and backend(tree.read(n)).abstract(tree.read(n))
-    ]
+    units = ((n, tree.ties.get(n, n)) for n in tree.index.numbers)
+    left = [n for n, unit in units if unit not in given and abstract(tree, n)]
     if left:
-        one, many, _ = KINDS["abstract"]
         lines = [Line((tree.index.path(number),), (str(tree.spec(number)),)) for number in left]
-        title = one if len(left) == 1 else many.format(f"{len(left):,}")
-        raise GraftRefused(f"{title}:\n{table(fold(lines))}", report=report, hint=ways.ADVICE["abstract"])
-
-
-# ---- refusing --------------------------------------------------------------------------------------------------
+        raise GraftRefused(listed("abstract", lines), report=report, hint=ways.ADVICE["abstract"])
 
 
 def planned(target: Leaves, source: Leaves, options: Options) -> GraftPlan:
-    """The plan of a graft.
-
-    Raises:
-        GraftRefused: the source does not fit the target.
-        Quantized: codes of a quantised weight would become values, or values codes.
-    """
+    """The plan of a graft."""
     for tree, name in ((target, "your model"), (source, "the source")):
         if len(tree.index.numbers) == len(counts(tree)):
             what, meant = barren(tree.root) if isinstance(tree, Tree) else ("", "")
-            raise BadArgument(
-                f"{name} holds no arrays{what and f': it is {what}'}",
-                hint=f"pass {meant}" if meant else "pm.graft(target, source): the model first",
-            )
+            why = f"{name} holds no arrays{what and f': it is {what}'}"
+            raise BadArgument(why, hint=f"pass {meant}" if meant else "pm.graft(target, source): the model first")
     plan = GraftPlan(target, source, options)
     check_groups(plan)
     if not plan.cases:
@@ -179,12 +153,11 @@ def planned(target: Leaves, source: Leaves, options: Options) -> GraftPlan:
     plan, found, hint = ways.out_of(plan)
     report = plan.report()
     blocks = ["the source does not fit your model, and nothing was changed"]
-    for kind, (one, many, _) in KINDS.items():
+    for kind in KINDS:
         cases = [case for case in plan.cases if case.kind == kind]
         if cases and (kind != "nothing" or len(cases) == len(plan.cases)):
             lines = [Line(case.paths or (case.said,), (case.said,) if case.paths else ()) for case in cases]
-            title = one if len(cases) == 1 else many.format(f"{len(cases):,}")
-            blocks.append(f"{title}:\n{table(fold(lines))}")
+            blocks.append(listed(kind, lines))
     waiting = [row for row in report.fresh if row.path in plan.missed]
     if waiting and any(case.kind in ("unused", "nothing") for case in plan.cases) and options.missing == "fresh":
         lines = [Line((row.path,), (f"{row.dtype}[{','.join(map(str, row.shape))}]",)) for row in waiting]

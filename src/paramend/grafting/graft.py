@@ -5,10 +5,10 @@ change. So a refused graft changes nothing.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar
 
-from paramend.checkpoints.files import read_by
 from paramend.checkpoints.keys import matched, numbered
+from paramend.checkpoints.report import read_by
 from paramend.errors import Unsupported
 from paramend.grafting import engine
 from paramend.grafting.numbers import Counted, is_state, left_in_file, with_numbers
@@ -18,11 +18,9 @@ from paramend.grafting.report import GraftReport, GraftRow
 from paramend.leaves.leaves import Editable, Leaves
 from paramend.leaves.specs import AnyTree, Spec
 from paramend.reports.ends import Ends
+from paramend.resize.rules import Resize
 from paramend.selectors.selector import SelectorLike
 from paramend.trees.lookup import find_kind
-
-if TYPE_CHECKING:
-    from paramend.resize.rules import Resize
 
 T = TypeVar("T")
 
@@ -35,7 +33,7 @@ def graft(
     only: SelectorLike = "**",
     mismatch: Mismatch | Mapping[Any, Mismatch] = "error",
     place: Place | Mapping[Any, Place] = "corner",
-    resize: "Mapping[Any, Resize] | None" = None,
+    resize: Mapping[Any, Resize] | None = None,
     unused: Unused = "error",
     missing: Missing = "fresh",
     dtype: Dtype = "target",
@@ -102,22 +100,20 @@ def graft(
     leaves, fits = adapted(tree, leaves, options)
     if isinstance(tree, Counted):
         values, report = _planned(tree, leaves, options)
-        report.encoded = fits
-        new = tree.with_leaves(values)
+        new: Any = tree.with_leaves(values)
         report.ends = Ends(new, source)
-        report.tells_of(read_by(target), read_by(source))
-        return new, report
-    from paramend.grafting.checkpoints import grafted  # imports the rewriting engine
+    else:
+        from paramend.grafting.checkpoints import grafted  # imports the rewriting engine
 
-    plan = engine.planned(tree, leaves, options)
-    made, report = grafted(plan), plan.report()
+        plan = engine.planned(tree, leaves, options)
+        new, report = grafted(plan), plan.report()
+        report.fresh += [
+            GraftRow.of(path, Spec((), type(value).__name__), "a number in the file, which a graft leaves as it is")
+            for path, value in left_in_file(tree, leaves).items()
+        ]
     report.encoded = fits
-    report.fresh += [
-        GraftRow.of(path, Spec((), type(value).__name__), "a number in the file, which a graft leaves as it is")
-        for path, value in left_in_file(tree, leaves).items()
-    ]
     report.tells_of(read_by(target), read_by(source))
-    return cast(T, made), report
+    return new, report
 
 
 def graft_(
@@ -128,7 +124,7 @@ def graft_(
     only: SelectorLike = "**",
     mismatch: Mismatch | Mapping[Any, Mismatch] = "error",
     place: Place | Mapping[Any, Place] = "corner",
-    resize: "Mapping[Any, Resize] | None" = None,
+    resize: Mapping[Any, Resize] | None = None,
     unused: Unused = "error",
     missing: Missing = "fresh",
     dtype: Dtype = "target",
@@ -179,7 +175,7 @@ def _planned(tree: Counted, source: Leaves, options: Options) -> tuple[dict[int,
 
         done = graft_whole(tree, leaves, options)
         if done is not None:
-            engine.refuse_abstract(tree, done.values, done.report)
-            return done.values, done.report
+            engine.refuse_abstract(tree, *done)
+            return done
     plan = engine.planned(tree, leaves, options)
     return engine.values(plan), plan.report()

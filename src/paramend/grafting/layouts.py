@@ -44,11 +44,7 @@ def axes_to_last(ndim: int) -> tuple[int, ...]:
 
 
 def axes_to_first(ndim: int) -> tuple[int, ...]:
-    """The permutation of axes that takes a Flax kernel to a torch weight.
-
-    >>> axes_to_first(4)
-    (3, 2, 0, 1)
-    """
+    """The permutation of axes that takes a Flax kernel to a torch weight."""
     return (ndim - 1, ndim - 2, *range(ndim - 2))
 
 

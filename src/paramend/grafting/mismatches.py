@@ -21,38 +21,23 @@ Region = tuple[slice, ...]
 
 @dataclass(frozen=True, slots=True)
 class Meeting:
-    """How a leaf of the source becomes values of a leaf of the target that has another shape.
+    """How a leaf of the source becomes values of a leaf of the target that has another shape."""
 
-    Attributes:
-        did: the same in words.
-        taken: how many of the values represent values of the source.
-        make: the leaf of the source, of any library → the values.
-        into: where they go in the target; None: they fill it.
-        kind: "corner", "center" or "tile", for old numbers in other places; "resize", for new ones.
-    """
-
-    did: str
-    taken: int
-    make: Callable[[Any], Any]
-    into: Region | None = None
-    kind: str = "resize"
+    did: str  # the same in words
+    taken: int  # how many of the values represent values of the source
+    make: Callable[[Any], Any]  # the leaf of the source, of any library → the values
+    into: Region | None = None  # where they go in the target; None: they fill it
+    kind: str = "resize"  # "corner", "center" or "tile", for old numbers in other places; "resize", for new ones
 
     @property
     def computed(self) -> bool:
-        """Whether the values are new numbers."""
         return self.kind == "resize"
-
-
-# ---- overlap ---------------------------------------------------------------------------------------------------
 
 
 def overlapping(place: str, old: Shape, new: Shape) -> Meeting:
     """The values that fit both shapes, at a place.
 
     The smaller half of an odd difference comes before, as in `(n - m) // 2`.
-
-    Raises:
-        SpecMismatch: the shapes have different numbers of axes, or there is nothing to repeat.
 
     >>> overlapping("center", (2, 6), (5, 3)).did
     'center [:, 1:4] copied to [1:3, :]'
@@ -63,9 +48,8 @@ def overlapping(place: str, old: Shape, new: Shape) -> Meeting:
     if place == "tile":
         if 0 in old:
             raise SpecMismatch("there is nothing to repeat")
-        repeats = " and ".join(
-            f"{a} → {b} on axis {axis}" for axis, (a, b) in enumerate(zip(old, new, strict=True)) if a != b
-        )
+        both = enumerate(zip(old, new, strict=True))
+        repeats = " and ".join(f"{a} → {b} on axis {axis}" for axis, (a, b) in both if a != b)
         return Meeting(f"tiled {repeats}", math.prod(new), partial(_tiled, shape=new), kind=place)
     if place == "corner":
         corner = tuple(slice(0, size) for size in common)
@@ -82,9 +66,8 @@ def _middle(size: int, part: int) -> slice:
 
 
 def _written(region: Region, shape: Shape) -> str:
-    parts = (
-        ":" if part == slice(0, size) else f"{part.start}:{part.stop}" for part, size in zip(region, shape, strict=True)
-    )
+    both = zip(region, shape, strict=True)
+    parts = (":" if part == slice(0, size) else f"{part.start}:{part.stop}" for part, size in both)
     return f"[{', '.join(parts)}]"
 
 
@@ -96,15 +79,8 @@ def _tiled(value: Any, shape: Shape) -> Any:
     return on_host(value)[np.ix_(*(np.arange(size) % old for size, old in zip(shape, value.shape, strict=True)))]
 
 
-# ---- resize ----------------------------------------------------------------------------------------------------
-
-
 def resizing(rule: Resize | None, path: Sequence[str], old: Spec, new: Spec) -> Meeting:
-    """The values by a rule of `pm.resize`; without one, by the rule that the name and the shapes suggest.
-
-    Raises:
-        SpecMismatch: the rule is not for these leaves, or there is no such rule.
-    """
+    """The values by a rule of `pm.resize`; without one, by the rule that the name and the shapes suggest."""
     if (old.kind, new.kind) != ("float", "float"):
         raise SpecMismatch("only floating point values can be resized")
     given = rule or detected(path, old.shape, new.shape)

@@ -11,13 +11,59 @@ from typing import Any
 import numpy as np
 
 from paramend.errors import Unsupported
-from paramend.grafting.guests import WithGuests
-from paramend.grafting.links import pieces_of
-from paramend.leaves.leaves import Index, Leaves, uncollected
+from paramend.grafting.report import pieces_of
+from paramend.leaves.leaves import Index, Layered, Leaves, uncollected
+from paramend.leaves.paths import Names, text_of
 from paramend.leaves.specs import Spec
 from paramend.trees.lookup import find_kind
 from paramend.trees.tree import Tree
 from paramend.trees.walks import Namer
+
+
+class WithGuests:
+    """The leaves of a tree, and some of another under the names they would have there."""
+
+    def __init__(self, target: Leaves, guests: Mapping[int, tuple[str, ...]], source: Leaves) -> None:
+        self.target, self.source = target, source
+        self.first = max(target.index.numbers, default=-1) + 1
+        self.ties = target.ties
+        self.index = Index(target.index.separator)
+        self.index.names = _copied(target.index.names)
+        self.index.numbers = [*target.index.numbers, *map(self.guest, guests)]
+        self.index.spans = list(target.index.spans)
+        for number, name in guests.items():
+            names = self.index.names
+            for piece in name[:-1]:
+                inner = next((child for label, child in names.items() if text_of(label) == piece), None)
+                if type(inner) is not dict:
+                    inner = {}
+                    self.index.add(names, piece, inner)
+                names = inner
+            self.index.add(names, name[-1], self.guest(number))
+
+    def guest(self, number: int) -> int:
+        return self.first + number
+
+    def spec(self, number: int) -> Spec:
+        return self.target.spec(number) if number < self.first else self.source.spec(number - self.first)
+
+    def nbytes(self, number: int) -> int:
+        return self.target.nbytes(number) if number < self.first else self.source.nbytes(number - self.first)
+
+    def refusal(self, number: int) -> str:
+        return self.target.refusal(number) if number < self.first else self.source.refusal(number - self.first)
+
+    def read(self, number: int) -> Any:
+        return self.target.read(number) if number < self.first else self.source.read(number - self.first)
+
+    def children(self, node: Any) -> list[tuple[Any, Any]] | None:
+        return self.target.children(node)
+
+
+def _copied(names: Names) -> Names:
+    copied = {label: child if type(child) is int else _copied(child) for label, child in names.items()}
+    return Layered(copied, names.layers) if isinstance(names, Layered) else copied
+
 
 # The names of numbers that count: of two settings of other names, a graft leaves the target's as it is.
 COUNTERS = frozenset(
@@ -27,18 +73,14 @@ _NUMBERS = (int, float)
 
 
 class Counted(Tree):
-    """A tree in memory in which Python numbers outside of modules are leaves too.
-
-    Attributes:
-        counts: the numbers of these leaves.
-        beside: those that stand beside the state of an optimizer: whatever their names, they belong to the run.
-    """
+    """A tree in memory in which Python numbers outside of modules are leaves too."""
 
     def __init__(self, root: Any) -> None:
         super().__init__(root)
         self._named = super().index
         self._holders: dict[int, tuple[Any, Any]] = {}
-        self.counts: frozenset[int] = frozenset()
+        self.counts: frozenset[int] = frozenset()  # the numbers of these leaves
+        # Those that stand beside the state of an optimizer: whatever their names, they belong to the run.
         self.beside: frozenset[int] = frozenset()
         if any(type(value) in _NUMBERS for value in self.values):
             namer = _Namer(Index(self._named.separator))
@@ -49,14 +91,12 @@ class Counted(Tree):
 
     @property
     def index(self) -> Index:
-        """The names, those of numbers too."""
         return self._named
 
     def spec(self, number: int) -> Spec:
         return _spec(self.values[number]) if number in self.counts else super().spec(number)
 
     def read(self, number: int) -> Any:
-        """The leaf itself, a number as an array."""
         value = self.values[number]
         return np.asarray(value, self.spec(number).dtype) if number in self.counts else value
 
@@ -69,13 +109,10 @@ class Counted(Tree):
             super().in_place(number)
         elif number not in self.boxes and not isinstance(self._holders[number][0], dict | list):
             kind = type(self.values[number]).__name__
-            raise Unsupported(
-                f"{self.index.path(number)} cannot change in place: a Python {kind} never does, nor what holds it",
-                hint="pm.graft returns a new tree: tree, report = pm.graft(target, source)",
-            )
+            why = f"{self.index.path(number)} cannot change in place: a Python {kind} never does, nor what holds it"
+            raise Unsupported(why, hint="pm.graft returns a new tree: tree, report = pm.graft(target, source)")
 
     def assign(self, number: int, value: Any) -> None:
-        """Put a value into a leaf in place; a number into the dict or list that holds it."""
         if number not in self.counts or number in self.boxes:
             super().assign(number, _number(value) if number in self.counts else value)
         else:
@@ -102,17 +139,13 @@ class _Level:
 
 
 class _Namer(Namer):
-    """Names numbers too, except those within modules, which are settings.
-
-    Attributes:
-        found: the leaf numbers of the numbers, with the container that holds each, and its key there.
-        beside: those of numbers in containers that also hold the state of an optimizer.
-    """
+    """Names numbers too, except those within modules, which are settings."""
 
     def __init__(self, index: Index) -> None:
         super().__init__(index)
+        # The leaf numbers of the numbers, with the container that holds each, and its key there.
         self.found: dict[int, tuple[Any, Any]] = {}
-        self.beside: list[int] = []
+        self.beside: list[int] = []  # those of numbers in containers that also hold the state of an optimizer
         self._modules = 0
         self._levels = [_Level(None)]
 
@@ -144,16 +177,12 @@ class _Namer(Namer):
 
 
 class _FromFile(WithGuests):
-    """The leaves of a checkpoint, and numbers that its file holds besides them.
-
-    Attributes:
-        counts: the leaf numbers of the numbers.
-    """
+    """The leaves of a checkpoint, and numbers that its file holds besides them."""
 
     def __init__(self, checkpoint: Any, names: Mapping[int, tuple[str, ...]], numbers: Counted) -> None:
         super().__init__(checkpoint, names, numbers)
         self._checkpoint, self._numbers = checkpoint, numbers
-        self.counts = frozenset(map(self.guest, names))
+        self.counts = frozenset(map(self.guest, names))  # the leaf numbers of the numbers
 
     def __getattr__(self, name: str) -> Any:
         if name == "target":
@@ -185,11 +214,7 @@ def is_state(kind: type) -> bool:
 
 def with_numbers(source: Any, target: Leaves) -> Any:
     """A checkpoint with the numbers in its file for which a tree in memory may have a place."""
-    wanted = {
-        target.index.pieces(n)[-1]
-        for n in target.index.numbers
-        if n in counts(target) or (isinstance(target, Tree) and target.spec(n).shape == ())
-    }
+    wanted = {target.index.pieces(n)[-1] for n in target.index.numbers if target.spec(n).shape == ()}
     names = {pieces_of(path): value for path, value in source.metadata.items() if type(value) in _NUMBERS}
     names = {path: value for path, value in names.items() if path[-1:] and path[-1] in wanted}
     if not names:

@@ -1,13 +1,13 @@
-"""The options of a graft: checked, changed, and written as a call."""
+"""The options of a graft: checked, changed, written as a call; with the reasons against a graft that they overrule."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, get_args
-from typing import Literal as OneOf
+from typing import Any, Literal as OneOf, get_args
 
 from paramend.errors import BadArgument
 from paramend.reports import wording
+from paramend.reports.report import Line, fold, table
 from paramend.resize.rules import Resize
 from paramend.selectors.selector import sel
 
@@ -41,15 +41,11 @@ class Options:
                 _check(name, choice, get_args(kind))
         rules = {} if self.resize is None else self.resize
         if not isinstance(rules, Mapping) or not all(isinstance(rule, Resize) for rule in rules.values()):
-            raise BadArgument(
-                f"resize={rules!r} is not a mapping of selectors to rules of pm.resize",
-                hint='resize={"**/pos_embed": pm.resize.positions()}',
-            )
+            why = f"resize={rules!r} is not a mapping of selectors to rules of pm.resize"
+            raise BadArgument(why, hint='resize={"**/pos_embed": pm.resize.positions()}')
         if self.place != "corner" and isinstance(self.place, str) and not self._overlaps(self.mismatch):
-            raise BadArgument(
-                f"place={self.place!r} says where leaves overlap, and mismatch= does not allow overlap",
-                hint=f'mismatch="overlap", place="{self.place}"',
-            )
+            why = f"place={self.place!r} says where leaves overlap, and mismatch= does not allow overlap"
+            raise BadArgument(why, hint=f'mismatch="overlap", place="{self.place}"')
 
     def _overlaps(self, mismatch: str | Mapping[Any, str]) -> bool:
         return "overlap" in (mismatch.values() if isinstance(mismatch, Mapping) else [mismatch])
@@ -71,11 +67,8 @@ class Options:
     def given(self) -> dict[str, Any]:
         """The options that differ from the defaults, by name."""
         found = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "in_place"}
-        return {
-            name: value
-            for name, value in found.items()
-            if value and not (isinstance(value, str) and value == getattr(_DEFAULTS, name))
-        }
+        usual = {name for name, value in found.items() if isinstance(value, str) and value == getattr(_DEFAULTS, name)}
+        return {name: value for name, value in found.items() if value and name not in usual}
 
     def call(self, **changes: Any) -> str:
         """The call with these options and some changes, as code."""
@@ -103,10 +96,6 @@ _MEANT: dict[str, dict[Any, str]] = {
 }
 
 
-def _beside(default: str, meant: str) -> str:
-    return ", the default" if meant == default else f", or {quoted(default)}, the default"
-
-
 def _check(name: str, given: Any, known: Sequence[str]) -> None:
     if isinstance(given, str) and given in known:
         return
@@ -115,11 +104,11 @@ def _check(name: str, given: Any, known: Sequence[str]) -> None:
     if not near and name == "dtype":  # float32, "bfloat16", jnp.float16 ...
         hint = 'dtype="target" casts to that of your model; pm.at(model, "**").cast("bfloat16") changes it first'
     else:
-        default: Any = next(field.default for field in fields(Options) if field.name == name)
-        hint = f"{name}={quoted((near or known)[0])}" + (_beside(default, meant) if meant else "")
-    raise BadArgument(
-        f"{name}={given!r} is not one of {wording.listing([repr(choice) for choice in known])}", hint=hint
-    )
+        default = getattr(_DEFAULTS, name)
+        other = ", the default" if meant == default else f", or {quoted(default)}, the default"
+        hint = f"{name}={quoted((near or known)[0])}{other if meant else ''}"
+    why = f"{name}={given!r} is not one of {wording.listing([repr(choice) for choice in known])}"
+    raise BadArgument(why, hint=hint)
 
 
 def _code(value: Any) -> str:
@@ -136,3 +125,63 @@ _DEFAULTS = Options()
 def quoted(text: str) -> str:
     """Text as code."""
     return json.dumps(text, ensure_ascii=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One reason against a graft: a key of `KINDS`, the path in the target and one that belongs to it, the details, and
+    rules that would resize the leaf."""
+
+    kind: str
+    paths: tuple[str, ...]
+    said: str = ""
+    ways: tuple[Resize, ...] = ()
+
+
+# One row per kind of case: the sentence above its list for one and for several, and the options that allow it, the
+# gentlest first.
+KINDS: dict[str, tuple[str, str, tuple[dict[str, str], ...]]] = {
+    "only": ("`only` selects nothing", "", ()),
+    "rule": ("a rule in `rename` does nothing", "{} rules in `rename` do nothing", ()),
+    "place": ("a rule has no place in your model for a leaf", "rules have no place in your model for {} leaves", ()),
+    "collision": ("a leaf of your model has several sources", "{} leaves of your model have several sources", ()),
+    "tied": (
+        "a leaf of your model, shared under several paths, would get different values",
+        "{} leaves of your model, each shared under several paths, would get different values",
+        (),
+    ),
+    "unfit": ("a leaf cannot take part", "{} leaves cannot take part", ()),
+    "abstract": (
+        "a leaf of your model has no value, and would get none",
+        "{} leaves of your model have no values, and would get none",
+        (),
+    ),
+    "choice": ("a selector selects nothing", "{} selectors select nothing", ()),
+    "resize": ("a leaf cannot be resized", "{} leaves cannot be resized", ()),
+    "layout": ("a leaf is stored in another layout", "{} leaves are stored in another layout", ()),
+    "transposed": ("a leaf is transposed", "{} leaves are transposed", ({"mismatch": "keep"},)),
+    "mismatch": (
+        "a shape differs",
+        "{} shapes differ",
+        ({"mismatch": "resize"}, {"mismatch": "overlap"}, {"mismatch": "keep"}),
+    ),
+    "dtype": ("a dtype differs", "{} dtypes differ", ({"dtype": "target"},)),
+    "unused": (
+        "a leaf of the source goes nowhere in your model",
+        "{} leaves of the source go nowhere in your model",
+        ({"unused": "ok"},),
+    ),
+    "missing": (
+        "a leaf of your model has nothing in the source",
+        "{} leaves of your model have nothing in the source",
+        ({"missing": "fresh"},),
+    ),
+    "nothing": ("no leaf of your model would take anything", "", ()),
+}
+
+
+def listed(kind: str, lines: Sequence[Line]) -> str:
+    """Cases of one kind below the sentence that tells how many there are."""
+    one, many, _ = KINDS[kind]
+    title = one if len(lines) == 1 else many.format(f"{len(lines):,}")
+    return f"{title}:\n{table(fold(lines))}"

@@ -7,19 +7,16 @@ from typing import Any
 from paramend.arrays.registry import backend
 from paramend.errors import BadArgument, NoMatch, OutOfRange, ParamendError, RenameClash, SpecMismatch, Unsupported
 from paramend.grafting import layouts, mismatches
-from paramend.grafting.cases import Case
-from paramend.grafting.guests import WithGuests
 from paramend.grafting.mismatches import Meeting
-from paramend.grafting.numbers import COUNTERS, beside_state, counts
-from paramend.grafting.options import BY_LEAF, Options, quoted
+from paramend.grafting.numbers import COUNTERS, WithGuests, beside_state, counts
+from paramend.grafting.options import BY_LEAF, Case, Options, quoted
 from paramend.grafting.report import PARTS, GraftReport, GraftRow
 from paramend.leaves.leaves import Leaves
 from paramend.leaves.specs import Spec
 from paramend.reports import wording
 from paramend.resize import detection
 from paramend.selectors.patterns import parse
-from paramend.selectors.renames import pieces
-from paramend.selectors.renames import rename as parse_rename
+from paramend.selectors.renames import pieces, rename as parse_rename
 from paramend.selectors.selector import resolve, slice_of
 from paramend.trees.tree import Tree
 
@@ -35,37 +32,28 @@ class Move:
 
     @property
     def part(self) -> str:
-        """The part of the report that lists it."""
         return "copied" if self.meeting is None else "mismatched"
 
 
 class GraftPlan:
-    """Which leaf goes where, from names and specs alone.
-
-    Attributes:
-        cases: the reasons against it.
-        moves: what is to be done.
-        rows: the rows of the report that do not belong to a move, by its four parts.
-        missed: the paths of the target for which the source has nothing.
-        names: the name in the target of every leaf of the source that is not left behind.
-        strays: the leaves of the source that have no place there.
-        orders: leaf of the target → the leaf of the source that fits once its axes are permuted, and how.
-    """
+    """Which leaf goes where, from names and specs alone."""
 
     def __init__(self, target: Any, source: Leaves, options: Options) -> None:
         self.target, self.source, self.options = target, source, options
-        self.cases: list[Case] = []
-        self.moves: list[Move] = []
+        self.cases: list[Case] = []  # the reasons against it
+        self.moves: list[Move] = []  # what is to be done
+        # The rows of the report that do not belong to a move, by its four parts.
         self.rows: dict[str, list[GraftRow]] = {name: [] for name in PARTS}
-        self.missed: set[str] = set()
+        self.missed: set[str] = set()  # the paths of the target for which the source has nothing
         inside = self._selected("only", options.only, "only")
         self._inside = set(_units(target)) if inside is None else inside
         self._by_leaf = {name: self._choices(name) for name in BY_LEAF}
         self._dropped: set[int] = set()
         self._crowded: set[int] = set()
-        self.names = self._new_names()
-        self._arrivals, self.strays = self._meet(self.names)
+        self.names = self._new_names()  # the name in the target of every leaf of the source that is not left behind
+        self._arrivals, self.strays = self._meet(self.names)  # strays of the source have no place in the target
         self._crossed = self._other_layouts()
+        # Leaf of the target → the leaf of the source that fits once its axes are permuted, and how.
         self.orders: dict[int, tuple[int, tuple[int, ...]]] = {}
         used: set[int] = set()
         for number in _units(target):
@@ -74,8 +62,6 @@ class GraftPlan:
         self._leave_behind(used)
         if not self.moves and not any(case.kind in ("only", "rule", "place") for case in self.cases):
             self._case("nothing", (), "a graft that copies nothing is a mistake, whatever the options allow")
-
-    # -- who goes where
 
     def _selected(self, option: str, selector: Any, kind: str, prefix: str = "") -> set[int] | None:
         """The leaves of the target that a selector in an option finds; None, and a case, if there are none."""
@@ -198,8 +184,6 @@ class GraftPlan:
         inside = (number for number in self._arrivals if number in self._inside)
         changing = (number for number in inside if self.target.index.path(number) not in kept)
         return {number: _unit(self.source, self._arrivals[number][0]) for number in changing}
-
-    # -- what becomes of each leaf
 
     def _decide(self, number: int) -> set[int]:
         """The source leaves that a leaf of the target uses, after deciding what becomes of it."""
@@ -368,8 +352,6 @@ class GraftPlan:
             return strays
         return [number for number in strays if both.guest(number) in chosen]
 
-    # -- telling
-
     @property
     def score(self) -> tuple[int, int]:
         """How good the plan is: how many leaves are copied whole, then how few cases there are."""
@@ -382,9 +364,7 @@ class GraftPlan:
         rows = {name: moved[name] + self.rows[name] for name in PARTS}
         for name in ("copied", "fresh", "mismatched"):
             rows[name].sort(key=lambda row: places[row.path])
-        return GraftReport(
-            rows["copied"], rows["fresh"], rows["mismatched"], rows["unused"], refused=bool(self.cases), ends=None
-        )
+        return GraftReport(rows["copied"], rows["fresh"], rows["mismatched"], rows["unused"], refused=bool(self.cases))
 
 
 def _sentence(error: ParamendError) -> str:

@@ -16,8 +16,7 @@ from paramend.grafting.options import Options
 from paramend.grafting.plan import GraftPlan
 from paramend.leaves.codecs.encoding import Misfit, even
 from paramend.leaves.groups import Group, group_of, may_hold_groups
-from paramend.leaves.leaves import Editable, Leaves
-from paramend.leaves.leaves import Group as Regroup
+from paramend.leaves.leaves import Editable, Group as Regroup, Leaves
 from paramend.leaves.origins.encoded import encoded
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.paths import Label
@@ -33,7 +32,8 @@ def adapted(target: Any, source: Any, options: Options) -> tuple[Any, dict[str, 
     fits: dict[str, tuple[str, Misfit]] = {}
     if options.raw or not (may_hold_groups(target) or may_hold_groups(source)):
         return source, fits
-    ours, theirs = (weighed(_editable(each), inputs=True) for each in (target, source))
+    trees = (each if isinstance(each, Editable) else Memory(each.root) for each in (target, source))
+    ours, theirs = (weighed(each, inputs=True) for each in trees)
     here = ours.groups if isinstance(ours, Weights) else {}
     there = theirs.groups if isinstance(theirs, Weights) else {}
     if not here and not there:
@@ -77,17 +77,12 @@ def adapted(target: Any, source: Any, options: Options) -> tuple[Any, dict[str, 
     return (made.as_stored(source.raw) if isinstance(made, Editable) else type(source)(made)), fits
 
 
-def _editable(leaves: Any) -> Editable:
-    return leaves if isinstance(leaves, Editable) else Memory(leaves.root)
-
-
 def _equal(one: Weight, other: Weight | Own) -> bool:
     specs = ({role: part.spec for role, part in weight.parts.items()} for weight in (one, other))
     return one.group.scheme is other.group.scheme and next(specs) == next(specs)
 
 
 def _floats(weight: Weight | Own, given: Any) -> list[Any]:
-    """The float leaf that a weight becomes."""
     return [floats(weight, given)]
 
 
@@ -119,9 +114,6 @@ def check_groups(plan: GraftPlan) -> None:
 
     What moves bytes alone is allowed: all leaves of a quantised weight onto all of one of the same scheme, with equal
     shapes and dtypes.
-
-    Raises:
-        Quantized: a leaf of either side is a part of a quantised weight, and they do not go together.
     """
     target, source = plan.target, plan.source
     if plan.options.raw or not (may_hold_groups(target) or may_hold_groups(source)):
@@ -153,6 +145,5 @@ def _alike(plan: GraftPlan, pairs: Mapping[int, int], ours: Group, theirs: Group
 
 
 def _group(leaves: Leaves, number: int) -> Group | None:
-    """The group of a leaf, under any of its paths."""
     twins = [twin for twin, one in leaves.ties.items() if one == number] or [number]
     return next((group for twin in twins if (group := group_of(leaves, twin)) is not None), None)

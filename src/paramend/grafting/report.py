@@ -1,15 +1,20 @@
 """The report of a graft: which leaves were copied and which not."""
 
-from dataclasses import asdict, dataclass, field
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from paramend.errors import GraftRefused, SpecMismatch
 from paramend.leaves.codecs.encoding import Misfit
 from paramend.leaves.specs import Spec
-from paramend.pages.page import Column, Page
+from paramend.pages.page import Page
 from paramend.pages.paged import Paged
 from paramend.reports import wording
 from paramend.reports.ends import Ends
 from paramend.reports.report import Line, Section
+from paramend.selectors.grammar import Literal, Piece, Quoted
+from paramend.selectors.patterns import parse
 
 PARTS = ("copied", "fresh", "mismatched", "unused")
 
@@ -61,9 +66,29 @@ class GraftRow:
         return cls(path, source, spec.shape, shape, spec.dtype, dtype, did, fit, taken)
 
     @property
+    def spec(self) -> Spec:
+        """The shape and the dtype of the leaf at `path`."""
+        return Spec(self.shape, self.dtype)
+
+    @property
     def size(self) -> int:
         """The number of scalars of the leaf at `path`."""
-        return Spec(self.shape, self.dtype).size
+        return self.spec.size
+
+    @property
+    def origin(self) -> str:
+        """The path in the source, or ""."""
+        return self.source or ""
+
+    @property
+    def outcome(self) -> str:
+        """What was done, and what the dtype could not hold."""
+        said = [
+            self.did,
+            f"{self.overflowed:,} overflow" * bool(self.overflowed),
+            f"{self.lost:,} lost" * bool(self.lost),
+        ]
+        return "; ".join(filter(None, said))
 
 
 @dataclass(repr=False)
@@ -84,6 +109,8 @@ class GraftReport(Paged):
         ends: the two models of the graft, as long as they are alive, for `pm.graft_optimizer_`.
         encoded: floats of the source that became codes: path in the source → the scheme, and how far the codes are off.
     """
+
+    _data = ("refused", "totals", *PARTS)
 
     copied: list[GraftRow] = field(default_factory=list)
     fresh: list[GraftRow] = field(default_factory=list)
@@ -126,29 +153,92 @@ class GraftReport(Paged):
     def page(self) -> Page:
         """The target as a map, coloured by what became of each leaf, beside the unused leaves of the source."""
         rows = [(name, row) for name in PARTS for row in getattr(self, name)]
-        columns = [
-            Column("source", [row.source or "" for _, row in rows], "text"),
-            Column("did", [_line(row).cells[1] for _, row in rows], "text"),
-            Column("spec", [str(Spec(row.shape, row.dtype)) for _, row in rows], "text"),
-            *(Column(name, [getattr(row, name) for _, row in rows]) for name in ("taken", "overflowed", "lost")),
-        ]
-        paths, sizes = [row.path for _, row in rows], [row.size for _, row in rows]
-        return Page("graft", self.headline(), paths, sizes, columns, [name for name, _ in rows], "part")
+        columns = "origin as source", "outcome as did", "spec", "taken", "overflowed", "lost"
+        shown = "graft", self.headline(), [row for _, row in rows]
+        return Page.of_rows(*shown, *columns, groups=[name for name, _ in rows], group_title="part")
 
     def to_dict(self) -> dict[str, Any]:
-        rows = {name: [_plain(asdict(row)) for row in getattr(self, name)] for name in PARTS}
         encoded = {path: {"scheme": scheme, **fit.to_dict()} for path, (scheme, fit) in self.encoded.items()}
-        return {"refused": self.refused, "totals": self.totals, **rows, **({"encoded": encoded} if encoded else {})}
-
-
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in row.items()}
+        return super().to_dict() | ({"encoded": encoded} if encoded else {})
 
 
 def _line(row: GraftRow) -> Line:
-    spec = Spec(row.shape, row.dtype)
+    spec = row.spec
     source = None if row.source_shape is None else Spec(row.source_shape, row.source_dtype or "")
     both = str(spec) if source in (None, spec) else f"{spec} ◄─ {source}"
-    said = [row.did, f"{row.overflowed:,} overflow" * bool(row.overflowed), f"{row.lost:,} lost" * bool(row.lost)]
     paths = (row.path,) if row.source in (None, row.path) else (row.path, str(row.source))
-    return Line(paths, (both, "; ".join(filter(None, said))), spec.size)
+    return Line(paths, (both, row.outcome), spec.size)
+
+
+_SHOWN = 16
+
+
+def refuse_left(report: GraftReport, unused: str) -> None:
+    """Raise if something of the earlier state is left over and must not be."""
+    if report.unused and unused == "error":
+        report.refused = True
+        why = f"the earlier state has leaves with no place here: {wording.listing([row.path for row in report.unused])}"
+        raise GraftRefused(why, report=report, hint='unused="ok" leaves it behind')
+
+
+def refuse_misfits(wrong: Sequence[str], hint: str) -> None:
+    """Raise if moments, of which each line tells one, do not have the shapes of their parameters."""
+    if wrong:
+        more = [f"and {len(wrong) - _SHOWN:,} more"] if len(wrong) > _SHOWN else []
+        count = wording.plural(len(wrong), "moment does", "moments do")
+        raise SpecMismatch("\n  ".join([f"{count} not fit the parameters:", *wrong[:_SHOWN], *more]), hint=hint)
+
+
+Path = tuple[str, ...]
+
+_special = re.compile(r'[*{}\[\]<>,"\\]').search
+_pieces = re.compile(r"[/.]").split
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """Where the values of one parameter came from."""
+
+    source: Path | None  # the path of the parameter that it continues, or None if it does not continue one
+    corner: bool  # whether it continues only in the common corner
+    did: str  # what was done, in words
+    shape: tuple[int, ...]
+    source_shape: tuple[int, ...] | None
+
+
+class Links:
+    """What a report says about each parameter."""
+
+    def __init__(self, report: GraftReport) -> None:
+        self.targets: dict[Path, Link] = {}  # path in the target → its link
+        for corner, rows in ((False, report.copied), (True, report.mismatched), (False, report.fresh)):
+            for row in rows:
+                # What the other ways to fit a shape mean for a moment is not known here.
+                known = None if corner and row.fit != "corner" else row.source
+                source = None if known is None else pieces_of(known)
+                link = Link(source, corner, row.did, row.shape, row.source_shape)
+                self.targets.setdefault(pieces_of(row.path), link)
+        theirs = (*report.copied, *report.mismatched, *report.unused)
+        self.sources = {pieces_of(row.source) for row in theirs if row.source is not None}  # the paths in the source
+
+
+def without(paths: Iterable[Path], prefix: Path) -> set[Path]:
+    """The paths below a prefix, without it."""
+    return {path[len(prefix) :] for path in paths if path[: len(prefix)] == prefix}
+
+
+def pieces_of(text: str) -> Path:
+    """The pieces of a path as reports write it.
+
+    >>> pieces_of("params/Dense_0/kernel"), pieces_of('a\\\\*b."x/y"')
+    (('params', 'Dense_0', 'kernel'), ('a*b', 'x/y'))
+    """
+    if text and not _special(text):
+        return tuple(_pieces(text))
+    out: list[str] = []
+    for segment in parse(text).segments if text else ():
+        if isinstance(segment, Quoted):
+            out.append(segment.text)
+        elif isinstance(segment, Piece):
+            out.append("".join(atom.text for atom in segment.atoms if isinstance(atom, Literal)))
+    return tuple(out)

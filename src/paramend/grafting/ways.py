@@ -7,9 +7,8 @@ from typing import Any
 
 from paramend.errors import ParamendError
 from paramend.grafting import alignment, layouts
-from paramend.grafting.cases import KINDS, Case
 from paramend.grafting.numbers import counts
-from paramend.grafting.options import quoted
+from paramend.grafting.options import KINDS, Case, quoted
 from paramend.grafting.plan import GraftPlan, abstract
 from paramend.leaves.leaves import Leaves
 from paramend.leaves.paths import write_path
@@ -26,7 +25,11 @@ def out_of(plan: GraftPlan) -> tuple[GraftPlan, list[dict[str, Any]], str]:
     if any(case.kind == "layout" for case in plan.cases):
         return plan, [], "\n      ".join(_transposed(plan))
     ways = _ways_out(plan, better)
-    said = [f"{way.options.call()}{_outcome(way, plan)}" for way in ways]
+    said = []
+    for way in ways:
+        copies = f"  # copies {wording.plural(len(way.moves), 'leaf', 'leaves')}"
+        same = way.options.in_place == plan.options.in_place
+        said.append(f"{way.options.call()}{copies if same else ' gives a new tree instead'}")
     said = [*(_transposed(plan) if plan.orders else []), *said] or [_advice(plan)]
     return plan, [way.options.given() for way in ways], "\n      ".join(said)
 
@@ -42,12 +45,6 @@ def _ways_out(plan: GraftPlan, better: GraftPlan | None) -> list[GraftPlan]:
         functional = _allowing(GraftPlan(plan.target, plan.source, replace(plan.options, in_place=False)))
         return [] if functional is None else [functional]
     return tries
-
-
-def _outcome(way: GraftPlan, plan: GraftPlan) -> str:
-    if way.options.in_place != plan.options.in_place:
-        return " gives a new tree instead"
-    return f"  # copies {wording.plural(len(way.moves), 'leaf', 'leaves')}"
 
 
 def _advice(plan: GraftPlan) -> str:
@@ -77,12 +74,8 @@ _OF_LAYERS = KINDS["mismatch"][2]
 
 
 def _allowing(plan: GraftPlan, choice: int = 0, ways: Sequence[dict[str, str]] = ()) -> GraftPlan | None:
-    """The plan with options that allow its cases, or None if no options do.
-
-    Args:
-        choice: which of several rules to take for a leaf that could be resized in several ways.
-        ways: the options for shapes that differ, in the order in which they are tried.
-    """
+    """The plan with options that allow its cases, or None if no options do: `choice` of several rules to resize a leaf,
+    `ways` for shapes that differ, in the order in which they are tried."""
     ways = ways or (_OF_LAYERS[::-1] if _is_head(plan) else _OF_LAYERS)
     kinds = {case.kind for case in plan.cases} - {"nothing"}
     changes: dict[str, Any] = {}
@@ -161,9 +154,6 @@ def _other_outputs(case: Case, new: tuple[int, ...], old: tuple[int, ...]) -> bo
 _TABLE = re.compile(r"emb|wte|wpe|pos|token|vocab|lm_head|shared", re.IGNORECASE)
 
 
-# ---- weights for kernels ---------------------------------------------------------------------------------------
-
-
 def _meeting(plan: GraftPlan) -> GraftPlan | None:
     """The plan in which weights of the source that go nowhere meet kernels of the target that get nothing, if any."""
     target, source = plan.target.index, plan.source.index
@@ -195,10 +185,8 @@ def _transposed(plan: GraftPlan) -> list[str]:
     shown = made[:_MOST_NAMED] + ["..."] * (len(made) > _MOST_NAMED)
     alike = all(target.spec(number).shape == source.spec(guest).shape for number, (guest, _) in plan.orders.items())
     remark = "  # without the transposition, if your source stores it as your model does" * alike
-    fits = all(
-        layouts.permuted(source.spec(guest).shape, order) == target.spec(number).shape
-        for number, (guest, order) in plan.orders.items()
-    )
+    orders = plan.orders.items()
+    fits = all(layouts.permuted(source.spec(g).shape, order) == target.spec(n).shape for n, (g, order) in orders)
     last = "kernels)" if fits else 'kernels, mismatch="keep")'
     taken = {guest for guest, _ in plan.orders.values()}
     left = _left_behind(plan, taken)

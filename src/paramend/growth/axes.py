@@ -21,113 +21,75 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "shared_mlp": ("shared_expert_intermediate_size",),
 }
 
-# The end of a module's path, without numbers → its axes, in the order in which the weight has them: `<` before those
+
+def _rows(text: str) -> dict[str, str]:
+    pairs = (row.split(":") for row in text.split(";"))
+    return {name: axes.strip() for names, axes in pairs for name in names.split()}
+
+
+# The end of a module's path, without numbers: its axes, in the order in which the weight has them: `<` before those
 # that it reads from, `+` between axes in a row, `*3` where a place has as many units, `#` where a head has one. Of
 # several ends the longest one counts. A row of one axis is a norm. Axes that no configuration counts stay.
-_NORMS = ("input", "post_attention", "pre_feedforward", "post_feedforward", "post_self_attn", "post_mlp")
-_COMMON = {
-    "embed_tokens": "vocabulary hidden",
-    "lm_head": "vocabulary <hidden",
-    **dict.fromkeys(("score", "classifier", "qa_outputs"), "labels <hidden"),
-    **dict.fromkeys((*(f"{name}_layernorm" for name in _NORMS), "norm"), "hidden"),
-    "q_proj": "heads <hidden",
-    **dict.fromkeys(("k_proj", "v_proj"), "kv_heads <hidden"),
-    **dict.fromkeys(("o_proj", "self_attn.dense"), "hidden <heads"),
-    "qkv_proj": "heads+kv_heads+kv_heads <hidden",
-    **dict.fromkeys(("q_norm", "k_norm", "q_layernorm", "k_layernorm"), "head"),
-    **dict.fromkeys(("gate_proj", "up_proj", "fc1", "c_fc"), "mlp <hidden"),
-    **dict.fromkeys(("down_proj", "fc2", "c_proj"), "hidden <mlp"),
-    "gate_up_proj": "mlp+mlp <hidden",
-}
-_WHOLE_NORMS = {"q_norm": "heads", "k_norm": "kv_heads"}
-_MIXTURE = {
-    "gate": "experts <hidden",
-    **dict.fromkeys(("experts.w1", "experts.w3"), "mlp <hidden"),
-    "experts.w2": "hidden <mlp",
-    "experts.gate_up_proj": "experts mlp+mlp <hidden",
-    "experts.down_proj": "experts hidden <mlp",
-    "shared_expert_gate": "one <hidden",
-}
-_FINE = {
-    **_MIXTURE,
-    **dict.fromkeys(("shared_expert.gate_proj", "shared_expert.up_proj"), "shared_mlp <hidden"),
-    "shared_expert.down_proj": "hidden <shared_mlp",
-    "experts.gate_up_proj": "experts expert_mlp+expert_mlp <hidden",
-    **dict.fromkeys(("experts.gate_proj", "experts.up_proj"), "expert_mlp <hidden"),
-    "experts.down_proj": "experts hidden <expert_mlp",
-}
-_GPT2 = {
-    "wte": "vocabulary hidden",
-    "wpe": "positions hidden",
-    **dict.fromkeys(("ln_1", "ln_2", "ln_f"), "hidden"),
-    "attn.c_attn": "<hidden heads+heads+heads",
-    "attn.c_proj": "<heads hidden",
-    "mlp.c_fc": "<hidden mlp",
-    "mlp.c_proj": "<mlp hidden",
-}
-_NEOX = {
-    "embed_in": "vocabulary hidden",
-    "embed_out": "vocabulary <hidden",
-    "query_key_value": "heads*3 <hidden",
-    "attention.dense": "hidden <heads",
-    "dense_h_to_4h": "mlp <hidden",
-    "dense_4h_to_h": "hidden <mlp",
-    "final_layer_norm": "hidden",
-}
-_BERT = {
-    "word_embeddings": "vocabulary hidden",
-    **dict.fromkeys(("position_embeddings", "token_type_embeddings"), "positions hidden"),
-    **dict.fromkeys(("LayerNorm", "layer_norm"), "hidden"),
-    **dict.fromkeys(("query", "key", "value"), "heads <hidden"),
-    "attention.output.dense": "hidden <heads",
-    "intermediate.dense": "mlp <hidden",
-    "output.dense": "hidden <mlp",
-    **dict.fromkeys(("pooler.dense", "transform.dense", "lm_head.dense", "classifier.dense"), "hidden <hidden"),
-    **dict.fromkeys(("decoder", "lm_head", "predictions"), "vocabulary <hidden"),
-    **dict.fromkeys(("classifier", "out_proj", "qa_outputs", "seq_relationship"), "labels <hidden"),
-}
-_OPT = {
-    "embed_positions": "positions hidden",
-    "out_proj": "hidden <heads",
-    **dict.fromkeys(("k_proj", "v_proj"), "heads <hidden"),
-    **dict.fromkeys(("self_attn_layer_norm", "final_layer_norm"), "hidden"),
-}
-_VIT = {
-    "embeddings.cls_token": "one one hidden",
-    "embeddings.mask_token": "one one hidden",
-    "embeddings.position_embeddings": "one positions hidden",
-    "patch_embeddings.projection": "hidden channels height width",
-    **dict.fromkeys(("layernorm_before", "layernorm_after", "layernorm"), "hidden"),
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "query", "key", "value"), "heads <hidden"),
-    "attention.output.dense": "hidden <heads",
-    "intermediate.dense": "mlp <hidden",
-    "output.dense": "hidden <mlp",
-    "pooler.dense": "hidden <hidden",
-}
+_COMMON = _rows("""
+    embed_tokens: vocabulary hidden; lm_head: vocabulary <hidden; score classifier qa_outputs: labels <hidden;
+    input_layernorm post_attention_layernorm pre_feedforward_layernorm post_feedforward_layernorm
+    post_self_attn_layernorm post_mlp_layernorm norm: hidden;
+    q_proj: heads <hidden; k_proj v_proj: kv_heads <hidden; o_proj self_attn.dense: hidden <heads;
+    qkv_proj: heads+kv_heads+kv_heads <hidden; q_norm k_norm q_layernorm k_layernorm: head;
+    gate_proj up_proj fc1 c_fc: mlp <hidden; down_proj fc2 c_proj: hidden <mlp; gate_up_proj: mlp+mlp <hidden
+""")
+_WHOLE_NORMS = _rows("q_norm: heads; k_norm: kv_heads")
+_MIXTURE = _rows("""
+    gate: experts <hidden; shared_expert_gate: one <hidden;
+    experts.w1 experts.w3: mlp <hidden; experts.w2: hidden <mlp;
+    experts.gate_up_proj: experts mlp+mlp <hidden; experts.down_proj: experts hidden <mlp
+""")
+_FINE = _MIXTURE | _rows("""
+    shared_expert.gate_proj shared_expert.up_proj: shared_mlp <hidden; shared_expert.down_proj: hidden <shared_mlp;
+    experts.gate_up_proj: experts expert_mlp+expert_mlp <hidden;
+    experts.gate_proj experts.up_proj: expert_mlp <hidden; experts.down_proj: experts hidden <expert_mlp
+""")
+_GPT2 = _rows("""
+    wte: vocabulary hidden; wpe: positions hidden; ln_1 ln_2 ln_f: hidden;
+    attn.c_attn: <hidden heads+heads+heads; attn.c_proj: <heads hidden; mlp.c_fc: <hidden mlp; mlp.c_proj: <mlp hidden
+""")
+_NEOX = _rows("""
+    embed_in: vocabulary hidden; embed_out: vocabulary <hidden; final_layer_norm: hidden;
+    query_key_value: heads*3 <hidden; attention.dense: hidden <heads;
+    dense_h_to_4h: mlp <hidden; dense_4h_to_h: hidden <mlp
+""")
+_BERT = _rows("""
+    word_embeddings: vocabulary hidden; position_embeddings token_type_embeddings: positions hidden;
+    LayerNorm layer_norm: hidden; query key value: heads <hidden; attention.output.dense: hidden <heads;
+    intermediate.dense: mlp <hidden; output.dense: hidden <mlp;
+    pooler.dense transform.dense lm_head.dense classifier.dense: hidden <hidden;
+    decoder lm_head predictions: vocabulary <hidden; classifier out_proj qa_outputs seq_relationship: labels <hidden
+""")
+_OPT = _rows("""
+    embed_positions: positions hidden; self_attn_layer_norm final_layer_norm: hidden;
+    k_proj v_proj: heads <hidden; out_proj: hidden <heads
+""")
+_VIT = _rows("""
+    embeddings.cls_token embeddings.mask_token: one one hidden; embeddings.position_embeddings: one positions hidden;
+    patch_embeddings.projection: hidden channels height width; layernorm_before layernorm_after layernorm: hidden;
+    q_proj k_proj v_proj query key value: heads <hidden; attention.output.dense: hidden <heads;
+    intermediate.dense: mlp <hidden; output.dense: hidden <mlp; pooler.dense: hidden <hidden
+""")
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A family of models.
+    """A family of models."""
 
-    Attributes:
-        models: its model types in configurations.
-        modules: rows that come before the common ones.
-        norm: whether norms subtract the mean.
-        final: the norm before the head.
-        one: whether norms multiply by 1 + their gains.
-        rooted: whether embeddings are multiplied by the root of the residual width.
-        fixed: whether the size of a head is the residual width over the number of heads, whatever else is said.
-        post: whether the residual stream itself passes through norms, so that only copies keep what these see.
-    """
-
-    models: tuple[str, ...]
-    modules: Mapping[str, str] = field(default_factory=dict)
-    norm: Literal["rms", "layer"] = "rms"
-    final: str = "norm"
-    one: bool = False
-    rooted: bool = False
+    models: tuple[str, ...]  # its model types in configurations
+    modules: Mapping[str, str] = field(default_factory=dict)  # rows that come before the common ones
+    norm: Literal["rms", "layer"] = "rms"  # whether norms subtract the mean
+    final: str = "norm"  # the norm before the head
+    one: bool = False  # whether norms multiply by 1 + their gains
+    rooted: bool = False  # whether embeddings are multiplied by the root of the residual width
+    # Whether the size of a head is the residual width over the number of heads, whatever else is said.
     fixed: bool = False
+    # Whether the residual stream itself passes through norms, so that only copies keep what these see.
     post: bool = False
 
 
@@ -158,37 +120,21 @@ _LEAVES = ("weight", "bias", "kernel", "scale")
 
 @dataclass(frozen=True)
 class Axes:
-    """The axes of a model and of its leaves.
+    """The axes of a model and of its leaves."""
 
-    Attributes:
-        family: its row.
-        sizes: axis → its length, with the size of a head.
-        uses: number of a leaf → its axes; leaves without are left as they are.
-        norms: the numbers of gains and biases of norms.
-        final: those of the norm before the head.
-        embeddings: the numbers of embeddings of tokens, and of heads that are tied to them.
-        tied: whether the head is tied to the embedding.
-        normed: the numbers of projections whose outputs pass through norms of their own, of queries and keys.
-    """
-
-    family: Family
-    sizes: Mapping[str, int]
-    uses: Mapping[int, tuple[Use, ...]]
-    norms: frozenset[int]
-    final: frozenset[int]
-    embeddings: frozenset[int]
-    tied: bool
+    family: Family  # its row
+    sizes: Mapping[str, int]  # axis → its length, with the size of a head
+    uses: Mapping[int, tuple[Use, ...]]  # number of a leaf → its axes; leaves without are left as they are
+    norms: frozenset[int]  # the numbers of gains and biases of norms
+    final: frozenset[int]  # those of the norm before the head
+    embeddings: frozenset[int]  # the numbers of embeddings of tokens, and of heads that are tied to them
+    tied: bool  # whether the head is tied to the embedding
+    # The numbers of projections whose outputs pass through norms of their own, of queries and keys.
     normed: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, leaves: Leaves, config: Mapping[str, Any]) -> "Axes":
-        """The axes by a configuration and the names of leaves.
-
-        Raises:
-            BadArgument: the family is unknown, or a module of the model is.
-            SpecMismatch: a leaf has another shape than the configuration says.
-            Unsupported: a leaf is not one of floats.
-        """
+        """The axes by a configuration and the names of leaves."""
         family = _family(config)
         sizes = _sizes(config)
         index = leaves.index
@@ -218,7 +164,6 @@ class Axes:
         return cls(family, sizes, uses, norms, final, embeddings, tied, normed)
 
     def has(self, axis: str) -> bool:
-        """Whether a leaf has an axis."""
         return any(name == axis for uses in self.uses.values() for use in uses for name, _ in use.parts)
 
 
@@ -227,10 +172,8 @@ def _family(config: Mapping[str, Any]) -> Family:
     found = next((row for row in FAMILIES if kind in row.models), None)
     if found is None:
         known = [model for row in FAMILIES for model in row.models]
-        raise BadArgument(
-            f"which axes a {kind!r} model has is not known; known are {', '.join(known)}",
-            hint='a layer of any tree: pm.widen(tree, features={"params/Dense_0": 16})',
-        )
+        why = f"which axes a {kind!r} model has is not known; known are {', '.join(known)}"
+        raise BadArgument(why, hint='a layer of any tree: pm.widen(tree, features={"params/Dense_0": 16})')
     return found
 
 
@@ -288,12 +231,8 @@ def _check_left(leaves: Leaves, number: int, row: str | None, sizes: Mapping[str
     """Raise for a leaf whose axes are not known, or which is not one of floats: masks and frequencies stay."""
     spec, pieces = leaves.spec(number), leaves.index.pieces(number)
     if row is not None:
-        raise Unsupported(
-            f"{leaves.index.path(number)} is {spec}, which cannot be widened",
-            hint="pm.at(model, ...).cast(...) first",
-        )
+        why = f"{leaves.index.path(number)} is {spec}, which cannot be widened"
+        raise Unsupported(why, hint="pm.at(model, ...).cast(...) first")
     if spec.kind == "float" and pieces[-1] not in ("inv_freq", "masked_bias") and spec.ndim:
-        raise BadArgument(
-            f"which axes {leaves.index.path(number)} {spec} has is not known",
-            hint=f"{wording.listing([f'{name}: {size}' for name, size in sizes.items()])} are known",
-        )
+        why = f"which axes {leaves.index.path(number)} {spec} has is not known"
+        raise BadArgument(why, hint=f"{wording.listing([f'{name}: {size}' for name, size in sizes.items()])} are known")

@@ -27,27 +27,20 @@ def deepened(
     identity: Any,
     given: Mapping[str, Any] | None = None,
 ) -> tuple[Checkpoint, DeepenReport]:
-    """A checkpoint with the layers of another in a given order, and the report; nothing is written.
-
-    Raises:
-        BadCheckpoint: `config.json` is damaged.
-    """
+    """A checkpoint with the layers of another in a given order, and the report; nothing is written."""
     if isinstance(layers, Sliced):
-        raise Unsupported(
-            "stacked layers of a checkpoint can be deepened only in memory",
-            hint="tree, report = pm.deepen(pm.load(path), ...); pm.save(tree, out)",
-        )
+        why = "stacked layers of a checkpoint can be deepened only in memory"
+        raise Unsupported(why, hint="tree, report = pm.deepen(pm.load(path), ...); pm.save(tree, out)")
     document = document_of(checkpoint)
     config = None if document is None else document.values
     work = DepthPlan(checkpoint, layers, order, identity, lambda where: config, given)
     picks, ties = _picks(checkpoint, work)
     texts: list[Document] = []
     if work.config is not None and document is not None:
-        if document.own or path_of(checkpoint.path).is_dir():
-            texts.append(document.holding(work.config))
+        if skipped := document.skipped(checkpoint.path):
+            work.said = [skipped]
         else:
-            file = document.file
-            work.said = [f"{file} is not changed; open {file.parent}/, the directory, to include it"]
+            texts.append(document.holding(work.config))
     texts += _beside(checkpoint, work)
     new = assemble(checkpoint, picks, texts=texts, ties=ties)
     for run in work.runs:

@@ -9,13 +9,11 @@ from paramend.anatomy.quantization import FILES
 from paramend.anatomy.sections import enter
 from paramend.arrays.registry import backend, backend_of
 from paramend.checkpoints.checkpoint import Checkpoint
-from paramend.disk.urls import path_of
 from paramend.edits.call import Call
 from paramend.edits.memory import editable
 from paramend.errors import Unsupported
 from paramend.formats.jsontext import CONFIG
-from paramend.leaves.leaves import Group, keys_of
-from paramend.leaves.paths import Label
+from paramend.leaves.leaves import Group
 from paramend.reports import wording
 from paramend.trees.lookup import is_torch_module
 
@@ -24,18 +22,7 @@ Change = Callable[[str, dict[str, Any]], dict[str, Any]]
 
 
 class Configured:
-    """A model, as its leaves and what its configuration says.
-
-    Attributes:
-        model: the model.
-        leaves: its leaves as they are stored; of a module, those of its state dict.
-        config: its configuration; empty if it has none.
-        on_disk: whether it is a checkpoint.
-
-    Raises:
-        BadCheckpoint: the configuration is damaged.
-        Unsupported: it is a module without one.
-    """
+    """A model, as its leaves and what its configuration says."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -43,24 +30,19 @@ class Configured:
         own: Any = getattr(model, "config", None)
         if self._module and not hasattr(own, "to_dict"):
             raise Unsupported(f"{wording.described(model)} has no configuration, which would change with its leaves")
+        # Its leaves as they are stored; of a module, those of its state dict.
         self.leaves = editable(model.state_dict() if self._module else model, raw=True)
         document = document_of(model)
         self.config: dict[str, Any] = own.to_dict() if self._module else document.values if document else {}
 
     def edited(self, calls: Mapping[int, Call]) -> "Configured":
-        """The model with calls of edits on some leaves."""
         new = copy.copy(self)
         new.leaves = editable(self.leaves.edited(calls), raw=True)
         return new
 
     def remade(self, groups: Sequence[Group], change: Change, kind: str = "") -> tuple[Any, list[str]]:
-        """The model with groups of leaves replaced, and what is to be said of its configuration.
-
-        Args:
-            groups: what goes and what comes, with all leaves as they are stored.
-            change: what becomes of the configuration, and of other files that tell how weights are stored.
-            kind: the name of the class of transformers of a module; its own by default.
-        """
+        """The model with groups of leaves replaced, as they are stored, and what is to be said of its configuration,
+        which changes too; a module may become one of another class of transformers, by its name (`kind`)."""
         if self._module:
             return self._rebuilt(groups, change, kind)
         tree: Any = self.leaves.regrouped(groups) if groups else self.leaves
@@ -72,11 +54,11 @@ class Configured:
             new = document.holding(change(name, document.values)) if document is not None and document.text else None
             if new is None or document is None or new.text == document.text:
                 continue
-            if document.own or path_of(self.model.path).is_dir():
+            if skipped := new.skipped(self.model.path):
+                said.append(skipped)
+            else:
                 tree = tree.planned(tree.plan.beside(new))
                 said += map(str, new.changes)
-            else:
-                said.append(f"{new.file} is not changed; open {new.file.parent}/, the directory, to include it")
         return tree.as_stored(self.model.raw), said
 
     def _rebuilt(self, groups: Sequence[Group], change: Change, kind: str) -> tuple[Any, list[str]]:
@@ -134,8 +116,3 @@ def _alike(made: Any, module: Any) -> None:
 def copied(value: Any) -> Any:
     """A copy of an array, so that two leaves are not one; an origin as it is."""
     return value if backend_of(type(value)) is None else backend(value).like(value, value)
-
-
-def keys(path: Sequence[Label]) -> list[tuple[str, int | None]]:
-    """A path in the form of `renames.keys`, whose containers are those of the leaf that it comes in the place of."""
-    return [(key, depth) for depth, key in enumerate(keys_of(tuple(path)))]

@@ -20,11 +20,9 @@ _DIGITS = "0123456789"
 # Leaf that makes its module a layer → the axis that it writes to, and the one that it reads from; None where it reads
 # places of a table.
 _LAYERS: Mapping[str, tuple[int, int | None]] = {
-    "kernel": (-1, -2),
-    "w": (-1, -2),
+    **dict.fromkeys(("kernel", "w"), (-1, -2)),
     "weight": (0, 1),
-    "embedding": (-1, None),
-    "embeddings": (-1, None),
+    **dict.fromkeys(("embedding", "embeddings"), (-1, None)),
 }
 _STATISTICS = {"mean", "var", "running_mean", "running_var", "average"}
 _PLAIN = Family((), norm="layer")
@@ -60,13 +58,7 @@ def _trailing(piece: str) -> int:
 
 
 def axes_of(leaves: Leaves, features: Mapping[str, Any]) -> Axes:
-    """The axes of a tree that layers write to: the name of each is the path of its layer.
-
-    Raises:
-        NoMatch: there is no such layer.
-        BadArgument: a path names no layer, or no layer follows.
-        Unsupported: the next layer does not read what this one writes.
-    """
+    """The axes of a tree that layers write to: the name of each is the path of its layer."""
     layers = _layers(leaves)
     chain = [layer for layer in layers if layer.main]
     sizes: dict[str, int] = {}
@@ -96,9 +88,8 @@ def axes_of(leaves: Leaves, features: Mapping[str, Any]) -> Axes:
         norms_of = followers or _norms(leaves, layers, layer, reader, size)
         strange = [one for one in (layer, reader, *norms_of) if one.grouped] or others
         if strange:
-            raise Unsupported(
-                f"how {_shown(strange[0])} sees the features of {text} is not known", hint="another layer"
-            )
+            why = f"how {_shown(strange[0])} sees the features of {text} is not known"
+            raise Unsupported(why, hint="another layer")
         for norm in norms_of:
             for number in norm.leaves.values():
                 _put(uses, leaves, number, -1, Use(((text, 1),)))
@@ -159,11 +150,10 @@ def _shown(layer: _Layer) -> str:
 def _norms(leaves: Leaves, layers: list[_Layer], layer: _Layer, reader: _Layer, size: int) -> list[_Layer]:
     """The modules that scale the features one by one: in modules of torch those between a layer and its reader. Trees
     of JAX may have lost the order; there norms are paired with the layers beside them that write as many features.
-
-    Raises:
-        BadArgument: the choice is ambiguous.
     """
-    alike = [one for one in layers if not one.main and _sizes(leaves, one) in ({(size,)}, {(size,), ()})]
+    shapes = [{leaves.spec(number).shape for number in one.leaves.values()} for one in layers]
+    pairs = zip(layers, shapes, strict=True)
+    alike = [one for one, held in pairs if not one.main and held in ({(size,)}, {(size,), ()})]
     if leaves.index.separator == ".":
         return [one for one in alike if layers.index(layer) < layers.index(one) < layers.index(reader)]
     alike = [one for one in alike if one.path[:-1] == layer.path[:-1]]
@@ -178,10 +168,6 @@ def _norms(leaves: Leaves, layers: list[_Layer], layer: _Layer, reader: _Layer, 
         f"it is not known which of {wording.listing(list(map(_shown, alike)))} sees the features of {_shown(layer)}",
         hint=f'name it after the layer: features={{"{_shown(layer)}": 16, "{_shown(alike[0])}": 16}}',
     )
-
-
-def _sizes(leaves: Leaves, layer: _Layer) -> set[tuple[int, ...]]:
-    return {leaves.spec(number).shape for number in layer.leaves.values()}
 
 
 def _width(leaves: Leaves, layer: _Layer) -> int:

@@ -4,22 +4,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar, cast
 
+from paramend.anatomy import families
+from paramend.anatomy.families import modules_of
 from paramend.anatomy.layers import followed
 from paramend.anatomy.moves import Move
 from paramend.anatomy.sections import enter
-from paramend.checkpoints.files import read_by
+from paramend.arrays.registry import backend
+from paramend.checkpoints.report import read_by
+from paramend.edits.call import Call
 from paramend.edits.memory import Memory
-from paramend.errors import BadArgument, Unsupported
-from paramend.growth.depth import Order
+from paramend.errors import BadArgument, SpecMismatch, Unsupported
+from paramend.growth import identities, numbered
+from paramend.growth.depth import Order, order_of
 from paramend.growth.identities import Identity
 from paramend.growth.planning import DepthPlan
 from paramend.growth.rebuilding import Rebuilder
-from paramend.growth.report import DeepenReport
-from paramend.growth.scanned import deepened_stack
+from paramend.growth.report import DeepenReport, LayerRow
 from paramend.leaves.leaves import Editable
+from paramend.leaves.paths import common, write_path
 from paramend.leaves.specs import AnyTree
 from paramend.reports import wording
-from paramend.selectors.selector import SelectorLike, Sliced, sel
+from paramend.selectors.selector import SelectorLike, Sliced, resolve, sel
 from paramend.trees.lookup import find_kind, is_torch_module
 
 T = TypeVar("T")
@@ -125,10 +130,8 @@ def deepen_(
     """
     kind = find_kind(module)
     if kind is None or kind.replace is None:
-        raise Unsupported(
-            f"{wording.described(module)} cannot be changed in place",
-            hint="tree, report = pm.deepen(tree, layers=..., order=...)",
-        )
+        why = f"{wording.described(module)} cannot be changed in place"
+        raise Unsupported(why, hint="tree, report = pm.deepen(tree, layers=..., order=...)")
     if isinstance(layers, Sliced):
         raise Unsupported("stacked layers cannot be deepened in place", hint="module, report = pm.deepen(module, ...)")
     memory = Memory(module)
@@ -193,3 +196,68 @@ def _followed(config: dict[str, Any], moves: Sequence[Move]) -> dict[str, Any]:
     for move in moves:
         config = followed(config, move)[0]
     return config
+
+
+def deepened_stack(tree: Any, layers: Sliced, order: Any, identity: Any) -> tuple[Any, DeepenReport]:
+    """A new tree whose stacked leaves hold the layers of the order, and the report."""
+    axis = _axis(layers.index)
+    memory = Memory(tree)
+    chosen = resolve(layers.part, memory)
+    lengths = {memory.spec(number).shape[axis : axis + 1] for number in chosen}
+    if len(lengths) != 1 or () in lengths:
+        specs = [f"{memory.index.path(number)} {memory.spec(number)}" for number in chosen]
+        why = f"{layers!r}: axis {axis} differs in length among these leaves: {wording.listing(specs, 6)}"
+        raise SpecMismatch(why, hint="select only the leaves of the stack, and the axis that counts its layers")
+    count = lengths.pop()[0]
+    order = order_of(order, count)
+    new = Memory(memory.with_leaves({n: backend(v := memory.read(n)).take(v, order.sources, axis) for n in chosen}))
+    calls: dict[int, Call] = {}
+    family = ""
+    values: dict[int, float] = {}
+    if order.identity and identity is not None:
+        family, values = _stack_values(memory, chosen, identity)
+        index = (*[slice(None)] * axis, list(order.identity))
+        calls = {number: identities.call(value, index) for number, value in values.items()}
+    where = repr(layers.part)
+    sets = {memory.index.path(n): value for n, value in values.items()}
+    rows = [
+        LayerRow(
+            f"{axis * ':, '}{target}",
+            f"{axis * ':, '}{source}",
+            "kept"
+            if order.kept.get(source) == target
+            else "identity"
+            if target in order.identity and calls
+            else "copied",
+            sets if target in order.identity else {},
+            sum(memory.spec(n).size for n in chosen) // count,
+        )
+        for target, source in enumerate(order.sources)
+    ]
+    report = DeepenReport(order, rows, family=family, stacked=where)
+    if order.new:
+        report.new = Sliced(layers.part, (*[slice(None)] * axis, list(order.new)) if axis else list(order.new))
+    return (new.edited(calls) if calls else new.root), report
+
+
+def _axis(index: Any) -> int:
+    parts = index if isinstance(index, tuple) else (index,)
+    if not parts or any(part != slice(None) for part in parts):
+        why = "`layers` must select all layers of the stack; the order says which of them are taken"
+        raise BadArgument(why, hint='layers=pm.sel("params/blocks/**")[:], or [:, :] if the second axis counts layers')
+    return len(parts) - 1
+
+
+def _stack_values(memory: Memory, chosen: Iterable[int], identity: Any) -> tuple[str, dict[int, float]]:
+    """The family that determines the identity, or "", and leaf of the stack → value that makes layers the identity."""
+    pieces = {number: memory.index.pieces(number) for number in chosen}
+    start = common([path[:-1] for path in pieces.values()])
+    family = ""
+    rules = identities.rules_of(identity)
+    strict = rules is not None
+    if rules is None:
+        row = identities.family_of(modules_of(path[len(start) :] for path in pieces.values()), identity, None)
+        family, rules = row.name, families.values(row)
+    names = numbered.under(memory.index.names, start)
+    calls = identities.calls(memory, names, rules, write_path(start, memory.index.separator), strict=strict)
+    return family, {n: float(call.args.get("value", 0.0)) for n, call in calls.items() if n in pieces}

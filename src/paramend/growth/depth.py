@@ -36,16 +36,12 @@ class Order:
             raise BadArgument("the order is empty", hint="order=[0, 1], or pm.depth.drop(12, layers=[3, 4])")
         wrong = [source for source in sources if not 0 <= source < self.of]
         if wrong:
-            raise BadArgument(
-                f"the order names layer {wrong[0]}, and the layers are 0 to {self.of - 1}",
-                hint=f"order={[min(max(source, 0), self.of - 1) for source in sources]}",
-            )
+            why = f"the order names layer {wrong[0]}, and the layers are 0 to {self.of - 1}"
+            raise BadArgument(why, hint=f"order={[min(max(source, 0), self.of - 1) for source in sources]}")
         beyond = [target for target in self.identity if not 0 <= target < len(sources)]
         if beyond:
-            raise BadArgument(
-                f"identity names the new layer {beyond[0]}, and the new layers are 0 to {len(sources) - 1}",
-                hint="identity counts in the new model: pm.depth.Order([0, 1, 1], identity=[2])",
-            )
+            why = f"identity names the new layer {beyond[0]}, and the new layers are 0 to {len(sources) - 1}"
+            raise BadArgument(why, hint="identity counts in the new model: pm.depth.Order([0, 1, 1], identity=[2])")
 
     @cached_property
     def kept(self) -> dict[int, int]:
@@ -90,9 +86,6 @@ class Order:
 def order_of(what: "Order | Iterable[int]", count: int) -> Order:
     """The order that a user gave, for a model of `count` layers; negative numbers count from the end.
 
-    Raises:
-        BadArgument: it is for another number of layers, or names layers that do not exist.
-
     >>> order_of([0, -1], 3)
     pm.depth.Order([0, 2], identity=[], of=3)
     """
@@ -100,16 +93,13 @@ def order_of(what: "Order | Iterable[int]", count: int) -> Order:
         try:
             sources = [int(source) for source in what]
         except (TypeError, ValueError):
-            raise BadArgument(
-                f"{what!r} is not an order of layers", hint="order=[0, 1, 1, 2], or pm.depth.blocks(12, count=4)"
-            ) from None
+            why = f"{what!r} is not an order of layers"
+            raise BadArgument(why, hint="order=[0, 1, 1, 2], or pm.depth.blocks(12, count=4)") from None
         return Order(tuple(s + count if -count <= s < 0 else s for s in sources), of=count)
     if what.of != count:
         fix = Order(what.sources, what.identity, of=count) if what.of < count else blocks(count, count=1)
-        raise BadArgument(
-            f"the order is for a model of {wording.plural(what.of, 'layer')}, and this one has {count}",
-            hint=f"order={fix!r}",
-        )
+        why = f"the order is for a model of {wording.plural(what.of, 'layer')}, and this one has {count}"
+        raise BadArgument(why, hint=f"order={fix!r}")
     return what
 
 

@@ -1,24 +1,28 @@
 """More experts, fewer, or in another order: `pm.experts`."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 
 from paramend.anatomy.experts import SHARES, Block, Mixture, experts_of, groups_of, recounted, renumbered
-from paramend.anatomy.sections import SENSES
+from paramend.anatomy.sections import senses
 from paramend.edits import hands
+from paramend.edits.decoding import keys
 from paramend.edits.moves import whole_numbers
 from paramend.edits.plan import call
 from paramend.errors import BadArgument, NoMatch, OutOfRange, Unsupported
 from paramend.formats.jsontext import CONFIG
 from paramend.growth import numbered
-from paramend.growth.configured import Configured, copied, keys
-from paramend.growth.mixtures import ExpertsReport
+from paramend.growth.configured import Configured, copied
 from paramend.leaves.leaves import Group
 from paramend.leaves.paths import number_of, write_path
+from paramend.pages.page import Column, Page
+from paramend.pages.paged import Paged
 from paramend.reports import wording
+from paramend.reports.report import Line, fold, table
 
 T = TypeVar("T")
 Ids = Sequence[int] | Mapping[int | str, Sequence[int]]
@@ -26,6 +30,45 @@ Ids = Sequence[int] | Mapping[int | str, Sequence[int]]
 MTP = "mtp"
 # Servers spread experts evenly over so many devices.
 _DEVICES = 8
+
+
+@dataclass(frozen=True, repr=False)
+class ExpertsReport(Paged):
+    """Which experts each layer has.
+
+    Attributes:
+        did: "keep", "drop", "duplicate" or "upcycle".
+        before: how many experts each layer had; 0 if it was dense.
+        after: how many it has.
+        layers: the path of each mixture → for each of its experts the old one that it is.
+        redrawn: how many hidden units of each expert are new, of those that were dense.
+        said: what changes in the configuration, and what else there is to know.
+    """
+
+    did: str
+    before: int
+    after: int
+    layers: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    redrawn: int = 0
+    said: tuple[str, ...] = ()
+
+    def headline(self) -> str:
+        """How many experts became how many, in how many layers."""
+        layers = wording.plural(len(self.layers), "layer")
+        what = f"{self.before} -> {self.after}" if self.before else f"{self.after} instead of a dense layer"
+        drawn = f", {wording.plural(self.redrawn, 'unit')} of each redrawn" if self.redrawn else ""
+        return f"experts: {what} in {layers}{drawn}"
+
+    def __str__(self) -> str:
+        told = [wording.listing(list(map(str, ids)), 12) if self.before else "" for ids in self.layers.values()]
+        lines = [Line((path,), (ids,)) for path, ids in zip(self.layers, told, strict=True)]
+        return "\n\n".join(filter(None, (self.headline(), table(fold(lines)), "\n".join(self.said))))
+
+    def page(self) -> Page:
+        """The mixtures as a map."""
+        ids = [", ".join(map(str, each)) for each in self.layers.values()]
+        sizes = [self.after] * len(ids)
+        return Page("experts", self.headline(), list(self.layers), sizes, [Column("experts", ids, "text")])
 
 
 def experts(model: T) -> "Experts[T]":
@@ -119,25 +162,21 @@ class Experts(Generic[T]):
             where = self._where(block)
             if block.unknown:
                 names = wording.listing([index.path(number) for number in block.unknown], 3)
-                raise Unsupported(
-                    f"it is not known which axis of {names} counts the experts of {where}",
-                    hint=f'pm.dequantize(model, "{where}{index.separator}**") if they are quantised',
-                )
+                why = f"it is not known which axis of {names} counts the experts of {where}"
+                raise Unsupported(why, hint=f'pm.dequantize(model, "{where}{index.separator}**") if they are quantised')
             if not block.router:
                 raise Unsupported(f"the router of {where} is not here, or is of an unknown kind")
         parts = {_part(block): block for block in self.mixture.blocks if not block.predicts}
         if len(parts) > 1 and {path[-2:-1] for path, _ in parts} != {("encoder",), ("decoder",)}:
             paths = list(map(self._where, parts.values()))
-            raise Unsupported(
-                f"{wording.listing(paths)} are experts of several parts of the model", hint="pm.part(model, selector)"
-            )
+            why = f"{wording.listing(paths)} are experts of several parts of the model"
+            raise Unsupported(why, hint="pm.part(model, selector)")
 
     def _where(self, block: Block) -> str:
         index = self._configured.leaves.index
         return write_path(index.paths[next(iter(block.along or block.own))][: len(block.path)], index.separator)
 
     def _chosen(self, ids: Ids) -> list[list[int]]:
-        """The experts of each mixture."""
         blocks = self.mixture.blocks
         if not isinstance(ids, Mapping):
             return [self._read(ids, "ids")] * len(blocks)
@@ -192,21 +231,17 @@ class Experts(Generic[T]):
             return dict(renumbered(own, of, mixture.count))
 
         if times > 1 and mixture.model_type in SHARES:
-            model = model.edited(dict.fromkeys(self._biases(), call("multiply", {"value": 1 / times})))
+            # What is added to the scores of experts, where these are chosen.
+            every, pieces = (n for block in mixture.blocks for n in block.along), model.leaves.index.pieces
+            biases = [number for number in every if pieces(number)[-1].endswith("e_score_correction_bias")]
+            model = model.edited(dict.fromkeys(biases, call("multiply", {"value": 1 / times})))
         groups = [group for block in mixture.blocks for group in self._groups(block, of[block.path])]
         new, changed = model.remade(groups, change)
         layers = {self._where(block): tuple(of[block.path]) for block in mixture.blocks}
         told = (*changed, *_warned(mixture.count, count, times))
         return cast(T, new), ExpertsReport(did, mixture.count, count, layers, said=told)
 
-    def _biases(self) -> Iterator[int]:
-        """The leaves that are added to the scores of experts, where these are chosen."""
-        index = self._configured.leaves.index
-        every = (number for block in self.mixture.blocks for number in block.along)
-        return (number for number in every if index.pieces(number)[-1].endswith("e_score_correction_bias"))
-
     def _groups(self, block: Block, ids: list[int]) -> Iterator[Group]:
-        """What becomes of the leaves of a mixture."""
         leaves, count = self._configured.leaves, self.mixture.count
         if ids == list(range(count)):
             return
@@ -247,7 +282,7 @@ def _names(block: Block) -> list[int | str | None]:
 
 def _part(block: Block) -> tuple[tuple[str, ...], bool]:
     """What a mixture is a part of: the path of the layers, and whether these are for images or sound."""
-    return block.layers, any(word in piece for piece in block.path for word in SENSES)
+    return block.layers, senses(block.path)
 
 
 def _check_groups(config: Mapping[str, Any], mixture: Mixture, ids: Sequence[int], times: int) -> None:
@@ -258,9 +293,8 @@ def _check_groups(config: Mapping[str, Any], mixture: Mixture, ids: Sequence[int
     size, new = mixture.count // groups.count, len(ids) // groups.count
     chunks = [{one // size for one in ids[at : at + new]} for at in range(0, len(ids), new)] if new else []
     if len(ids) % groups.count or sorted(map(sorted, chunks)) != [[group] for group in range(groups.count)]:
-        raise BadArgument(
-            f"there are {groups.count} groups of {size} experts: the same number of each, group by group, must stay"
-        )
+        why = f"there are {groups.count} groups of {size} experts: the same number of each, group by group, must stay"
+        raise BadArgument(why)
     top = (mixture.top_k or 1) * times
     if new < groups.least:
         raise BadArgument(f"{groups.count} groups would have {new} experts each and are compared by {groups.least}")

@@ -5,11 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from paramend.anatomy.sections import enter
-from paramend.checkpoints.assemble import Pick, assemble, origin_of
+from paramend.checkpoints.assemble import exchanged, origin_of
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.edits.memory import Memory
 from paramend.growth.configured import blank
-from paramend.leaves.leaves import tied
 from paramend.leaves.paths import text_of
 from paramend.resize.widths import Growth
 from paramend.trees.lookup import is_torch_module
@@ -34,15 +33,8 @@ _NUMBERS: Mapping[str, tuple[tuple[str, int | None], ...]] = {
 
 def on_disk(checkpoint: Checkpoint, growths: Growths, texts: Any = ()) -> Checkpoint:
     """The checkpoint with leaves that are made of its own when they are read, and changed files beside them."""
-    picks: list[Pick] = []
-    for number, path in checkpoint.index.paths.items():
-        grown = growths.get(number)
-        picks.append((path, (checkpoint, number) if grown is None else grown.origin(origin_of(checkpoint, number))))
-    owners = {place: checkpoint.ties.get(number, number) for place, number in enumerate(checkpoint.index.numbers)}
-    new = assemble(checkpoint, picks, texts=texts, ties=tied(owners))
-    for path, layers in checkpoint.index.layers.items():
-        new.index.mark(path, layers)
-    return new
+    grown = {number: each.origin(origin_of(checkpoint, number)) for number, each in growths.items()}
+    return exchanged(checkpoint, grown, texts=texts)
 
 
 def in_memory(memory: Memory, growths: Growths, config: Mapping[str, Any] | None) -> Any:
@@ -67,7 +59,6 @@ def in_place(memory: Memory, growths: Growths, config: Mapping[str, Any] | None)
 
 
 def _once(memory: Memory, growths: Growths) -> list[int]:
-    """The leaves that change, without second paths to the same one."""
     return [number for number in growths if memory.ties.get(number, number) == number]
 
 
@@ -104,7 +95,6 @@ def _settle(root: Any, memory: Memory, growths: Growths, twin: Any) -> None:
 
 
 def _anew(model: Any, values: Mapping[str, Any]) -> Any:
-    """A model of transformers of the same class with another configuration."""
     config = copy.deepcopy(model.config)
     enter(config, config.to_dict(), values)
     return blank(type(model), config)

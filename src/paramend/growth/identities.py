@@ -22,11 +22,7 @@ Identity: TypeAlias = Writers | None
 
 
 def rules_of(identity: Identity) -> Rules | None:
-    """The rules that the user gave: selector relative to a layer → value; None for "auto" or the name of a family.
-
-    >>> rules_of(["mlp.down_proj.*", "self_attn.o_proj.*"])
-    {'mlp.down_proj.*': 0.0, 'self_attn.o_proj.*': 0.0}
-    """
+    """The rules that the user gave: selector relative to a layer → value; None for "auto" or the name of a family."""
     if isinstance(identity, str):
         if identity == "auto" or identity in families.NAMES:
             return None
@@ -50,12 +46,7 @@ def family_of(modules: set[str], identity: str, model_type: str | None) -> famil
 
 
 def calls(leaves: Leaves, layers: list[Names], rules: Rules, where: str, *, strict: bool) -> dict[int, Call]:
-    """The edits that make one layer the identity.
-
-    Raises:
-        NoMatch: a rule matches nothing.
-        Quantized: a leaf is a part of a quantised weight.
-    """
+    """The edits that make one layer the identity."""
     found: dict[int, Call] = {}
     for text, value in rules.items():
         pattern = parse(text)
@@ -63,11 +54,8 @@ def calls(leaves: Leaves, layers: list[Names], rules: Rules, where: str, *, stri
         if strict and not numbers:
             have = [leaves.index.path(n)[len(where) + 1 :] for n in leaves_below(layers)]
             near = wording.closest(text, [*families.NAMES, *have], limit=1) or have[:1]
-            raise NoMatch(
-                f"identity={text!r} matches none of the leaves of {where}, which has {wording.listing(have, 6)}",
-                hint="\n      ".join(f'identity="{name}"' for name in near),
-                near=near,
-            )
+            why = f"identity={text!r} matches none of the leaves of {where}, which has {wording.listing(have, 6)}"
+            raise NoMatch(why, hint="\n      ".join(f'identity="{name}"' for name in near), near=near)
         for number in numbers:
             found[number] = call(value)
     if not found:
@@ -77,33 +65,18 @@ def calls(leaves: Leaves, layers: list[Names], rules: Rules, where: str, *, stri
 
 
 def check_values(leaves: Leaves, numbers: Iterable[int]) -> None:
-    """Refuse to make a layer the identity by leaves of quantised weights.
-
-    Raises:
-        Quantized: there is one among them.
-    """
-    quantized.check_values(
-        leaves, numbers, "cannot be set in an identity layer", "identity=None copies layers as they are"
-    )
+    """Refuse to make a layer the identity by leaves of quantised weights."""
+    way = "identity=None copies layers as they are"
+    quantized.check_values(leaves, numbers, "cannot be set in an identity layer", way)
 
 
 def call(value: float, index: Any = None) -> Call:
-    """The edit that sets a leaf, or a slice of it, to a value.
-
-    >>> print(call(0.0)), print(call(-1.0))
-    zero()
-    fill(-1.0)
-    (None, None)
-    """
+    """The edit that sets a leaf, or a slice of it, to a value."""
     return Call(OPS["fill"], {"value": value}, index) if value else Call(OPS["zero"], {}, index)
 
 
 def check_untied(leaves: Leaves, numbers: Iterable[int], within: set[int]) -> None:
-    """Check that no leaf is tied to a leaf outside the layer.
-
-    Raises:
-        Unsupported: a leaf has a path outside the layer.
-    """
+    """Check that no leaf is tied to a leaf outside the layer."""
     for number in numbers:
         first = leaves.ties.get(number)
         others = [n for n, one in leaves.ties.items() if one == first and n not in within] if first is not None else []

@@ -29,21 +29,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """A way to make an added part contribute nothing at first.
-
-    Attributes:
-        name: its name.
-        says: what becomes zero.
-        selectors: selectors of the names in use; those that match nothing are skipped.
-        alive: what receives a gradient, and when.
-        size: the most scalars that such a leaf may have; None for any.
-    """
+    """A way to make an added part contribute nothing at first."""
 
     name: str
-    says: str
-    selectors: tuple[str, ...]
-    alive: str
-    size: int | None = None
+    says: str  # what becomes zero
+    selectors: tuple[str, ...]  # selectors of the names in use; those that match nothing are skipped
+    alive: str  # what receives a gradient, and when
+    size: int | None = None  # the most scalars that such a leaf may have; None for any
 
 
 SCHEMES: dict[str, Scheme] = {
@@ -112,10 +104,8 @@ def zero(tree: T, scheme: str) -> T:
     chosen = [n for n in found if row.size is None or memory.spec(n).size <= row.size]
     if not chosen:
         looked = wording.listing(row.selectors) or "several numbered norms in one block, such as bn1 and bn2"
-        raise NoMatch(
-            f'no leaf of this tree has a name that the scheme "{scheme}" knows: {looked}',
-            hint='pm.at(tree, "**/gate").zero() works for any name',
-        )
+        why = f'no leaf of this tree has a name that the scheme "{scheme}" knows: {looked}'
+        raise NoMatch(why, hint='pm.at(tree, "**/gate").zero() works for any name')
     return memory.edited(dict.fromkeys(chosen, Call(OPS["zero"])))  # type: ignore[no-any-return]
 
 
@@ -205,10 +195,8 @@ def fixup(tree: T, *, layers: str | Sequence[str], head: str | None = None) -> T
     for path, found in blocks.items():
         weights = [n for n in found if memory.spec(n).ndim >= 2]
         if len(weights) < 2:
-            raise Unsupported(
-                f"{path} has {wording.plural(len(weights), 'weight')}, and Fixup scales blocks of two or more",
-                hint=f'pm.at(tree, "{path}/**").zero()',
-            )
+            why = f"{path} has {wording.plural(len(weights), 'weight')}, and Fixup scales blocks of two or more"
+            raise Unsupported(why, hint=f'pm.at(tree, "{path}/**").zero()')
         scale = len(blocks) ** (-1 / (2 * len(weights) - 2))
         calls |= dict.fromkeys((n for n in found if memory.spec(n).size > 1), Call(OPS["zero"]))
         calls |= dict.fromkeys(weights[:-1], Call(OPS["multiply"], {"value": scale}))

@@ -3,16 +3,16 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from paramend._optional import need
 from paramend.edits.memory import Memory
 from paramend.errors import BadArgument
 from paramend.leaves.specs import AnyArray, Spec
-from paramend.pages.page import Column, Page
+from paramend.pages.page import Page
 from paramend.pages.paged import Paged
 from paramend.reports import wording
-from paramend.reports.report import Line, Section
+from paramend.reports.report import Section
 from paramend.selectors.layers import notation, whole
 from paramend.selectors.selector import SelectorLike, resolve
 from paramend.trees.lookup import is_torch_module
@@ -30,6 +30,8 @@ class LiveRow:
         spec: its shape and dtype.
         step: the first step, from 1, at which its gradient was not zero; None if it always was.
     """
+
+    _data: ClassVar = ("path", "spec.dtype", "spec.shape", "step")
 
     path: str
     spec: Spec
@@ -49,6 +51,8 @@ class LiveReport(Paged):
         rows: one for each leaf.
         steps: how many steps were taken.
     """
+
+    _data = ("steps", "dead", "rows as leaves")
 
     rows: list[LiveRow] = field(default_factory=list)
     steps: int = 2
@@ -70,24 +74,16 @@ class LiveReport(Paged):
 
     def sections(self) -> list[Section]:
         """The leaves by the step of their first gradient."""
-        found = {title: Section(title) for title in (*(f"from step {n}" for n in range(1, self.steps + 1)), "dead")}
-        for row in self.rows:
-            found[row.since].lines.append(Line((row.path,), (str(row.spec),), row.spec.size))
-        return list(found.values())
+        titles = *(f"from step {step}" for step in range(1, self.steps + 1)), "dead"
+        return [Section.of(title, [row for row in self.rows if row.since == title], "spec") for title in titles]
 
     def page(self) -> Page:
         """A map of the leaves, coloured by the step of their first gradient."""
-        groups = [row.since for row in self.rows]
-        columns = [
-            Column("step", [row.step for row in self.rows]),
-            Column("spec", [str(row.spec) for row in self.rows], "text"),
-        ]
-        paths, sizes = [row.path for row in self.rows], [row.spec.size for row in self.rows]
-        return Page("first gradients", self.headline(), paths, sizes, columns, groups, "gradient")
+        shown = "first gradients", self.headline(), self.rows
+        return Page.of_rows(*shown, "step", "spec", groups="since", group_title="gradient")
 
     def to_dict(self) -> dict[str, Any]:
-        rows = [{"path": r.path, "dtype": r.spec.dtype, "shape": list(r.spec.shape), "step": r.step} for r in self.rows]
-        return {"steps": self.steps, "dead": [row.path for row in self.dead], "leaves": rows}
+        return super().to_dict() | {"dead": [row.path for row in self.dead]}
 
 
 def check_live(model: M, loss: Callable[[M], AnyArray], selector: SelectorLike = "**", *, steps: int = 2) -> LiveReport:
@@ -153,7 +149,6 @@ def _jax_steps(params: Any, loss: Callable[[Any], Any], steps: int) -> tuple[dic
         for number, known in list(first.items()):
             if known is None and bool((theirs.read(number) != 0).any()):
                 first[number] = step
-        now = Memory(now).with_leaves(
-            {n: (x := Memory(now).read(n)) - (_RATE * theirs.read(n)).astype(x.dtype) for n in first}
-        )
+        old = Memory(now)
+        now = old.with_leaves({n: (x := old.read(n)) - (_RATE * theirs.read(n)).astype(x.dtype) for n in first})
     return first, tree

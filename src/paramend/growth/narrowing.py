@@ -1,6 +1,7 @@
 """Pruning in width: a model with some places of its axes, in every leaf that has them."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
@@ -13,8 +14,7 @@ from paramend.growth import numbered
 from paramend.growth.axes import KEYS
 from paramend.growth.deepening import deepen
 from paramend.growth.spreads import layer_of
-from paramend.growth.widening import Work
-from paramend.growth.widths import WidthReport
+from paramend.growth.widening import WidthReport, Work
 from paramend.leaves.origins.stored import Held
 from paramend.leaves.specs import AnyArray, Array
 from paramend.reports import wording
@@ -102,10 +102,8 @@ class _Choice:
             raise BadArgument(f"by={by!r} is not 'norm' and has no scores", hint='by={"mlp": array}')
         self.work, self.keep, self.by = work, dict(keep), by
         self.axes = work.axes
-        self._norms: dict[tuple[str, int | None], Array] = {}
 
     def places(self) -> dict[tuple[str, int | None], list[int]]:
-        """Axis and layer → the places that stay."""
         for axis in self.keep:
             if not self.axes.has(axis):
                 raise BadArgument(f"{axis!r}: the model has no such axis")
@@ -119,7 +117,6 @@ class _Choice:
         return found
 
     def _groups(self) -> dict[tuple[str, int | None], list[int]]:
-        """Heads, in whole groups."""
         heads, groups = self.axes.sizes["heads"], self.axes.sizes["kv_heads"]
         size, layers = heads // groups, self._layers("heads")
         if {"heads", "kv_heads"} <= self.keep.keys():
@@ -151,10 +148,8 @@ class _Choice:
         found = np.asarray(what)
         rows = found.reshape(*found.shape[:-1], -1, size) if not found.shape[-1] % size else found[..., None]
         if rows.shape[-1] != size or (rows - rows[..., :1] != np.arange(size)).any() or (rows[..., 0] % size).any():
-            raise BadArgument(
-                f"heads {np.ravel(found).tolist()} break groups of {size} that read one head of keys",
-                hint=f"heads: {list(range(size))}",
-            )
+            why = f"heads {np.ravel(found).tolist()} break groups of {size} that read one head of keys"
+            raise BadArgument(why, hint=f"heads: {list(range(size))}")
         return rows[..., 0] // size
 
     def chosen(self, axis: str, what: Any, size: int, scores: Any, layers: int = 1) -> list[list[int]]:
@@ -178,7 +173,6 @@ class _Choice:
         return [list(map(int, row)) for row in np.broadcast_to(np.atleast_2d(rows), (layers, rows.shape[-1]))]
 
     def _layers(self, axis: str) -> list[int | None]:
-        """The layers whose leaves have an axis."""
         some = (number for number, uses in self.axes.uses.items() if any(axis in dict(use.parts) for use in uses))
         found = {layer_of(self.work.leaves.index.pieces(number)) for number in some}
         return sorted(found, key=lambda layer: -1 if layer is None else layer)
@@ -194,12 +188,9 @@ class _Choice:
         return found
 
     def _scores(self, axis: str) -> Array:
-        """The scores of the places of an axis, layer by layer."""
         given = self._given(axis)
         if given is not None:
             return given
-        if not self._norms:
-            self._measure()
         layers = self._layers(axis) if axis in _LAYERED else [None]
         return np.stack([self._norms[axis, layer] for layer in layers])
 
@@ -207,13 +198,12 @@ class _Choice:
         """The scores of layers: by default the norms of all of their leaves."""
         if self.by != "norm" and "layers" in self.by:
             return to_numpy(self.by["layers"])
-        if not self._norms:
-            self._measure()
         return np.array([self._norms["layers", layer][0] for layer in range(count)])
 
-    def _measure(self) -> None:
-        """Add up squares, leaf by leaf, each read once."""
-        leaves = self.work.leaves
+    @cached_property
+    def _norms(self) -> dict[tuple[str, int | None], Array]:
+        """The sums of squares of what belongs to a place, of each axis and layer; each leaf is read once."""
+        leaves, norms = self.work.leaves, dict[tuple[str, int | None], Array]()
         for number, uses in self.axes.uses.items():
             if leaves.ties.get(number, number) != number or not uses:
                 continue
@@ -226,10 +216,10 @@ class _Choice:
                         continue
                     key = name, layer if name in _LAYERED else None
                     part = sums[start : start + size * unit].reshape(size, unit).sum(1)
-                    self._norms[key] = self._norms.get(key, np.zeros(size)) + part
+                    norms[key] = norms.get(key, np.zeros(size)) + part
                     start += size * unit
-            total = self._norms.get(("layers", layer), np.zeros(1))
-            self._norms["layers", layer] = total + sums.sum()
+            norms["layers", layer] = norms.get(("layers", layer), np.zeros(1)) + sums.sum()
+        return norms
 
 
 def _squares(leaves: Any, number: int) -> list[Array]:

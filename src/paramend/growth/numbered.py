@@ -16,21 +16,15 @@ from paramend.selectors.patterns import parse
 
 @dataclass(frozen=True)
 class Layers(Numbered):
-    """Numbered layers under one parent, such as `layers/0`, `layers/1` or `Dense_0`, `Dense_1`.
+    """Numbered layers under one parent, such as `layers/0`, `layers/1` or `Dense_0`, `Dense_1`; `numbers` ascend."""
 
-    Attributes:
-        numbers: the numbers of the layers, ascending.
-        after: the numbers of the siblings that follow them and are renumbered; `blocks` are the last of them.
-        before: the numbers of the siblings before them.
-        step: the difference of consecutive numbers. If it is more than 1, entries between belong to the layer before.
-    """
-
+    # The numbers of the siblings that follow them and are renumbered; `blocks` are the last of them.
     after: tuple[int, ...] = ()
+    # The difference of consecutive numbers. If it is more than 1, entries between belong to the layer before.
     step: int = 1
-    before: tuple[int, ...] = ()
+    before: tuple[int, ...] = ()  # the numbers of the siblings before them
 
     def target(self, position: int) -> int:
-        """The number of the new layer at a position."""
         return self.numbers[0] + position * self.step
 
     def whole(self, order: Order) -> tuple[list[int], int]:
@@ -50,7 +44,6 @@ class Layers(Numbered):
         return [(self.target(j) + offset, j) for j, source in enumerate(order.sources) if source == layer]
 
     def select(self, targets: Sequence[int], separator: str) -> str:
-        """A selector of the leaves of some new layers."""
         numbers = [self.digits(self.target(target) + i) for target in targets for i in range(self.step)]
         inner = numbers[0] if len(numbers) == 1 else "{" + ",".join(numbers) + "}"
         head, tail = (part and write_piece(part) for part in (self.head, self.tail))
@@ -59,14 +52,6 @@ class Layers(Numbered):
 
 def find(leaves: Leaves, text: str | None) -> list[Layers]:
     """The layers that a text names, grouped by parent; without a text, the only layers of the tree.
-
-    Args:
-        leaves: the tree.
-        text: such as `model.layers[*]`, `model.layers.<n>` or `params/Dense_[:-1]`.
-
-    Raises:
-        NoMatch: there are no such layers, or without a text there are several lists of layers.
-        BadArgument: the text does not say where the number is, or selects layers with gaps.
 
     >>> from paramend.edits.memory import Memory
     >>> tree = Memory({"layers": [{"w": np.ones(2)} for _ in range(3)]})
@@ -81,15 +66,12 @@ def find(leaves: Leaves, text: str | None) -> list[Layers]:
     for one in found:
         for other in found:
             if one.place(other.parent) is not None:
-                raise BadArgument(
-                    f'layers="{text}" names layers within layers: {"/".join(one.parent)} and {"/".join(other.parent)}',
-                    hint=known(index),
-                )
+                why = f'layers="{text}" names layers within layers: {"/".join(one.parent)} and {"/".join(other.parent)}'
+                raise BadArgument(why, hint=known(index))
     if len({len(one.numbers) for one in found}) > 1:
         counts = [f"{'/'.join((*one.parent, one.head))} has {len(one.numbers)}" for one in found]
-        raise BadArgument(
-            f'layers="{text}" matches different numbers of layers: {wording.listing(counts)}', hint=known(index)
-        )
+        why = f'layers="{text}" matches different numbers of layers: {wording.listing(counts)}'
+        raise BadArgument(why, hint=known(index))
     return found
 
 
@@ -151,18 +133,12 @@ def _check_alike(leaves: Leaves, found: Numbered, text: str) -> None:
     start, stop = _longest(layers)
     if stop - start > 1:
         text = text.replace("[*]", f"[{start or ''}:{stop - len(layers) or ''}]")
-    raise BadArgument(
-        f"`layers` is ambiguous: {wording.plural(len(layers), 'sibling')} {found.head}<n> are not alike",
-        hint=f'layers="{text}"',
-    )
+    why = f"`layers` is ambiguous: {wording.plural(len(layers), 'sibling')} {found.head}<n> are not alike"
+    raise BadArgument(why, hint=f'layers="{text}"')
 
 
 def _longest(layers: Sequence[object]) -> tuple[int, int]:
-    """Where the longest run of equal entries starts and ends.
-
-    >>> _longest("abbbc")
-    (1, 4)
-    """
+    """Where the longest run of equal entries starts and ends."""
     sizes = [len(list(run)) for _, run in groupby(layers)]
     place = sizes.index(max(sizes))
     return sum(sizes[:place]), sum(sizes[: place + 1])
@@ -220,11 +196,7 @@ def shared(leaves: Leaves, runs: Sequence[Layers]) -> set[int]:
 
 
 def renumbered(path: Sequence[Label], at: int, text: str) -> tuple[Label, ...]:
-    """A path with one piece replaced.
-
-    >>> renumbered(("layers", "0", "w"), 1, "5")
-    ('layers', '5', 'w')
-    """
+    """A path with one piece replaced."""
     label = path[at]
     new: Label = label._replace(text=text) if isinstance(label, Part) else text
     return (*path[:at], new, *path[at + 1 :])

@@ -19,21 +19,15 @@ from paramend.reports import wording
 from paramend.selectors.layers import candidates, known
 from paramend.selectors.selector import Union, sel
 
-# Path of the layers → the configuration of the model that they are in; None if it has none.
-ConfigAt = Callable[[Sequence[str]], Mapping[str, Any] | None]
+Config = Mapping[str, Any] | None
+ConfigAt = Callable[[Sequence[str]], Config]  # path of the layers → the configuration of the model that they are in
 
 
 class DepthPlan:
     """One change of depth. `config` is the new configuration, or None, and `said` tells of its changes."""
 
     def __init__(
-        self,
-        tree: Editable,
-        layers: Any,
-        order: Any,
-        identity: Any,
-        config_at: ConfigAt,
-        given: Mapping[str, Any] | None = None,
+        self, tree: Editable, layers: Any, order: Any, identity: Any, config_at: ConfigAt, given: Config = None
     ) -> None:
         if layers is not None and not isinstance(layers, str):
             text = getattr(layers, "text", None)
@@ -72,15 +66,12 @@ class DepthPlan:
         moving = {run.parent for run in self.runs}
         beside = {(run.parent[:-1], run.numbers) for run in self.runs if len(run.numbers) > 1 and not run.head}
         found = [one for one in candidates(self.tree.index) if (one.parent[:-1], one.numbers) in beside]
-        return [
-            f"{'.'.join(one.parent)} keeps its {len(one.numbers)} entries: if they belong to the layers, name both"
-            for one in found
-            if one.parent not in moving and not one.head
-        ]
+        left = [one for one in found if one.parent not in moving and not one.head]
+        said = "if they belong to the layers, name both"
+        return [f"{'.'.join(one.parent)} keeps its {len(one.numbers)} entries: {said}" for one in left]
 
     @cached_property
     def moves(self) -> list[Move]:
-        """How the layers of each run move, for a configuration."""
         return [self._move(run) for run in self.runs]
 
     def _move(self, run: Layers) -> Move:

@@ -44,8 +44,6 @@ class Rebuilder:
         self.shared = shared(tree, runs)
         self.made: dict[tuple[int | None, Any], Any] = {}
 
-    # ---- trees ---------------------------------------------------------------------------------------------
-
     def rebuilt(self, node: Any, path: Pieces = ()) -> Any:
         """A new tree; subtrees that contain no layers are the same objects."""
         kind = find_kind(node)
@@ -60,10 +58,8 @@ class Rebuilder:
         named = list(keys or range(len(children)))
         if ELIDED in named:
             return kind.close(node, [self.rebuilt(child, path) for child in children])
-        entries = [
-            _Entry(key, self.rebuilt(child, (*path, *map(text_of, labels(key)))))
-            for key, child in zip(named, children, strict=True)
-        ]
+        pairs = list(zip(named, children, strict=True))
+        entries = [_Entry(key, self.rebuilt(each, (*path, *map(text_of, labels(key))))) for key, each in pairs]
         if not any(self._place(path, key) for key in named):
             return kind.close(node, [entry.child for entry in entries])
         order = list(node) if isinstance(node, Mapping) and len(node) == len(named) else named
@@ -72,10 +68,8 @@ class Rebuilder:
 
     def _rekeyed(self, node: Any, kind: Kind, path: Pieces, entries: list[_Entry], *, positional: bool) -> Any:
         if kind.rekey is None:
-            raise Unsupported(
-                f"{'/'.join(path) or 'the tree'} is {wording.described(node)}, whose entries are fixed",
-                hint="put the layers in a list, a tuple or a dict",
-            )
+            why = f"{'/'.join(path) or 'the tree'} is {wording.described(node)}, whose entries are fixed"
+            raise Unsupported(why, hint="put the layers in a list, a tuple or a dict")
         new: list[tuple[Any, Any]] = []
         done: set[int] = set()
         for entry in entries:
@@ -88,10 +82,8 @@ class Rebuilder:
                 new += [(e.key, self._copied(e.child, e.target) if e.target in again else e.child) for e in moved]
         listed = positional or (isinstance(node, list | tuple) and not hasattr(node, "_fields"))
         if listed and [key for key, _ in new] != list(range(len(new))):
-            raise BadArgument(
-                f"{'/'.join(path)} is a list, and the entries between its layers would leave gaps in it",
-                hint="select whole blocks with `layers`, or convert the list to a dict",
-            )
+            why = f"{'/'.join(path)} is a list, and the entries between its layers would leave gaps in it"
+            raise BadArgument(why, hint="select whole blocks with `layers`, or convert the list to a dict")
         if len(dict(new)) != len(new):
             raise BadArgument(f"two entries of {'/'.join(path)} would have the same name", hint="rename one first")
         return kind.rekey(node, dict(new))
@@ -141,15 +133,12 @@ class Rebuilder:
             return kind.close(node, [self._fresh(child, None) for child in kind.open(node)[1]])
         return copied(node)
 
-    # ---- modules -------------------------------------------------------------------------------------------
-
     def check(self) -> None:
         """Refuse a module whose layers cannot be rearranged, before anything changes."""
         for run in self.runs:
             _items(run, _descend(self.tree.root, run.parent))
 
     def rebuild_(self, module: Any) -> None:
-        """Rearrange the layers of a torch or NNX module in place."""
         for run in self.runs:
             self._rearrange_(module, run, _descend(module, run.parent))
 
@@ -169,10 +158,8 @@ class Rebuilder:
                 numbered.append((new, (made, target)))
         numbered.sort(key=lambda pair: pair[0])
         if [new for new, _ in numbered] != list(range(len(numbered))) and run.step != 1:
-            raise BadArgument(
-                f"the entries between the layers of {'.'.join(run.parent)} would leave gaps",
-                hint="select whole blocks with `layers`",
-            )
+            why = f"the entries between the layers of {'.'.join(run.parent)} would leave gaps"
+            raise BadArgument(why, hint="select whole blocks with `layers`")
         put([*kept, *((run.piece(new), layer) for new, (layer, _) in numbered)])
         for _, (layer, target) in numbered:
             if torch and target is not None and layer is not None:

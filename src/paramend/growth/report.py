@@ -1,12 +1,12 @@
 """The report of a change of depth: what each layer of the new model is made of."""
 
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from paramend.errors import BadArgument
 from paramend.growth.depth import Order
-from paramend.pages.page import Column, Page
+from paramend.pages.page import Page
 from paramend.pages.paged import Paged
 from paramend.reports import wording
 from paramend.reports.report import braced
@@ -33,6 +33,11 @@ class LayerRow:
     parameters: int = 0
 
     @property
+    def settings(self) -> str:
+        """The leaves that were set, as text."""
+        return ", ".join(f"{path} = {value:g}" for path, value in self.set.items())
+
+    @property
     def new(self) -> bool:
         """Whether the old model does not have this layer."""
         return self.did != "kept"
@@ -53,6 +58,8 @@ class DeepenReport(Paged):
         stacked: for layers stacked along an axis, the selector of their leaves; else "".
     """
 
+    _data = ("order.sources as order", "order.identity", "order.of", "layers", "new", "config", "rename", "family")
+
     order: Order
     layers: list[LayerRow] = field(default_factory=list)
     new: Selector | None = None
@@ -69,10 +76,8 @@ class DeepenReport(Paged):
             BadArgument: the layers are slices of leaves, and no selector combines whole leaves and slices.
         """
         if self.stacked and self.new is not None:
-            raise BadArgument(
-                "the new layers are slices of leaves: freeze all, and thaw these from the start",
-                hint='pm.freeze(tx, "**", until={report.new: 0})',
-            )
+            why = "the new layers are slices of leaves: freeze all, and thaw these from the start"
+            raise BadArgument(why, hint='pm.freeze(tx, "**", until={report.new: 0})')
         return sel("**") if self.new is None else ~self.new
 
     @property
@@ -103,27 +108,13 @@ class DeepenReport(Paged):
 
     def page(self) -> Page:
         """Arrows from the old layers to the new ones, coloured by what became of them."""
-        set_ = [", ".join(f"{path} = {value:g}" for path, value in row.set.items()) for row in self.layers]
-        sources, sizes = [row.source for row in self.layers], [row.parameters for row in self.layers]
-        columns = [Column("source", sources, "text"), Column("set", set_, "text"), Column("parameters", sizes)]
-        paths, did = [row.path for row in self.layers], [row.did for row in self.layers]
-        ends = list(self.old)
-        links = [[ends.index(source)] for source in sources]
-        return Page(
-            "deepen", self.headline(), paths, sizes, columns, did, "layer", chart="arrows", ends=ends, links=links
-        )
+        columns, ends = ("source", "settings as set", "parameters"), list(self.old)
+        chart: Any = {"chart": "arrows", "ends": ends, "links": [[ends.index(row.source)] for row in self.layers]}
+        shown = "deepen", self.headline(), self.layers
+        return Page.of_rows(*shown, *columns, size="parameters", groups="did", group_title="layer", **chart)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "order": list(self.order.sources),
-            "identity": list(self.order.identity),
-            "of": self.order.of,
-            "layers": [asdict(row) for row in self.layers],
-            "new": None if self.new is None else repr(self.new),
-            "config": self.config,
-            "rename": self.rename,
-            "family": self.family,
-        }
+        return super().to_dict() | {"new": None if self.new is None else repr(self.new)}
 
 
 def _runs(rows: list[LayerRow]) -> list[list[LayerRow]]:

@@ -23,12 +23,7 @@ _EPS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", 
 
 
 def spreads_of(axes: Axes, wanted: Mapping[str, int], method: Method) -> dict[tuple[str, int | None], Spread]:
-    """The index maps of the axes that become longer.
-
-    Raises:
-        BadArgument: the model has no such axis, or it would be shorter, or heads and groups do not fit.
-        Unsupported: the method cannot keep what the norms of the model see.
-    """
+    """The index maps of the axes that become longer."""
     new = {axis: size for axis, size in wanted.items() if size != axes.sizes.get(axis)}
     for axis, size in new.items():
         old = axes.sizes.get(axis)
@@ -69,18 +64,14 @@ def _hidden(old: int, new: int, method: Method, axes: Axes) -> Spread:
     """The residual stream, which every norm sees."""
     if method != "zero":
         if new % old:
-            raise Unsupported(
-                f"hidden={new} is not a multiple of {old}: norms would see some places more often than others",
-                hint=f'hidden={-(-new // old) * old}, or method="zero"',
-            )
+            why = f"hidden={new} is not a multiple of {old}: norms would see some places more often than others"
+            raise Unsupported(why, hint=f'hidden={-(-new // old) * old}, or method="zero"')
         if axes.tied and not axes.final:
             raise Unsupported("the head is tied to the embedding, and there is no norm before it that could be divided")
         return _longer(old, new, method)
     if axes.family.post:
-        raise Unsupported(
-            "the residual stream passes through norms, after which no new place is zero or the mean",
-            hint=f'hidden={-(-new // old) * old}, method="tile"',
-        )
+        why = "the residual stream passes through norms, after which no new place is zero or the mean"
+        raise Unsupported(why, hint=f'hidden={-(-new // old) * old}, method="tile"')
     if axes.family.norm == "rms":
         return Spread(old, np.arange(new) % old, np.ones(new), np.arange(new) >= old, "writers")
     whole = new // old
@@ -96,10 +87,8 @@ def _grouped(sizes: Mapping[str, int], new: Mapping[str, int], method: Method) -
     each = more // count
     if method == "zero":
         if each < size:
-            raise BadArgument(
-                f"groups of {each} heads are smaller than those of {size}, and method='zero' keeps these",
-                hint=f"heads={count * size}",
-            )
+            why = f"groups of {each} heads are smaller than those of {size}, and method='zero' keeps these"
+            raise BadArgument(why, hint=f"heads={count * size}")
         group, slot = np.divmod(np.arange(more), each)
         fresh = (group >= groups) | (slot >= size)
         queries = replace(Spread.kept(heads, group % groups * size + slot % size), fresh=fresh)
@@ -113,9 +102,8 @@ def _grouped(sizes: Mapping[str, int], new: Mapping[str, int], method: Method) -
     copy, group = np.divmod(group, groups)
     places = group * size + (copy * each + slot) % size
     if len(set(places.tolist())) < heads:
-        raise BadArgument(
-            f"{count} groups of {each} heads have no place for each of {heads}", hint=f"heads={count * size}"
-        )
+        why = f"{count} groups of {each} heads have no place for each of {heads}"
+        raise BadArgument(why, hint=f"heads={count * size}")
     queries = Spread.copies(heads, places, split=split)
     return {"heads": queries, "kv_heads": Spread.copies(groups, np.arange(count) % groups)}
 
@@ -177,12 +165,7 @@ def seen(spreads: Spreads) -> float:
 
 
 def configured(axes: Axes, config: Mapping[str, Any], spreads: Spreads) -> dict[str, Any]:
-    """The configuration with the new lengths.
-
-    Raises:
-        BadArgument: the family has no way to say the size of a head.
-        Unsupported: it has none to say how small numbers norms add.
-    """
+    """The configuration with the new lengths."""
     new = {**axes.sizes, **{axis: len(each.places) for (axis, _), each in spreads.items()}}
     made = dict(config)
     for axis, keys in KEYS.items():
@@ -195,9 +178,8 @@ def configured(axes: Axes, config: Mapping[str, Any], spreads: Spreads) -> dict[
     derived = not hidden % heads and hidden // heads == head
     if axes.family.fixed and not derived:
         fit = f"heads={hidden // head}" if not hidden % head else f"hidden={heads * head}"
-        raise BadArgument(
-            f"{heads} heads of {head} are not the residual width of {hidden}, and this family has no others", hint=fit
-        )
+        why = f"{heads} heads of {head} are not the residual width of {hidden}, and this family has no others"
+        raise BadArgument(why, hint=fit)
     if not derived and type(config.get("head_dim")) is not int:
         made["head_dim"] = head
     if (factor := seen(spreads)) != 1:

@@ -13,7 +13,7 @@ from paramend.edits.moves import whole_numbers
 from paramend.errors import BadArgument, Quantized, SpecMismatch, Unsupported
 from paramend.formats.jsontext import CONFIG
 from paramend.growth.configured import Configured
-from paramend.growth.mixtures import ExpertsReport
+from paramend.growth.experts import ExpertsReport
 from paramend.leaves.groups import groups_of
 from paramend.leaves.leaves import Group, plain
 from paramend.leaves.origins.boxes import Box, shape_of
@@ -28,25 +28,16 @@ _ROLES = ("gate_proj", "up_proj", "down_proj")
 
 
 class _Family(NamedTuple):
-    """How a dense family becomes one of mixtures.
+    """How a dense family becomes one of mixtures."""
 
-    Attributes:
-        kind: its new model type.
-        stems: what the names of its classes begin with, and what those of the mixtures do.
-        module: the module of a mixture in published checkpoints.
-        names: the projections of an expert there: gate, up, down.
-        defaults: what the dense family takes for granted, and the mixtures otherwise.
-        says: what the configuration of the mixtures says too; "I" stands for the hidden units of an expert.
-        counts: the key that counts experts.
-    """
-
-    kind: str
-    stems: tuple[str, str]
-    module: str
-    names: tuple[str, ...]
-    defaults: Mapping[str, Any]
+    kind: str  # its new model type
+    stems: tuple[str, str]  # what the names of its classes begin with, and what those of the mixtures do
+    module: str  # the module of a mixture in published checkpoints
+    names: tuple[str, ...]  # the projections of an expert there: gate, up, down
+    defaults: Mapping[str, Any]  # what the dense family takes for granted, and the mixtures otherwise
+    # What the configuration of the mixtures says too; "I" stands for the hidden units of an expert.
     says: Mapping[str, Any]
-    counts: str = "num_experts"
+    counts: str = "num_experts"  # the key that counts experts
 
 
 _W = ("w1", "w3", "w2")
@@ -97,10 +88,8 @@ def upcycle(
     """
     configured = Configured(model)
     if not configured.config:
-        raise BadArgument(
-            "a model becomes a mixture with its configuration, and this one has none",
-            hint='pm.upcycle(pm.open("model/"), experts=8, top_k=2)',
-        )
+        why = "a model becomes a mixture with its configuration, and this one has none"
+        raise BadArgument(why, hint='pm.upcycle(pm.open("model/"), experts=8, top_k=2)')
     if not (type(experts) is type(top_k) is int and 1 <= top_k <= experts):
         raise BadArgument(f"top_k={top_k!r} of experts={experts!r} cannot be chosen", hint="experts=8, top_k=2")
     if not (isinstance(drop, int | float) and 0 <= drop <= 1):
@@ -160,7 +149,6 @@ class _Upcycling:
         return {path: tuple(roles[role] for role in _ROLES) for path, roles in found.items()}
 
     def followed(self, top_k: int) -> dict[str, Any]:
-        """The configuration of the mixture."""
         config, family = dict(self.config), self.family
         theta = config.get("rope_theta", (config.get("rope_parameters") or {}).get("rope_theta"))
         defaults = {key: value for key, value in family.defaults.items() if key != "rope_theta" or theta is None}
@@ -169,9 +157,8 @@ class _Upcycling:
         new["num_key_value_heads"] = config.get("num_key_value_heads") or config.get("num_attention_heads")
         new |= {key: self.inner if value == "I" else value for key, value in family.says.items()}
         if config.get("architectures"):
-            new["architectures"] = [
-                family.stems[1] + each.removeprefix(family.stems[0]) for each in config["architectures"]
-            ]
+            old, now = family.stems
+            new["architectures"] = [now + each.removeprefix(old) for each in config["architectures"]]
         if family.kind == "qwen3_moe":
             new["use_sliding_window"] = _slides(config)
         return new
@@ -223,10 +210,8 @@ class _Upcycling:
             return list(values)
         site = path, "experts", str(number)
         units = np.sort(generator(self.seed, Site(site)).permutation(self.inner)[: self.redrawn])
-        return [
-            _redrawn(value, units, axis, self.seed, (*site, role))
-            for value, role, axis in zip(values, _ROLES, (0, 0, 1), strict=True)
-        ]
+        rows = zip(values, _ROLES, (0, 0, 1), strict=True)
+        return [_redrawn(value, units, axis, self.seed, (*site, role)) for value, role, axis in rows]
 
 
 def _slides(config: Mapping[str, Any]) -> bool:

@@ -1,28 +1,96 @@
 """Growth in width: a model with longer axes that computes what it did."""
 
 from collections.abc import Mapping
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar, cast
 
 import numpy as np
 
 from paramend.anatomy.documents import document_of
+from paramend.checkpoints.anatomy import configuration
 from paramend.checkpoints.checkpoint import Checkpoint
-from paramend.disk.urls import path_of
 from paramend.edits.memory import Memory, editable
 from paramend.errors import BadArgument, Quantized, Unsupported
 from paramend.growth import consumers, following
 from paramend.growth.axes import Axes
 from paramend.growth.spreads import METHODS, Method, Spreads, configured, growths_of, spreads_of
-from paramend.growth.widths import WidthReport, WidthRow
 from paramend.leaves.groups import groups_of
 from paramend.leaves.leaves import Editable
 from paramend.leaves.specs import AnyTree, Spec
+from paramend.pages.page import Page
+from paramend.pages.paged import Paged
 from paramend.reports import wording
 from paramend.reports.ends import Ends
-from paramend.resize.widths import Growth
-from paramend.trees.lookup import find_kind, is_torch_module
+from paramend.reports.report import Line, Section
+from paramend.resize.widths import Growth, Widths
+from paramend.trees.lookup import find_kind
 
 T = TypeVar("T")
+_WAYS = 'pm.widen(tree, features={"params/Dense_0": 16}), or pm.open("model/"), a directory with config.json'
+
+
+@dataclass(frozen=True, slots=True)
+class WidthRow:
+    """What became of one leaf.
+
+    Attributes:
+        path: its path.
+        before: its spec.
+        after: its new spec.
+        rate: the factor of its values. Multiplied by it, the rate of Adam makes the steps that the old model would
+            have made; a decoupled decay is divided by it. None if places have different ones.
+    """
+
+    _data: ClassVar = ("path", "before.shape as before", "after.shape as after", "rate")
+
+    path: str
+    before: Spec
+    after: Spec
+    rate: float | None
+
+
+@dataclass(repr=False)
+class WidthReport(Widths, Paged):
+    """Which axes of a model have another length, and which leaves follow.
+
+    Attributes:
+        verb: "widen" or "narrow".
+        sizes: axis → its old length and its new one.
+        rows: the leaves that changed.
+        config: descriptions of the changes to the model's configuration.
+        kept: for `pm.narrow`, axis → the places that were kept, layer by layer.
+    """
+
+    _data = ("verb", "sizes", "rows", "config", "kept")
+
+    verb: str = "widen"
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    rows: list[WidthRow] = field(default_factory=list)
+    config: list[str] = field(default_factory=list)
+    kept: dict[str, list[list[int]]] = field(default_factory=dict)
+
+    def headline(self) -> str:
+        """The axes with their lengths, and how many leaves follow."""
+        axes = [f"{axis} {old:,} -> {new:,}" for axis, (old, new) in self.sizes.items()]
+        before, after = (sum(getattr(row, side).size for row in self.rows) for side in ("before", "after"))
+        leaves = wording.plural(len(self.rows), "leaf", "leaves")
+        return f"{self.verb}: {wording.listing(axes) or 'nothing'}; {leaves}, {before:,} -> {after:,} parameters"
+
+    def sections(self) -> list[Section]:
+        lines = []
+        for row in self.rows:
+            times = "factors differ" if row.rate is None else f"times {row.rate:g}" if row.rate != 1 else ""
+            lines.append(Line((row.path,), (f"{row.before} -> {row.after}", times), row.after.size))
+        return [Section("changed", lines)]
+
+    def __str__(self) -> str:
+        return "\n\n".join([super().__str__(), *([f"config: {', '.join(self.config)}"] if self.config else [])])
+
+    def page(self) -> Page:
+        """The new model as a map, coloured by whether values were multiplied."""
+        kinds = ["moved" if row.rate == 1 else "multiplied" for row in self.rows]
+        shown = self.verb, self.headline(), self.rows
+        return Page.of_rows(*shown, "before", "after", size="after.size", groups=kinds, group_title="kind")
 
 
 def widen(
@@ -119,16 +187,17 @@ def widen_(
         what = wording.described(module)
         raise Unsupported(f"{what} cannot be changed in place", hint="tree, report = pm.widen(tree, ...)")
     sizes = {"hidden": hidden, "mlp": mlp, "heads": heads, "kv_heads": kv_heads}
-    return _planned(module, sizes, features, method).carried_out_(module)
+    work = _planned(module, sizes, features, method)
+    following.in_place(cast(Memory, work.leaves), work.growths, work.new)
+    work.report.ends = Ends(module, module)
+    return work.report
 
 
 def _planned(tree: Any, sizes: Mapping[str, int | None], features: Mapping[str, int] | None, method: Method) -> "Work":
     wanted: dict[str, int] = {axis: size for axis, size in sizes.items() if size is not None}
     if bool(wanted) == bool(features):
-        raise BadArgument(
-            "widen takes lengths of the axes of a model, or of features of layers",
-            hint='pm.widen(tree, features={"params/Dense_0": 16}), or pm.widen(model, mlp=4096)',
-        )
+        why = "widen takes lengths of the axes of a model, or of features of layers"
+        raise BadArgument(why, hint='pm.widen(tree, features={"params/Dense_0": 16}), or pm.widen(model, mlp=4096)')
     if method not in METHODS:
         raise BadArgument(f"method={method!r} is not one of {', '.join(METHODS)}", hint='method="tile"')
     for axis, size in {**wanted, **(features or {})}.items():
@@ -152,7 +221,10 @@ class Work:
         if features:
             self.axes = consumers.axes_of(self.leaves, features)
         else:
-            self.config = configuration(tree)
+            self.config = configuration(self.leaves)
+            if not self.config:
+                why = f"{wording.described(tree)} has no configuration that says which axes its leaves have"
+                raise BadArgument(why, hint=_WAYS)
             self.axes = Axes.of(self.leaves, self.config)
         self.growths: dict[int, Growth] = {}
         self.new: dict[str, Any] | None = None
@@ -175,7 +247,6 @@ class Work:
         return self
 
     def carried_out(self, tree: T) -> tuple[T, WidthReport]:
-        """A new tree, and the report."""
         if isinstance(self.leaves, Checkpoint):
             new: Any = following.on_disk(self.leaves, self.growths, self._texts(self.leaves))
         else:
@@ -183,38 +254,10 @@ class Work:
         self.report.ends = Ends(new, tree)
         return new, self.report
 
-    def carried_out_(self, module: Any) -> WidthReport:
-        """The report, after the module has changed."""
-        following.in_place(cast(Memory, self.leaves), self.growths, self.new)
-        self.report.ends = Ends(module, module)
-        return self.report
-
     def _texts(self, checkpoint: Checkpoint) -> list[Any]:
         document = document_of(checkpoint)
         if document is None or self.new is None:
             return []
-        if path_of(checkpoint.path).is_dir():
-            return [document.holding(self.new)]
-        self.report.config = [
-            f"{document.file} is not changed; open {document.file.parent}/, the directory, to include it"
-        ]
-        return []
-
-
-def configuration(tree: Any) -> dict[str, Any]:
-    """The configuration of a checkpoint or of a model of transformers.
-
-    Raises:
-        BadArgument: it has none.
-        BadCheckpoint: `config.json` is damaged.
-    """
-    document = document_of(tree)
-    if document is not None:
-        return document.values
-    config: Any = getattr(tree, "config", None) if is_torch_module(tree) else None
-    if not hasattr(config, "model_type") or not hasattr(config, "to_dict"):
-        raise BadArgument(
-            f"{wording.described(tree)} has no configuration that says which axes its leaves have",
-            hint='pm.widen(tree, features={"params/Dense_0": 16}), or pm.open("model/"), a directory with config.json',
-        )
-    return cast(dict[str, Any], config.to_dict())
+        if skipped := document.skipped(checkpoint.path):
+            self.report.config = [skipped]
+        return [] if skipped else [document.holding(self.new)]

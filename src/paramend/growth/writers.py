@@ -58,18 +58,14 @@ def residual_writers(
     if is_torch_module(model):
         return _torch_writers(model, example, layers)
     if params is None or not callable(model):
-        raise BadArgument(
-            "residual_writers takes a torch model, or a function of one block with params=",
-            hint="pm.residual_writers(lambda params, x: block.apply(params, x), x, params=params)",
-        )
+        why = "residual_writers takes a torch model, or a function of one block with params="
+        raise BadArgument(why, hint="pm.residual_writers(lambda params, x: block.apply(params, x), x, params=params)")
     tree = Memory(params)
     library: Any = backend(example)
     spec = library.spec(example)
     if not hasattr(library, "key"):
-        raise Unsupported(
-            f"a function takes a JAX array as its example, and this is {wording.described(example)}",
-            hint="jnp.asarray(x)",
-        )
+        why = f"a function takes a JAX array as its example, and this is {wording.described(example)}"
+        raise Unsupported(why, hint="jnp.asarray(x)")
     inputs = [library.normal(library.key(seed), spec.shape, spec.dtype) for seed in range(_TRIALS)]
     numbers = [number for number in tree.index.numbers if tree.spec(number).kind == "float"]
     units = [[(tree.index.path(number), 0.0)] for number in numbers]
@@ -98,13 +94,13 @@ def _least(units: Iterable[_Unit], is_identity: Callable[[Mapping[str, float]], 
     return merged
 
 
-# ---- torch -----------------------------------------------------------------------------------------------------
-
-
 def _torch_writers(model: Any, example: Any, layers: str | None) -> dict[str, float]:
     import torch
 
-    block = model if layers == "" else _first_block(model, layers)
+    block = model
+    if layers != "":
+        run = numbered.find(Memory(model), layers)[0]
+        block = model.get_submodule(".".join((*run.parent, run.piece(run.numbers[0]))))
     calls = _calls(torch, model, block, example)
     twin = copy.deepcopy(block).eval()
     given = [_random(torch, calls, seed) for seed in range(_TRIALS)]
@@ -124,13 +120,7 @@ def _torch_writers(model: Any, example: Any, layers: str | None) -> dict[str, fl
     return _least(units, is_identity)
 
 
-def _first_block(model: Any, layers: str | None) -> Any:
-    run = numbered.find(Memory(model), layers)[0]
-    return model.get_submodule(".".join((*run.parent, run.piece(run.numbers[0]))))
-
-
 def _calls(torch: Any, model: Any, block: Any, example: Any) -> _Call:
-    """The arguments with which a model calls a block."""
     seen: list[_Call] = []
     hook = block.register_forward_pre_hook(lambda _, args, options: seen.append((args, options)), with_kwargs=True)
     training = model.training
@@ -199,10 +189,8 @@ def _units(torch: Any, block: Any, call: _Call) -> list[_Unit]:
             hook.remove()
     units: list[_Unit] = []
     for name, module in order:
-        own = [
-            (f"{name}.{leaf}" if name else leaf, parameter)
-            for leaf, parameter in module.named_parameters(recurse=False)
-        ]
+        held = module.named_parameters(recurse=False)
+        own = [(f"{name}.{leaf}" if name else leaf, parameter) for leaf, parameter in held]
         gain = _gain(torch, module, inputs[name])
         whole = all(parameter.ndim <= 2 and leaf.rpartition(".")[2] in ("weight", "bias") for leaf, parameter in own)
         pairs = [(path, gain if path.endswith("weight") else 0.0) for path, _ in own]

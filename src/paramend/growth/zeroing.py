@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Layer = TypeVar("Layer", bound="torch.nn.Module")
 
 
-def zero_(layer: Any) -> None:
+def zero_(layer: "torch.nn.Module") -> None:
     """Set every parameter of a torch layer or container to +0.0, in place.
 
     Buffers, such as running statistics, stay as they are. The parameters remain the same objects with the same dtype,
@@ -46,12 +46,11 @@ def zero_(layer: Any) -> None:
     check_values(held, held.index.numbers, "cannot become zero")
     parameters = dict(layer.named_parameters())
     for name, parameter in parameters.items():
-        why = _refusal(parameter)
+        lazy = hasattr(parameter, "materialize")
+        why = "it has no shape yet (a lazy layer)" if lazy else backend(parameter).refusal(parameter)
         if why:
-            raise Unsupported(
-                f"{name} cannot become zero: {why}",
-                hint='first layer.to_empty(device="cpu"), or run a batch through a lazy layer',
-            )
+            said = f"{name} cannot become zero: {why}"
+            raise Unsupported(said, hint='first layer.to_empty(device="cpu"), or run a batch through a lazy layer')
     for parameter in parameters.values():
         parameter.detach().zero_()  # the same storage, outside the graph; autograd still sees the change
 
@@ -67,30 +66,19 @@ def init_zero_(layer: Layer) -> Layer:
     return layer
 
 
-def _refusal(parameter: Any) -> str:
-    """Why a parameter cannot be written to, or ""."""
-    if hasattr(parameter, "materialize"):
-        return "it has no shape yet (a lazy layer)"
-    return backend(parameter).refusal(parameter)
-
-
 def _refuse_computed(name: str, module: Any) -> None:
     """Refuse a weight that is computed from parameters: zero parameters may make it NaN, or not zero."""
     where = f"{type(module).__name__}{f' {name!r}' if name else ''}"
     of = f'dict(layer.named_modules())["{name}"]' if name else "layer"
     for tensor in getattr(module, "parametrizations", ()):
-        raise Unsupported(
-            f"the {tensor} of {where} is parametrized: it is computed from other parameters",
-            hint=f'first torch.nn.utils.parametrize.remove_parametrizations({of}, "{tensor}")',
-        )
+        why = f"the {tensor} of {where} is parametrized: it is computed from other parameters"
+        raise Unsupported(why, hint=f'first torch.nn.utils.parametrize.remove_parametrizations({of}, "{tensor}")')
     for hook in module._forward_pre_hooks.values():
         way_out = _WAYS_OUT.get(type(hook).__module__.removeprefix("torch.nn.utils."))
         if way_out:
             tensor = getattr(hook, "name", None) or getattr(hook, "_tensor_name", "weight")
-            raise Unsupported(
-                f"the {tensor} of {where} is computed from other parameters by {type(hook).__name__}",
-                hint=f'first {way_out}({of}, "{tensor}")',
-            )
+            why = f"the {tensor} of {where} is computed from other parameters by {type(hook).__name__}"
+            raise Unsupported(why, hint=f'first {way_out}({of}, "{tensor}")')
 
 
 _WAYS_OUT = {

@@ -52,6 +52,12 @@ def read(store: Path) -> str | None:
     return None
 
 
+def clear(store: Path) -> None:
+    """Note that no record is sealed any more, if there is a note."""
+    with contextlib.suppress(OSError):
+        os.truncate(_note(store), 0)
+
+
 def end(store: Path) -> None:
     """Remove the note: this user has nothing pending there."""
     with contextlib.suppress(OSError):

@@ -10,13 +10,13 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
-from paramend.disk.failures import ELSEWHERE, linked
+from paramend.disk.failures import ELSEWHERE, check_regular, linked
 from paramend.disk.identity import changed, check_unchanged
 from paramend.disk.io import durable, get_into, put, reading, release
 from paramend.disk.permissions import PRIVATE, Access, access_of, reach, settle
@@ -25,7 +25,7 @@ from paramend.errors import CannotWrite
 from paramend.formats.orbax.store import MANIFEST, may_change
 from paramend.journal.ranges import BUFFER, OpenRanges, Ranges, State, checksum, checksums, witness
 from paramend.journal.records import PENDING, Moved, Record
-from paramend.journal.writer import Writer, new_head
+from paramend.journal.writer import Edits, Tally, Writer, new_head
 from paramend.reports.progress import Meter
 
 STAGED, BACK = "new", "back"
@@ -37,10 +37,12 @@ class NewFiles:
     checkpoint. The manifest of a database, or the index of shards, comes last among the names: it puts the other files
     into effect."""
 
-    def __init__(self, base: Path, staged: Path, moved: Moved = (), *, private: bool = False) -> None:
-        """Look at what they replace. With `private`, those that replace nothing stay as private as they are."""
-        self.staged, self._private = staged, private
-        names = [path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file()]
+    def __init__(self, base: Path, staged: Path | None, moved: Moved = (), *, private: bool = False) -> None:
+        """Look at what they replace; without a folder, there are none. With `private`, those that replace nothing stay
+        as private as they are."""
+        self.staged, self._private = staged or base, private
+        inside = staged.rglob("*") if staged else ()
+        names = [path.relative_to(self.staged).as_posix() for path in inside if path.is_file()]
         self.base = home = base if base.is_dir() else base.parent
         self.names = sorted(names, key=lambda name: (os.path.lexists(home / name), name))
         self.old = WholeFiles(base, self.names, moved)
@@ -53,19 +55,11 @@ class NewFiles:
 
     @property
     def access(self) -> Access:
-        """That of all files that are replaced together."""
         folder = self.base.stat()
         found = [status for status in self.then if status is not None]
         return access_of(found or [folder]).within(reach(folder))
 
-    def record(
-        self,
-        writer: Writer,
-        edits: Sequence[tuple[str, str]],
-        target: OpenRanges,
-        names: Sequence[str],
-        meter: Callable[[int], None],
-    ) -> None:
+    def record(self, writer: Writer, edits: Edits, target: OpenRanges, names: Sequence[str], meter: Tally) -> None:
         """Write a record, with (leaf, edit) for each row, up to where it is pending: from then on it can restore all
         files, also those of `target`, which are written in place; until then none changes."""
         states = target.states()
@@ -75,9 +69,7 @@ class NewFiles:
         writer.files([*states, *(State(size, "" if n else seen) for n, size in enumerate(sizes))])
         rows = [(-1, len(names) + n, 0, size) for n, size in enumerate(sizes) if size >= 0]
         ranges = Ranges(np.concatenate([target.ranges.table, np.array(rows, np.int64).reshape(-1, 4)]))
-        files = [*target.files, *self.old.files]
-        with contextlib.closing(_OneOpen(files, target.descriptors)) as descriptor:
-            writer.old_bytes(ranges, descriptor, files, meter)
+        writer.old_bytes(ranges, [*target.files, *self.old.files], target.descriptors, meter)
         if self.names:
             writer.frame(b"DONE", b"".join(WholeFiles(self.staged, self.names).digests()))
         writer.become(PENDING)
@@ -132,7 +124,6 @@ class WholeFiles:
         self.files = [self.base / name for name in names]
 
     def check(self) -> None:
-        """Raise if one of them must not be replaced or moved: see `check_replaceable`."""
         for file in (*self.files, *(self.base / name for pair in self.moved for name in pair)):
             check_replaceable(self.base, file)
 
@@ -267,40 +258,10 @@ def check_replaceable(base: Path, file: Path) -> None:
         return
     if stat.S_ISLNK(status.st_mode):
         raise linked(file)
-    if not stat.S_ISREG(status.st_mode):
-        raise CannotWrite(f"{file} is not a regular file; nothing was changed")
-    if status.st_nlink > 1:
-        raise CannotWrite(
-            f"{file} has {status.st_nlink} names (hard links), and a change would show under only one of them; "
-            "nothing was changed",
-            hint=ELSEWHERE,
-        )
+    check_regular(file, status, shows="only one of them")
     for path in file, file.parent:
         if not os.access(path, os.W_OK):
             raise CannotWrite(f"{base}: no permission to write ({path}); nothing was changed", hint=ELSEWHERE)
-
-
-class _OneOpen:
-    """Files by number, the first ones open already; of the others one at a time is, as systems limit how many can
-    be."""
-
-    def __init__(self, files: Sequence[Path], opened: Sequence[int]) -> None:
-        self._files, self._opened = files, opened
-        self._now, self._descriptor = -1, -1
-
-    def __call__(self, file: int) -> int:
-        if file < len(self._opened):
-            return self._opened[file]
-        if file != self._now:
-            self.close()
-            self._descriptor = os.open(self._files[file], os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            self._now = file
-        return self._descriptor
-
-    def close(self) -> None:
-        descriptor, self._descriptor, self._now = self._descriptor, -1, -1
-        if descriptor >= 0:
-            release(descriptor)
 
 
 def _pieces(path: Path) -> Iterator[memoryview]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from paramend.journal.records import Record
 from paramend.reports import wording
+from paramend.reports.fields import picked
 from paramend.reports.report import Report
 from paramend.reports.tables import aligned
 
@@ -52,14 +53,8 @@ class HistoryRow:
         return f"{self.number}  {self.time:%Y-%m-%d %H:%M:%S} UTC  {wording.size(self.nbytes)}  {self.edit}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The row as data that JSON can hold."""
-        return {
-            "number": self.number,
-            "time": self.time.isoformat(),
-            "changed": [{"path": path, "edit": edit} for path, edit in self.leaves],
-            "files": list(self.files),
-            "nbytes": self.nbytes,
-        }
+        changed = [{"path": path, "edit": edit} for path, edit in self.leaves]
+        return picked(self, "number", "time") | {"changed": changed} | picked(self, "files", "nbytes")
 
 
 @dataclass(frozen=True, repr=False)
@@ -88,9 +83,6 @@ class UndoReport(Report):
         """What was taken back, in one line."""
         what = "took back an interrupted patch of" if self.interrupted else "took back the last patch of"
         return f"{what} {self.path}: {self.undone.edit}; {wording.plural(self.left, 'patch', 'patches')} left"
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "undone": self.undone.to_dict()}
 
 
 def table(rows: Sequence[HistoryRow]) -> list[str]:

@@ -107,11 +107,11 @@ class OpenRanges:
     ranges: Ranges
 
     def states(self) -> list[State]:
-        sizes = [os.fstat(descriptor).st_size for descriptor in self.descriptors]
-        return [
-            State(size, witness(descriptor, size, self.ranges, n, self.files[n]))
-            for n, (size, descriptor) in enumerate(zip(sizes, self.descriptors, strict=True))
-        ]
+        found = []
+        for n, (file, descriptor) in enumerate(zip(self.files, self.descriptors, strict=True)):
+            size = os.fstat(descriptor).st_size
+            found.append(State(size, witness(descriptor, size, self.ranges, n, file)))
+        return found
 
     def digests(self, rows: int) -> list[bytes]:
         """The digest of the bytes in the ranges of each row, then of those without a row, as in `DONE` frames."""
@@ -152,11 +152,8 @@ class OpenRanges:
             except OSError:
                 same = False
             if not same:
-                raise Busy(
-                    f"{file}: another program replaced, renamed or removed it meanwhile; {become}, and what has the "
-                    "name now was left alone",
-                    hint="try again",
-                )
+                what = f"another program replaced, renamed or removed it meanwhile; {become}"
+                raise Busy(f"{file}: {what}, and what has the name now was left alone", hint="try again")
 
     def sync(self) -> None:
         for descriptor in self.descriptors:

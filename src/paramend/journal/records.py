@@ -1,43 +1,6 @@
 """Undo records: what a file held before it was changed in place, on disk, checked and durable.
 
-The records of a file `model.safetensors` are beside it in the folder `.model.safetensors.undo`; those of a checkpoint
-that is a folder are in `.undo` inside it. A record is one file whose name is its number and its state:
-
-    000003.partial   being written; no byte of the checkpoint has changed because of it; can be deleted
-    000003.pending   durable; bytes may have changed; the next program of its user puts the old ones back
-    000003.done      the change is complete and durable; `undo` takes back the one with the highest number
-
-`.partial` becomes `.pending`, and `.pending` becomes `.done`, by renaming, so each step is atomic. `undo` renames
-`.done` to `.pending` before it writes: an interrupted undo is finished, not reverted. `lock` in the same folder is held
-meanwhile. Before a record becomes pending, `paramend.journal.claims` notes the digests of its frames elsewhere: a
-record without such a note is not trusted when a checkpoint is opened, only when its user asks for it.
-
-The format, version 1. All numbers are little-endian. Eight bytes `PMUNDO1\\n`, then frames one after the other:
-
-    4 bytes    kind: HEAD, FILE, SPAN or DONE
-    8 bytes    length of the payload, unsigned
-    payload
-    32 bytes   SHA-256 of kind, length and payload
-
-    HEAD   first and once. JSON: {"time": seconds since 1970, "edits": [text], "rows": [[leaf, edit number]],
-           "files": [[path relative to the checkpoint's folder]]}
-           With "whole": n, the last n files were replaced whole by others; true stands for all. A SPAN then covers a
-           whole file, and the size is -1 where there was none. A first DONE, which comes before the record is
-           pending, has one digest for each new file.
-           "moved": [[old name, new name]] are files that got another name, with the content that they had.
-    FILE   JSON: [{"size", "witness"}], one for each file, as it was when the frame was written; the last such
-           frame counts. The witness is the SHA-256 of samples of bytes that no span covers; of the whole files only
-           the first has one, computed from the other files that a patch could replace, and from those that moved.
-    SPAN   old bytes: a count (8 bytes), then that many quadruples of signed 8-byte integers (row, file, start, stop),
-           with row -1 for bytes that a format maintains itself, such as checksums; then the bytes start to stop of
-           each. It is durable before the first byte that it covers changes.
-    DONE   last, except for FILE frames that undo adds: for each row and then for row -1, the SHA-256 of the checksums
-           of its new bytes: CRC-32 (4 bytes), one for each range, or for each MiB of a longer one. There is none if
-           all files were replaced whole.
-
-HEAD, FILE and SPAN, the first three, are complete before the record is pending, and DONE before it is done; what comes
-after these may be cut short and then does not count. Anything else that does not fit is damage: `BadCheckpoint`, and
-nothing is written.
+docs/undo-records.md has their format. Anything in a file that does not fit it is damage, and nothing is written then.
 """
 
 import hashlib
@@ -126,6 +89,12 @@ def seal_text(path: Path, digests: Sequence[bytes]) -> str:
     return f"{int(path.stem)} {len(digests)} {hashlib.sha256(b''.join(digests)).hexdigest()}"
 
 
+def framed(kind: bytes, payload: bytes) -> bytes:
+    """A frame, with the digest at its end."""
+    frame = FRAME.pack(kind, len(payload)) + payload
+    return frame + hashlib.sha256(frame).digest()
+
+
 def states_text(states: Sequence[State]) -> bytes:
     """How files are recognized, as the payload of a frame."""
     rows = [{"size": state.size, "witness": state.witness} for state in states]
@@ -179,10 +148,8 @@ class Record:
             release(descriptor)
 
     def damaged(self, reason: str) -> BadCheckpoint:
-        return BadCheckpoint(
-            f"{self.path}: the undo record is damaged: {reason}; nothing was written",
-            hint="paramend undo PATH --drop forgets all undo records of PATH",
-        )
+        hint = "paramend undo PATH --drop forgets all undo records of PATH"
+        return BadCheckpoint(f"{self.path}: the undo record is damaged: {reason}; nothing was written", hint=hint)
 
     @cached_property
     def states(self) -> tuple[State, ...]:
@@ -215,12 +182,7 @@ class Record:
 
     def check(self) -> None:
         """Read the whole record; `BadCheckpoint` if a digest differs."""
-        frame = self._frames[2]
-        digest = hashlib.sha256(get(self._descriptor, frame.start - FRAME.size, FRAME.size + COUNT.size, self.path))
-        digest.update(np.ascontiguousarray(self.ranges.table).reshape(-1).view(np.uint8).data)
-        for _, _, data in self.old_bytes():
-            digest.update(data)
-        if digest.digest() != self._digest_of(frame):
+        if not (self.ranges and self._fits(self._frames[2])):  # a fault of the table is told first
             raise self.damaged("the old bytes do not match their checksum")
 
     def old_bytes(self) -> Iterator[tuple[int, Array, memoryview]]:
@@ -254,12 +216,10 @@ class Record:
 
     def note(self, states: Sequence[State]) -> None:
         """Add the current states of the files, durably."""
-        payload = states_text(states)
-        framed = FRAME.pack(b"FILE", len(payload)) + payload
         with durable(self.path) as descriptor:
             end = self._frames[-1].stop
             os.ftruncate(descriptor, end)  # removes a note that was cut short
-            put(descriptor, framed + hashlib.sha256(framed).digest(), end)
+            put(descriptor, framed(b"FILE", states_text(states)), end)
         self.nbytes = os.fstat(self._descriptor).st_size
         self._frames = self._read_frames()
         self.__dict__.pop("states", None)
@@ -277,10 +237,8 @@ class Record:
             try:
                 pending.rename(done)
             except OSError:
-                raise CannotWrite(
-                    f"{pending}: {reason(error)}; this undo has begun, and the next program of yours that opens the "
-                    "checkpoint finishes it"
-                ) from error
+                what = "this undo has begun, and the next program of yours that opens the checkpoint finishes it"
+                raise CannotWrite(f"{pending}: {reason(error)}; {what}") from error
             raise
         self.path, self.state = pending, PENDING
 

@@ -84,13 +84,17 @@ class Rollback:
         if not all(one.witness == then.witness for _, one, then in self._by_file(now)):
             strange = strange or "the file"
         if changed and strange and not self.force:
+            why = f"{strange} is not the one that was patched: it has been replaced since"
+            forgets = f"paramend undo {self.base} --drop forgets them (right for a new download)"
             raise BadCheckpoint(
-                f"{self.base}: a patch of it was cut short, and {strange} is not the one that was patched: it has been "
-                "replaced since; nothing was written",
-                hint=f"paramend undo {self.base} --force puts the old bytes back, "
-                f"paramend undo {self.base} --drop forgets them (right for a new download)",
+                f"{self.base}: a patch of it was cut short, and {why}; nothing was written",
+                hint=f"{self._forced} puts the old bytes back, {forgets}",
             )
         return changed
+
+    @property
+    def _forced(self) -> str:
+        return f"paramend undo {self.base} --force"
 
     def restore(self, target: OpenRanges) -> None:
         """Put the old bytes back, durably, into open files and those that were replaced, and remove the record."""
@@ -113,16 +117,12 @@ class Rollback:
                 where += ", and the next program of yours that opens the checkpoint tries again"
             else:
                 hint += " --force"
-            raise CannotWrite(
-                f"{self.base}: {reason(error)}; the old bytes were put back only in part. {where}", hint=hint
-            ) from error
+            told = f"{self.base}: {reason(error)}; the old bytes were put back only in part. {where}"
+            raise CannotWrite(told, hint=hint) from error
         self._forget()
         if left:
-            raise Busy(
-                f"{self.base}: another program replaced {wording.listing(left)} meanwhile, and that was left alone; "
-                "elsewhere the old bytes are back",
-                hint="try again",
-            )
+            what = f"another program replaced {wording.listing(left)} meanwhile, and that was left alone"
+            raise Busy(f"{self.base}: {what}; elsewhere the old bytes are back", hint="try again")
 
     def _put_old(self, target: OpenRanges) -> list[str]:
         """Put the old bytes back; the names of files that were left alone, because another program replaced them."""
@@ -142,11 +142,9 @@ class Rollback:
         except FileNotFoundError:  # another program removed the records
             pass
         except OSError as error:
-            raise CannotWrite(
-                f"{self.base}: the old bytes are back in place, but the undo record {path} could not be removed: "
-                f"{reason(error)}",
-                hint=f"paramend undo {self.base} --drop",
-            ) from error
+            told = f"the old bytes are back in place, but the undo record {path} could not be removed"
+            hint = f"paramend undo {self.base} --drop"
+            raise CannotWrite(f"{self.base}: {told}: {reason(error)}", hint=hint) from error
 
     def _by_file(self, now: Sequence[State]) -> Iterator[tuple[str, State, State]]:
         head = self.record.head
@@ -155,11 +153,9 @@ class Rollback:
     def _check_sizes(self, now: Sequence[State]) -> None:
         for name, state, then in self._by_file(now):
             if state.size != then.size:
-                raise BadCheckpoint(
-                    f"{self.base}: {name} has {state.size:,} bytes, and had {then.size:,} when it was patched: it is "
-                    "another file; nothing was written",
-                    hint=f"paramend undo {self.base} --drop forgets the undo records",
-                )
+                what = f"{name} has {state.size:,} bytes, and had {then.size:,} when it was patched: it is another file"
+                hint = f"paramend undo {self.base} --drop forgets the undo records"
+                raise BadCheckpoint(f"{self.base}: {what}; nothing was written", hint=hint)
 
     def _check_new(self, target: OpenRanges, now: Sequence[State]) -> None:
         """Raise if the files do not hold what the patch wrote, or are not the files that were patched."""
@@ -170,15 +166,14 @@ class Rollback:
             raise self._changed_since([rows[n][0] for n in differ if n < len(rows)] or ["its checksums"])
         others = [name for name, one, then in self._by_file(now) if one.witness != then.witness]
         if others:
+            what = f"{wording.listing(others)} is not the file of patch {self.record.number}"
+            hint = f"{self._forced} puts the bytes from before the patch there anyway, "
             raise CannotWrite(
-                f"{self.base}: {wording.listing(others)} is not the file of patch {self.record.number}: bytes that the "
-                "patch left alone have changed; nothing was written",
-                hint=f"paramend undo {self.base} --force puts the bytes from before the patch there anyway, "
-                f"paramend undo {self.base} --drop forgets them",
+                f"{self.base}: {what}: bytes that the patch left alone have changed; nothing was written",
+                hint=f"{hint}paramend undo {self.base} --drop forgets them",
             )
 
     def _changed_since(self, what: Sequence[str]) -> CannotWrite:
-        return CannotWrite(
-            f"{self.base}: {wording.listing(what)} changed since patch {self.record.number}; nothing was written",
-            hint=f"paramend undo {self.base} --force puts the bytes from before the patch there anyway",
-        )
+        told = f"{wording.listing(what)} changed since patch {self.record.number}; nothing was written"
+        hint = f"{self._forced} puts the bytes from before the patch there anyway"
+        return CannotWrite(f"{self.base}: {told}", hint=hint)

@@ -16,7 +16,7 @@ from paramend.disk.publishing import drop_spare_names, is_other, look, sync_fold
 from paramend.disk.urls import Url, path_of
 from paramend.errors import BadCheckpoint, Busy, CannotWrite, ParamendError, Unsupported
 from paramend.formats.orbax.store import may_change
-from paramend.formats.registry import files_of, home_of, is_tree, table_of, weight_files
+from paramend.formats.registry import files_of, home_of, tree_format, weight_files
 from paramend.journal import claims
 from paramend.journal.exchange import BACK, STAGED
 from paramend.journal.history import HistoryRow
@@ -44,10 +44,8 @@ class UndoStore:
         """The store of the checkpoint at a path: of the folder of an index; for Orbax, of the folder of the tree."""
         path = path_of(path)
         if isinstance(path, Url):
-            raise Unsupported(
-                f"{path}: it is in a remote store, where no checkpoint is changed in place",
-                hint=f"the same edit with `-o OUT`, or pm.open({str(path)!r}) ... .save(out)",
-            )
+            hint = f"the same edit with `-o OUT`, or pm.open({str(path)!r}) ... .save(out)"
+            raise Unsupported(f"{path}: it is in a remote store, where no checkpoint is changed in place", hint=hint)
         if path.name.endswith(".index.json") and not path.is_dir():
             return cls(path.parent)
         return cls(home_of(path))
@@ -91,6 +89,9 @@ class UndoStore:
     ) -> Rollback:
         """The rollback of the patch of a record. Unless this program is writing it (`own`), it cannot be trusted:
         `BadCheckpoint` if it has files that patches of the checkpoint never write."""
+        names = record.head.names
+        if not self.is_folder and len(names) == 1 and look(self.home / min(names)) is None:
+            record.head = replace(record.head, files=(self.base.name,))  # the file was renamed, and its records with it
         others = [] if own else self._foreign(record)
         if others:
             what = wording.listing(others)
@@ -99,7 +100,7 @@ class UndoStore:
 
     def _foreign(self, record: Record) -> list[str]:
         """The names of the files of a record that no patch of the checkpoint writes, or replaces."""
-        head, tree = record.head, is_tree(self.base)
+        head, tree = record.head, tree_format(self.base)
         written = set(head.files[: head.written])
         replaced = set(head.files[head.written :]).union(*head.moved)
         if written or (replaced and not tree):
@@ -107,8 +108,7 @@ class UndoStore:
             written -= own
             replaced -= {name for name in own if name.endswith(".gguf")}  # of which headers may get longer
         if self.is_folder:
-            table = table_of(self.base)
-            mine = (lambda n: n == table or may_change(self.base, n)) if tree else PUT.fullmatch
+            mine = (lambda n: n == tree.table or may_change(self.base, n)) if tree else PUT.fullmatch
             replaced = {name for name in replaced if not mine(name)}
         return sorted(written | replaced)
 
@@ -127,6 +127,8 @@ class UndoStore:
                     if recovers:
                         self.recover_related()
                         self.recover_held()
+                    with contextlib.suppress(OSError):
+                        self._sweep()
                     yield
                 finally:
                     self.close()
@@ -142,28 +144,36 @@ class UndoStore:
         status = self.base.stat()
         access = replace(access_of([status]), uid=status.st_uid)  # who may open the checkpoint looks for records
         access = access if self.is_folder else of_folder(access)
-        self.folder.mkdir(access.mode, exist_ok=True)  # another program may be quicker
+        claims.begin(self.folder)  # if this is cut short, the next one that opens the checkpoint removes the folder
         try:
+            self.folder.mkdir(access.mode, exist_ok=True)  # another program may be quicker
             settle(self.folder, replace(access, asked=True))
             sync_folder(self.folder.parent)
         except OSError:
-            self.folder.rmdir()
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
+            if look(self.folder) is None:
+                claims.end(self.folder)
             raise
 
     def close(self) -> None:
         """Remove what a killed program left half written, and the folder if it is empty, with the lock held."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as last:
             if not self.records(PENDING):
-                claims.end(self.folder)
-            folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                for name in filter(_LEFT.fullmatch, _names(folder)):
-                    _remove(folder, name)
-                if set(_names(folder)) <= {"lock"}:
-                    self.lock.unlink(missing_ok=True)
-                    self.folder.rmdir()
-            finally:
-                release(folder)
+                claims.clear(self.folder)
+                last.callback(claims.end, self.folder)  # if this is cut short, the next one that opens it goes on
+            self._sweep()
+            if {path.name for path in self.folder.iterdir()} <= {"lock"}:
+                self.lock.unlink(missing_ok=True)
+                self.folder.rmdir()
+
+    def _sweep(self) -> None:
+        folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            for name in filter(_LEFT.fullmatch, os.listdir(folder)):  # noqa: PTH208 - of a descriptor
+                _remove(folder, name)
+        finally:
+            release(folder)
 
     def recover(self) -> list[HistoryRow]:
         """Take back this user's own patches that were cut short, unless they are still being made; `BadCheckpoint` if a
@@ -246,11 +256,9 @@ class UndoStore:
             try:
                 path.unlink()
             except OSError as error:
-                count = wording.plural(len(gone) - 1, "undo record")
-                raise CannotWrite(
-                    f"{self.base}: forgot {count}, and {len(found) - len(gone) + 1} are left: {path}: {reason(error)}; "
-                    "the checkpoint itself was left alone"
-                ) from error
+                count, left = wording.plural(len(gone) - 1, "undo record"), len(found) - len(gone) + 1
+                told = f"forgot {count}, and {left} are left: {path}: {reason(error)}"
+                raise CannotWrite(f"{self.base}: {told}; the checkpoint itself was left alone") from error
         with contextlib.suppress(OSError):
             sync_folder(self.folder)
         return gone
@@ -273,10 +281,9 @@ def records_of(files: Iterable[Path], *, refuses: bool = False) -> list[Path]:
                 ]
     for record in found:
         if refuses and record.suffix == f".{PENDING}":
-            raise Busy(
-                f"{record.parent.parent}: a patch of it is being made at this moment ({record}); nothing was written",
-                hint="try again when it is done",
-            )
+            what = f"a patch of it is being made at this moment ({record})"
+            hint = "try again when it is done"
+            raise Busy(f"{record.parent.parent}: {what}; nothing was written", hint=hint)
     return sorted(found)
 
 
@@ -332,22 +339,16 @@ def _is_about(path: Path, names: set[str], *, unsure: bool) -> bool:
 
 
 def _not_own(base: Path, record: Path) -> BadCheckpoint:
-    return BadCheckpoint(
-        f"{base}: {record} says that a patch was cut short, and it is not known as a patch that you made here: it may "
-        "have come with the files, or from another user; nothing was written",
-        hint=f"paramend undo {base} puts its bytes back, paramend undo {base} --drop forgets it",
-    )
+    what = "a patch was cut short, and it is not known as a patch that you made here"
+    why = "it may have come with the files, or from another user"
+    hint = f"paramend undo {base} puts its bytes back, paramend undo {base} --drop forgets it"
+    return BadCheckpoint(f"{base}: {record} says that {what}: {why}; nothing was written", hint=hint)
 
 
 # The files that a patch puts whole into a folder of shards, or replaces there.
 PUT = re.compile(r"[^./][^/]*\.(safetensors|json)")
 # Records that were begun, new files that never replaced old ones, and old files that were put back in part.
 _LEFT = re.compile(rf"[0-9]+\.({PARTIAL}|{STAGED}|{BACK})")
-
-
-def _names(folder: int) -> list[str]:
-    with os.scandir(folder) as inside:
-        return [entry.name for entry in inside]
 
 
 def _remove(folder: int, name: str) -> None:

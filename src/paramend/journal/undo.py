@@ -30,12 +30,9 @@ def undo(path: str | os.PathLike[str], *, force: bool = False, progress: Progres
         BadCheckpoint: the undo record is damaged. Nothing was written.
 
     >>> import tempfile
-    >>> from paramend.checkpoints.whole import save
-    >>> from paramend.edits.selection import at
-    >>> from paramend.checkpoints.patching import patch
     >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
-    >>> _ = save({"a": np.ones(2), "b": np.ones(2)}, path)
-    >>> _ = patch(path, lambda t: at(t, "a").zero()), patch(path, lambda t: at(t, "b").fill(2))
+    >>> _ = pm.save({"a": np.ones(2), "b": np.ones(2)}, path)
+    >>> _ = pm.patch(path, lambda t: pm.at(t, "a").zero()), pm.patch(path, lambda t: pm.at(t, "b").fill(2))
     >>> report = undo(path)
     >>> report.undone.edit, report.left
     ('fill(2) at b', 1)
@@ -68,12 +65,9 @@ def history(path: str | os.PathLike[str]) -> list[HistoryRow]:
         BadCheckpoint: an undo record is damaged.
 
     >>> import tempfile
-    >>> from paramend.checkpoints.whole import save
-    >>> from paramend.edits.selection import at
-    >>> from paramend.checkpoints.patching import patch
     >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
-    >>> _ = save({"a": np.ones(2), "b": np.ones(2)}, path)
-    >>> _ = patch(path, lambda t: at(t, "a").zero()), patch(path, lambda t: at(t, "b").fill(2))
+    >>> _ = pm.save({"a": np.ones(2), "b": np.ones(2)}, path)
+    >>> _ = pm.patch(path, lambda t: pm.at(t, "a").zero()), pm.patch(path, lambda t: pm.at(t, "b").fill(2))
     >>> [row.edit for row in history(path)]
     ['zero() at a', 'fill(2) at b']
     """
@@ -124,7 +118,5 @@ def _store_of(path: str | os.PathLike[str]) -> UndoStore:
 
 def _nothing(store: UndoStore) -> CannotWrite:
     other = [each for each in store.related if each.records(DONE)]
-    return CannotWrite(
-        f"{store.base}: there is nothing to take back: it has no undo records",
-        hint=f"paramend undo {other[0].base}, which was patched" if other else "",
-    )
+    hint = f"paramend undo {other[0].base}, which was patched" if other else ""
+    return CannotWrite(f"{store.base}: there is nothing to take back: it has no undo records", hint=hint)

@@ -4,22 +4,29 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 
 from paramend.disk.copying import WriteBack
-from paramend.disk.io import put, release
+from paramend.disk.io import put, reading, release
 from paramend.disk.permissions import Access, create_file
 from paramend.disk.publishing import sync_folder
 from paramend.disk.scattered import gather
 from paramend.journal import claims
 from paramend.journal.ranges import Ranges, State
-from paramend.journal.records import COUNT, FRAME, MAGIC, PENDING, Head, Moved, Record, seal_text, states_text
+from paramend.journal.records import COUNT, FRAME, MAGIC, PENDING, Head, Moved, Record, framed, seal_text, states_text
+
+# (leaf, edit) for each row of a patch; what is told how many bytes were recorded.
+Edits = Sequence[tuple[str, str]]
+Tally = Callable[[int], None]
 
 
-def new_head(edits: Sequence[tuple[str, str]], files: Sequence[str], *, whole: int = 0, moved: Moved = ()) -> Head:
-    """The head of a record of a patch that is made now, from (leaf, edit) for each row."""
+def new_head(edits: Edits, files: Sequence[str], *, whole: int = 0, moved: Moved = ()) -> Head:
+    """The head of a record of a patch that is made now."""
     numbers: dict[str, int] = {}
     rows = tuple((path, numbers.setdefault(edit, len(numbers))) for path, edit in edits)
     return Head(time.time(), tuple(numbers), rows, tuple(files), whole, tuple(moved))
@@ -50,17 +57,15 @@ class Writer:
         self.frame(b"HEAD", head.to_bytes())
 
     def frame(self, kind: bytes, payload: bytes) -> None:
-        framed = FRAME.pack(kind, len(payload)) + payload
-        self._put(framed)
-        self._end(hashlib.sha256(framed))
+        frame = framed(kind, payload)
+        self._digests.append(frame[-32:])  # its SHA-256
+        self._put(frame)
 
     def files(self, states: Sequence[State]) -> None:
         self.frame(b"FILE", states_text(states))
 
-    def old_bytes(
-        self, ranges: Ranges, descriptor: Callable[[int], int], names: Sequence[Path], meter: Callable[[int], None]
-    ) -> None:
-        """Add the bytes that the files, each with its descriptor by number, hold now."""
+    def old_bytes(self, ranges: Ranges, files: Sequence[Path], opened: Sequence[int], meter: Tally) -> None:
+        """Add the bytes that the files hold now. The first ones are `opened`; the others are, one at a time, here."""
         table = np.ascontiguousarray(ranges.table, "<i8")
         head = FRAME.pack(b"SPAN", COUNT.size + table.nbytes + ranges.nbytes) + COUNT.pack(len(table))
         rows = table.reshape(-1).view(np.uint8).data
@@ -68,12 +73,16 @@ class Writer:
         digest.update(rows)
         self._put(head)
         self._put(rows)
-        for file, lines in ranges.batches():
-            data = gather(descriptor(file), lines[:, 2:], names[file])
-            digest.update(data)
-            self._put(data)
-            meter(len(data))
-        self._end(digest)
+        for file, batches in groupby(ranges.batches(), key=itemgetter(0)):
+            there = file < len(opened)
+            with nullcontext(opened[file]) if there else reading(files[file], os.O_NOFOLLOW) as descriptor:
+                for _, lines in batches:
+                    data = gather(descriptor, lines[:, 2:], files[file])
+                    digest.update(data)
+                    self._put(data)
+                    meter(len(data))
+        self._digests.append(digest.digest())
+        self._put(self._digests[-1])
 
     def become(self, state: str) -> None:
         """Make all that was written durable, then rename the record to its new state."""
@@ -85,10 +94,6 @@ class Writer:
         self.path = new
         sync_folder(new.parent)
         self.begun = True
-
-    def _end(self, digest: "hashlib._Hash") -> None:
-        self._digests.append(digest.digest())
-        self._put(self._digests[-1])
 
     def _put(self, data: bytes | memoryview | bytearray) -> None:
         put(self._descriptor, data)

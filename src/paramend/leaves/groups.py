@@ -18,18 +18,12 @@ from paramend.leaves.specs import Spec
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The leaves that are one quantised weight.
-
-    Attributes:
-        payload: the number of the leaf with the codes; None if it is not there.
-        companions: number → its row in the scheme.
-        missing: the roles of what the weight cannot be read without and is not there.
-    """
+    """The leaves that are one quantised weight."""
 
     scheme: Scheme
-    payload: int | None
-    companions: Mapping[int, Companion] = field(default_factory=dict)
-    missing: tuple[str, ...] = ()
+    payload: int | None  # the number of the leaf with the codes; None if it is not there
+    companions: Mapping[int, Companion] = field(default_factory=dict)  # number → its row in the scheme
+    missing: tuple[str, ...] = ()  # the roles of what it cannot be read without and is not there
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -95,11 +89,8 @@ def may_hold_groups(leaves: Named) -> bool:
 
 
 def group_of(leaves: Named, number: int) -> Group | None:
-    """The group that a leaf belongs to, or None.
-
-    Names decide which leaves may be one weight, dtypes and shapes whether they are. Where a companion is elsewhere, as
-    in one of several files, `quantization_config` decides.
-    """
+    """The group that a leaf belongs to, or None. Names decide which leaves may be one weight, dtypes and shapes whether
+    they are. Where a companion is elsewhere, as in one of several files, `quantization_config` decides."""
     if (row := IN_BLOCKS.get(leaves.spec(number).dtype)) is not None:
         return Group(row, number)
     for near in _named(leaves.index).get(number, ()):

@@ -6,18 +6,17 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
+from typing import Any, NamedTuple, NoReturn, Protocol, Self, runtime_checkable
 
+from paramend.errors import Unsupported
 from paramend.leaves.paths import Label, Names, Part, labels, text_of, write_piece
 from paramend.leaves.specs import Spec
 
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Pause the garbage collector while an index grows.
-
-    An index contains no garbage, and each pass over it would cost as much as building it.
-    """
+    """Pause the garbage collector while an index grows. An index contains no garbage, and each pass over it would cost
+    as much as building it."""
     running = gc.isenabled()
     gc.disable()
     try:
@@ -41,25 +40,17 @@ class Layered(dict[Label, Any]):
 
 
 class Index:
-    """The names of a tree's array leaves. One index serves every tree of the same structure.
-
-    Attributes:
-        names: the tree of names, label → subtree or leaf number.
-        numbers: the leaf numbers in the order in which leaves are listed.
-        separator: the text between keys of a printed path: "/" for JAX trees, "." for torch ones.
-        spans: for each container `(type, start, stop)`: its leaves are `numbers[start:stop]`.
-        found: earlier matches, by selector.
-        layers: path of numbered entries → the first number of those that are no layers; see `mark`.
-        near: which leaves may be one weight together, by their names, from `leaves.groups`; None until it is asked for.
-    """
+    """The names of a tree's array leaves. One index serves every tree of the same structure."""
 
     def __init__(self, separator: str = "/") -> None:
-        self.names: Names = {}
-        self.numbers: list[int] = []
-        self.separator = separator
-        self.spans: list[tuple[type, int, int]] = []
-        self.found: dict[Hashable, tuple[int, ...]] = {}
+        self.names: Names = {}  # the tree of names, label → subtree or leaf number
+        self.numbers: list[int] = []  # in the order in which leaves are listed
+        self.separator = separator  # between keys of a printed path: "/" for JAX trees, "." for torch ones
+        self.spans: list[tuple[type, int, int]] = []  # of containers: the leaves of one are `numbers[start:stop]`
+        self.found: dict[Hashable, tuple[int, ...]] = {}  # earlier matches, by selector
+        # Path of numbered entries → the first number of those that are no layers; see `mark`.
         self.layers: dict[tuple[str, ...], int] = {}
+        # Which leaves may be one weight together, by their names, from `leaves.groups`; None until it is asked for.
         self.near: dict[int, tuple[Any, ...]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -88,9 +79,7 @@ class Index:
 
     def _parent(self, prefix: str, known: dict[str, Names]) -> Names | None:
         """The subtree of names with this prefix, up to a separator, created if needed; None if a piece would be empty.
-
-        Neighbours in a file share most of their names, so each subtree is looked up once.
-        """
+        Neighbours in a file share most of their names, so each subtree is looked up once."""
         below: list[int] = []  # where the pieces begin that are not yet known, last to first
         stop = len(prefix)
         while stop and prefix[:stop] not in known:
@@ -224,10 +213,8 @@ def labels_of(keys: Iterable[str]) -> tuple[Label, ...]:
 
 
 class Leaves(Protocol):
-    """Anything whose leaves have names and specs: a pytree, a module, a checkpoint.
-
-    A leaf is known by its number. Numbers may have gaps: leaves that are not arrays cannot be selected.
-    """
+    """Anything whose leaves have names and specs: a pytree, a module, a checkpoint. A leaf is known by its number.
+    Numbers may have gaps: leaves that are not arrays cannot be selected."""
 
     @property
     def index(self) -> Index:
@@ -262,33 +249,21 @@ class Explained(Protocol):
 
 
 class Group(NamedTuple):
-    """Leaves that go, and those that are made of them and come in the place of the first.
+    """Leaves that go, and those that are made of them and come in the place of the first."""
 
-    Attributes:
-        numbers: the leaves that go.
-        paths: the paths of those that come, in the form of `renames.keys`.
-        make: the arrays, or the origins, of the first → those of the second.
-        boxed: a box like that of the first, for those that come; None: as it is.
-        position: which key of the paths is a position, for which a list is made if there is none; None: no key.
-    """
-
-    numbers: tuple[int, ...]
-    paths: tuple[Sequence[tuple[str, int | None]], ...]
-    make: Callable[[Sequence[Any]], Sequence[Any]]
-    boxed: Callable[[Any], Any] | None = None
+    numbers: tuple[int, ...]  # the leaves that go
+    paths: tuple[Sequence[tuple[str, int | None]], ...]  # the paths of those that come, in the form of `renames.keys`
+    make: Callable[[Sequence[Any]], Sequence[Any]]  # the arrays, or the origins, of the first → those of the second
+    boxed: Callable[[Any], Any] | None = None  # a box like that of the first, for those that come; None: as it is
+    # Which key of the paths is a position, for which a list is made if there is none; None: no key.
     position: int | None = None
 
 
 class Editable(Leaves):
-    """Leaves that carry out edits: trees in memory immediately, checkpoints when they are saved.
+    """Leaves that carry out edits: trees in memory immediately, checkpoints when they are saved. Methods return an
+    edited copy; the numbers of a checkpoint's leaves stay."""
 
-    Methods return an edited copy; the numbers of a checkpoint's leaves stay.
-
-    Attributes:
-        raw: whether leaves are taken as they are stored, also the codes and scales of quantised weights.
-    """
-
-    raw = False
+    raw = False  # whether leaves are taken as they are stored, also the codes and scales of quantised weights
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the view of its weights, which is found out again."""
@@ -385,10 +360,7 @@ def entries(node: Any) -> list[tuple[Any, Any]] | None:
 
 
 def unique(leaves: Leaves, numbers: Sequence[int]) -> tuple[int, ...]:
-    """The numbers without second paths to the same leaf.
-
-    Of several paths to a leaf, the first one given is kept.
-    """
+    """The numbers without second paths to the same leaf. Of several paths to a leaf, the first one given is kept."""
     if not leaves.ties:
         return tuple(numbers)
     first: dict[int, int] = {}
@@ -407,3 +379,40 @@ def tied(owners: Mapping[int, Hashable]) -> dict[int, int]:
     ones = {number: first.setdefault(owner, number) for number, owner in owners.items()}
     shared = {one for number, one in ones.items() if one != number}
     return {number: one for number, one in ones.items() if one in shared}
+
+
+class Described:
+    """What leaves are called and what they are, without values; `path` is that of their checkpoint, or ""."""
+
+    def __init__(self, leaves: Leaves) -> None:
+        self.path = str(getattr(leaves, "path", ""))
+        self.ties: Mapping[int, int] = dict(leaves.ties)
+        self.index = Index(leaves.index.separator)
+        self.index.names, self.index.numbers = leaves.index.names, leaves.index.numbers
+        self._specs = {number: leaves.spec(number) for number in leaves.index.numbers}
+        self._nbytes = {number: leaves.nbytes(number) for number in leaves.index.numbers}
+
+    def __eq__(self, other: object) -> bool:
+        return self._said() == other._said() if isinstance(other, Described) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.path)
+
+    def _said(self) -> tuple[object, ...]:
+        return self.path, self.ties, self.index.texts, self._specs
+
+    def spec(self, number: int) -> Spec:
+        return self._specs[number]
+
+    def nbytes(self, number: int) -> int:
+        return self._nbytes[number]
+
+    def refusal(self, number: int) -> str:
+        return f"a report tells of {self.index.path(number)} and does not hold it"
+
+    def read(self, number: int) -> NoReturn:
+        """Refuses: the values are elsewhere."""
+        raise Unsupported(self.refusal(number), hint=f'pm.open("{self.path}")' if self.path else "")
+
+    def children(self, node: Any) -> None:
+        return None

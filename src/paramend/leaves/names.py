@@ -10,14 +10,8 @@ from paramend.errors import Unsupported
 
 
 def by_name(thing: Any, what: str, where: str = "", hint: str = "") -> Any:
-    """The function or class, if another process finds it by its name, or the pickler sends its code.
-
-    Args:
-        where: what it is there for, which goes before the reason and names it.
-        hint: another way out, which goes behind the first one.
-
-    Raises:
-        Unsupported: it cannot be found: a lambda, or what was defined inside a function.
+    """The function or class, if another process finds it by its name, or the pickler sends its code; `Unsupported` for
+    a lambda, or what was defined inside a function. What it is there for, `where`, goes before the reason.
 
     >>> by_name(len, "this selector")
     <built-in function len>
@@ -48,9 +42,7 @@ class Alone:
 
 class Unread:
     """What is found out of data when it is wanted: a copy, pickled or not, finds it out again, and takes no data along.
-
-    That are properties that are kept, and what `_last` holds, of which the class has the first value.
-    """
+    That are properties that are kept, and what `_last` holds, of which the class has the first value."""
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {n for kind in type(self).__mro__ for n, each in vars(kind).items() if isinstance(each, cached_property)}

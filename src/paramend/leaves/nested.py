@@ -29,11 +29,7 @@ def is_deep(data: object, levels: int = MAX_DEPTH) -> bool:
 
 
 def folded(root: A, children: Callable[[A], Iterable[A]], close: Callable[[A, list[B]], B]) -> B:
-    """What `close` makes of a value and of what it made of the values in it.
-
-    Args:
-        children: the values within a value, in order; none for one that holds no others.
-        close: (a value, the results for its children) → its result.
+    """What `close` makes of a value and of what it made of the values in it, its `children`.
 
     >>> folded([1, [2, 3]], lambda v: v if type(v) is list else (), lambda v, made: sum(made) if made else v)
     6
@@ -54,15 +50,7 @@ def folded(root: A, children: Callable[[A], Iterable[A]], close: Callable[[A, li
 
 @contextmanager
 def unexhausted(what: str, error: type[ParamendError] = Unsupported) -> Iterator[None]:
-    """Raise an error of ours where the stack ends, because the caller is itself deep within calls.
-
-    >>> with unexhausted("the tree"):
-    ...     raise RecursionError
-    Traceback (most recent call last):
-    paramend.errors.Unsupported: the tree is nested deeper than the calls that are left
-    <BLANKLINE>
-    hint: sys.setrecursionlimit(10_000), or call it from a function that is less deep
-    """
+    """Raise an error of ours where the stack ends, because the caller is itself deep within calls."""
     try:
         yield
     except RecursionError:

@@ -25,44 +25,32 @@ CONTAINERS = (dict, OrderedDict, list, tuple)
 
 
 class Place(NamedTuple):
-    """The place of a leaf.
+    """The place of a leaf."""
 
-    Attributes:
-        number: the leaf.
-        like: the leaf of the source that it takes after; -1 for none.
-        boxed: the kind of box whose content it is, "NNX Variable" or "box" (of Flax metadata); "" for none. Orbax holds
-            such content under a further key, "value"; flax holds that of metadata so.
-        key: the implementation of a typed PRNG key whose numbers the leaf is; "" for other leaves.
-        device: the device of such a key.
-        scalar: whether the leaf is a number that Orbax keeps as an array.
-    """
-
-    number: int
-    like: int = -1
+    number: int  # the leaf
+    like: int = -1  # the leaf of the source that it takes after; -1 for none
+    # The kind of box whose content it is, "NNX Variable" or "box" (of Flax metadata); "" for none. Orbax holds such
+    # content under a further key, "value"; flax holds that of metadata so.
     boxed: str = ""
-    key: str = ""
-    device: str = ""
-    scalar: bool = False
+    key: str = ""  # the implementation of a typed PRNG key whose numbers the leaf is; "" for other leaves
+    device: str = ""  # the device of such a key
+    scalar: bool = False  # whether the leaf is a number that Orbax keeps as an array
 
 
 @dataclass(frozen=True, slots=True)
 class Outline:
     """What a checkpoint holds.
 
-    Attributes:
-        entries: keys → the `Place` of a leaf; or what is not an array: a plain value, a list of plain values, an empty
-            container.
-        containers: keys → the container there, for lists, tuples and OrderedDicts; all others are dicts.
-        format: the format of the file that it is of; "" for others.
-
     >>> found = outline({"w": 1.5, "layers": [{"b": 2.5}], "step": 3}, lambda node: 0 if type(node) is float else None)
     >>> found.entries
     [(('w',), Place(number=0, ...)), (('layers', 0, 'b'), Place(number=0, ...)), (('step',), 3)]
     """
 
+    # Keys → the `Place` of a leaf; or what is not an array: a plain value, a list of plain values, an empty container.
     entries: Sequence[tuple[Keys, Any]]
+    # Keys → the container there, for lists, tuples and OrderedDicts; all others are dicts.
     containers: Mapping[Keys, Any] = field(default_factory=dict)
-    format: str = ""
+    format: str = ""  # the format of the file that it is of; "" for others
 
     @property
     def places(self) -> dict[int, tuple[Keys, Place]]:
@@ -176,10 +164,8 @@ ATOMS = frozenset({int, float, bool, complex, str, bytes, type(None)})
 
 
 def once(ask: Callable[[Any], T]) -> Callable[[Any], T]:
-    """A function of values that is called once for each object: one list may be at thousands of places.
-
-    The objects must outlive it.
-    """
+    """A function of values that is called once for each object: one list may be at thousands of places. The objects
+    must outlive it."""
     known: dict[int, T] = {}
 
     def asked(value: Any) -> T:

@@ -23,9 +23,7 @@ _plain = re.compile(r"[^*{}\[\]<>,\"\\/.]+").fullmatch
 
 class Part(NamedTuple):
     """One piece of a key: its text, the separator before it ("" if it begins the key), whether it ends the key.
-
-    `serial` distinguishes two keys with the same text, such as list position 0 and key "0".
-    """
+    `serial` distinguishes two keys with the same text, such as list position 0 and key "0"."""
 
     text: str
     before: str
@@ -34,9 +32,8 @@ class Part(NamedTuple):
 
 
 class Joined(Alone, str):
-    """A key that a separator, `before`, joins to the key above it: they were one name in a table that was nested.
-
-    It is text like any other, and outlives edits and `jax.tree.map`; a pickle of it is plain text.
+    """A key that a separator, `before`, joins to the key above it: they were one name in a table that was nested. It is
+    text like any other, and outlives edits and `jax.tree.map`; a pickle of it is plain text.
 
     >>> key = Joined("weight", ".")
     >>> key == "weight", key.before
@@ -119,9 +116,8 @@ def in_quotes(text: str) -> str:
 
 
 def write_path(path: Iterable[Label], separator: str = "/") -> str:
-    """A path as text: keys joined by `separator`, separators inside keys as they are.
-
-    The text is a selector for the leaf.
+    """A path as text: keys joined by `separator`, separators inside keys as they are. The text is a selector for the
+    leaf.
 
     >>> write_path([*labels("mlp/~/linear_0"), *labels("w")])
     'mlp/~/linear_0/w'

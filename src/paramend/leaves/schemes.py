@@ -4,12 +4,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from paramend.leaves.codecs.bnb import bnb4, bnb8
-from paramend.leaves.codecs.codec import Codec, Parts
-from paramend.leaves.codecs.fp4 import mxfp4, nvfp4, nvfp4_ct
-from paramend.leaves.codecs.fp8 import fp8, torchao
+from paramend.leaves.codecs.codec import Codec, Parts, Stated
+from paramend.leaves.codecs.fp8 import fp8, mxfp4, nvfp4, nvfp4_ct, torchao
 from paramend.leaves.codecs.ggml import ggml
 from paramend.leaves.codecs.integers import awq, gptq, packed
-from paramend.leaves.codecs.stated import Stated
 from paramend.leaves.rules import Codec as Rule
 from paramend.leaves.specs import BLOCKS, Spec
 
@@ -25,47 +23,29 @@ WEIGHTS = ("weight", "kernel", "w")
 
 @dataclass(frozen=True, slots=True)
 class Companion:
-    """A leaf that is read together with a payload.
+    """A leaf that is read together with a payload."""
 
-    Attributes:
-        role: what it is to the codec: "scale", "zero", "global", "input" ...
-        names: its names in use; the first that is there counts.
-        optional: whether the weight can be read without it.
-    """
-
-    role: str
-    names: tuple[str, ...]
+    role: str  # what it is to the codec: "scale", "zero", "global", "input" ...
+    names: tuple[str, ...]  # in use; the first that is there counts
     says: str
-    optional: bool = False
+    optional: bool = False  # whether the weight can be read without it
 
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """One way to store a quantised weight in several leaves.
+    """One way to store a quantised weight in several leaves."""
 
-    Attributes:
-        name: its name, as users type it.
-        payload: the names of the leaf that holds the codes.
-        dtypes: its dtypes; empty for any.
-        fits: whether shapes and dtypes agree with it.
-        methods: what `quantization_config` calls it.
-        alone: whether its payload is known by its name, without companions.
-        codec: how the weight is made of the leaves; None where it is known only that they are one.
-        weight: the name of a weight whose payload has none in its own name.
-        rule: how it is made by functions that take whole leaves; None in the table.
-    """
-
-    name: str
+    name: str  # its name, as users type it
     says: str
-    payload: tuple[str, ...]
-    dtypes: tuple[str, ...]
+    payload: tuple[str, ...]  # the names of the leaf that holds the codes
+    dtypes: tuple[str, ...]  # its dtypes; empty for any
     companions: tuple[Companion, ...]
-    fits: Fit = lambda payload, companions: True
-    methods: tuple[str, ...] = ()
-    alone: bool = False
-    codec: Coding | None = None
-    weight: str = WEIGHTS[0]
-    rule: Rule | None = None
+    fits: Fit = lambda payload, companions: True  # whether shapes and dtypes agree with it
+    methods: tuple[str, ...] = ()  # what `quantization_config` calls it
+    alone: bool = False  # whether its payload is known by its name, without companions
+    codec: Coding | None = None  # how the weight is made of the leaves; None where it is known only that they are one
+    weight: str = WEIGHTS[0]  # the name of a weight whose payload has none in its own name
+    rule: Rule | None = None  # how it is made by functions that take whole leaves; None in the table
 
 
 FP8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e4m3", "float8_e4m3b11fnuz")
@@ -180,9 +160,9 @@ _EETQ = (Companion("scale", ("weight_scales",), "the scale"),)
 _INT8_SCALED = (Companion("scale", _SCALE, "the scale, a multiplier"), _ZERO, _INPUT)
 
 
-def _state(code: str, *, optional: bool = False) -> Companion:
+def _state(code: str) -> Companion:
     name = f"*.quant_state.bitsandbytes__{code}"
-    return Companion("state", (name,), "shape, dtype and block size, as bytes of JSON", optional)
+    return Companion("state", (name,), "shape, dtype and block size, as bytes of JSON")
 
 
 def _optimizer_state(n: str) -> Scheme:

@@ -4,8 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from paramend.errors import Quantized
-from paramend.leaves.codecs.codec import Codec
-from paramend.leaves.codecs.stated import NOTHING, Stated, disagree
+from paramend.leaves.codecs.codec import NOTHING, Codec, Stated, disagree
 from paramend.leaves.groups import Group, Named, weight_name
 from paramend.leaves.origins.decoded import decoded
 from paramend.leaves.origins.origin import Origin
@@ -15,19 +14,12 @@ from paramend.leaves.specs import Spec
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Weight:
-    """A group as one leaf of its model.
+    """A group as one leaf of its model."""
 
-    Attributes:
-        path: `<module>.weight`, or the name that the parameter has without its quantisation.
-        group: the leaves.
-        codec: how they make it.
-        parts: role → leaf.
-    """
-
-    path: str
+    path: str  # `<module>.weight`, or the name that the parameter has without its quantisation
     group: Group
     codec: Codec
-    parts: Mapping[str, Origin]
+    parts: Mapping[str, Origin]  # role → leaf
 
     @property
     def spec(self) -> Spec:
@@ -35,11 +27,7 @@ class Weight:
         return self.origin().spec
 
     def origin(self, dtype: str = "") -> Origin:
-        """Its values, computed piece by piece as they are read.
-
-        Args:
-            dtype: the dtype to which they are rounded, once; the library's by default.
-        """
+        """Its values, computed piece by piece as they are read, and rounded once to a dtype, by default its own."""
         return decoded(self.codec, self.parts, dtype)
 
     @property
@@ -51,27 +39,12 @@ class Weight:
 def weight_of(
     leaves: Named, group: Group, leaf_of: Callable[[int], Origin], stated: Callable[[str], Stated] | None = None
 ) -> Weight:
-    """The weight that a group is.
-
-    Args:
-        leaves: the tree or the checkpoint.
-        group: from `groups_of(leaves)`.
-        leaf_of: number → origin of the leaf as it is stored.
-        stated: name of a module → what the configuration says, from `anatomy.quantization`.
+    """The weight that a group of some leaves is: number → origin of the leaf as it is stored, name of a module → what
+    the configuration says of it, from `anatomy.quantization`.
 
     Raises:
-        Quantized: no codec of its scheme is known, or a leaf is not here.
+        Quantized: no codec of its scheme is known.
         SpecMismatch: leaves and configuration disagree.
-
-    >>> import numpy as np
-    >>> from paramend.leaves.groups import groups_of
-    >>> from paramend.leaves.origins.stored import Held
-    >>> from paramend.trees.tree import Tree
-    >>> stored = {"weight_packed": np.array([[0x76543210]], np.int32), "weight_scale": np.full((1, 1), 0.5, np.float32)}
-    >>> tree = Tree({"fc": stored})
-    >>> weight = weight_of(tree, groups_of(tree)[0], lambda number: Held(tree.read(number)))
-    >>> weight.path, str(weight.spec), weight.origin().read().tolist()
-    ('fc/weight', 'float32[1,8]', [[-4.0, -3.5, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5]])
     """
     index, scheme = leaves.index, group.scheme
     here = ", ".join(index.path(number) for number in group.numbers)

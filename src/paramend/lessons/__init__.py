@@ -6,7 +6,7 @@ NAME --grade FILE.py` grades your own answer; from Python, call `paramend.lesson
 
 from typing import TYPE_CHECKING, Any
 
-from paramend.lessons.catalogue import find as _find
+from paramend.lessons.lesson import find as _find
 
 if TYPE_CHECKING:
     import jax

@@ -15,37 +15,6 @@ from paramend.lessons.lesson import Case, Lesson, edited, mistake
 from paramend.lessons.observation import Observation
 from paramend.lessons.witness import Picture, Witness, candidates, layer_names, observe, same
 
-TEXT = """
-The problem. A network `nn.Dense(8)`, relu, `nn.Dense(1)` is initialised with
-`PRNGKey(seed)` on `x`; its loss is the mean square of `prediction[:, 0] - y`. Take one
-step of gradient descent with rate `lr` in which `Dense_0`, kernel and bias, does not
-move: select its gradients by path and make them zero. Return [loss, norm_after,
-norm_before], of shape (3,): the loss before the step, and the Frobenius norm of the
-kernel of `Dense_0` after the step and before it. The norms are equal.
-
-The idea. Gradients are a tree with the same paths as the parameters. A selector of a
-layer also selects its gradients.
-
-The pitfall. Zero the gradient, not the parameter, and both leaves of the layer, not
-only the kernel. Compute norm_before from the old parameters. A layer gets its number
-when it is created: nn.Dense(1)(nn.relu(nn.Dense(8)(x))) creates the last one first. And
-mind y: a prediction of shape (N, 1) minus a y of shape (N,) is a table of (N, N).
-
-How it is graded. Each input is also tried with an infinite lr: infinity times zero is
-nan. So a zeroed gradient shows as nan after the step and as the old norm before it, and
-a zeroed update does not.
-"""
-
-WAY = """
-The Paramend way.
-
-    grads = pm.at(grads, "params/Dense_0/**").zero()
-
-This works for plain gradient descent. AdamW would still decay the layer, and momentum
-would keep moving it: then use `pm.freeze(tx, "**/Dense_0/**")`, which keeps every bit
-of the layer under any optimizer.
-"""
-
 
 class Regressor(nn.Module):
     """Eight hidden units and one output."""
@@ -216,9 +185,6 @@ def cases(rng: np.random.Generator) -> list[Case]:
 
 LESSON = Lesson(
     name="freeze_first_dense",
-    title="Freeze the first layer for one step",
-    text=TEXT,
-    way=WAY,
     reference=freeze_first_dense,
     cases=cases,
     observe=partial(observe, facts=step_facts),

@@ -3,85 +3,54 @@
 import textwrap
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from paramend.errors import BadArgument
-from paramend.lessons.catalogue import find
-from paramend.lessons.lesson import Case, Lesson, Mistake, Solve
+from paramend.lessons.lesson import Case, Lesson, Mistake, Solve, find
 from paramend.lessons.observation import Observation, differences, sketch
+from paramend.reports.fields import fields_of, picked
 from paramend.reports.wording import plural
 
 
 @dataclass(frozen=True)
 class Failure:
-    """One input on which the solution did not do what the reference does.
+    """One input on which the solution did not do what the reference does."""
 
-    Attributes:
-        number: which input, from 1.
-        inputs: name of argument → its value as text.
-        note: what is unusual about this input, or an empty string.
-        got, want: what the solution and the reference returned or did, line by line.
-    """
-
-    number: int
-    inputs: dict[str, str]
-    note: str
-    got: tuple[str, ...]
-    want: tuple[str, ...]
+    number: int  # from 1
+    inputs: dict[str, str]  # name of argument → its value as text
+    note: str  # what is unusual about this input, or an empty string
+    got: tuple[str, ...]  # what the solution returned or did, line by line
+    want: tuple[str, ...]  # what the reference did
 
 
 @dataclass(frozen=True)
 class Likeness:
-    """A known mistake that the solution behaves like.
+    """A known mistake that the solution behaves like."""
 
-    Attributes:
-        on: the inputs on which it does, from 1.
-        everywhere: whether it does on all inputs, not only on some of those that failed.
-    """
+    _data: ClassVar = ("mistake.name", "mistake.why", "on", "everywhere")
 
     mistake: Mistake
-    on: tuple[int, ...]
-    everywhere: bool
+    on: tuple[int, ...]  # the inputs on which it does, from 1
+    everywhere: bool  # whether it does on all inputs, not only on some of those that failed
 
 
 @dataclass(frozen=True)
 class Grade:
-    """The verdict on a solution.
-
-    Attributes:
-        passed: whether it did what the reference does on every input.
-        trials: how many times inputs were drawn; a trial may hold several inputs.
-        inputs: how many inputs were tried in all.
-        failures: the inputs on which it did not.
-        likeness: the known mistakes it behaves like, likeliest first.
-        unseen: what the grader cannot see in this lesson, or an empty string.
-    """
+    """The verdict on a solution."""
 
     lesson: str
-    passed: bool
-    trials: int
-    inputs: int
-    failures: tuple[Failure, ...] = ()
-    likeness: tuple[Likeness, ...] = ()
-    unseen: str = ""
+    passed: bool  # whether it did what the reference does on every input
+    trials: int  # how many times inputs were drawn; a trial may hold several inputs
+    inputs: int  # how many inputs were tried in all
+    failures: tuple[Failure, ...] = ()  # the inputs on which it did not
+    likeness: tuple[Likeness, ...] = ()  # the known mistakes it behaves like, likeliest first
+    unseen: str = ""  # what the grader cannot see in this lesson, or an empty string
 
     def to_dict(self) -> dict[str, Any]:
-        """The verdict as plain data, ready for JSON."""
-        return {
-            "lesson": self.lesson,
-            "passed": self.passed,
-            "trials": self.trials,
-            "inputs": self.inputs,
-            "failures": [asdict(failure) for failure in self.failures],
-            "likeness": [
-                {"name": one.mistake.name, "why": one.mistake.why, "on": list(one.on), "everywhere": one.everywhere}
-                for one in self.likeness
-            ],
-            "unseen": self.unseen,
-        }
+        return picked(self, *fields_of(self))
 
     def __str__(self) -> str:
         inputs = plural(self.inputs, "input")

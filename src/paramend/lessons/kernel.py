@@ -13,27 +13,6 @@ from paramend.edits.selection import at
 from paramend.lessons.lesson import Case, Lesson, edited, mistake, two_widths
 from paramend.lessons.witness import applied_facts, observe
 
-TEXT = """
-The problem. Initialise `nn.Dense(features)` with `PRNGKey(seed)` on `x`, give every
-entry of its kernel the value `replacement_value`, leave its bias alone, and return the
-output for `x`, of shape (N, features). `seed` and `features` arrive as floats. The
-answer can be checked by hand: y[n, j] = value * x[n].sum() + bias[j].
-
-The idea. A model's parameters are a tree of arrays: {"params": {"kernel": ..., "bias":
-...}}. An edit makes a new tree in which one leaf is replaced and all others are the
-same objects.
-
-The pitfall. The new kernel must be an array of the old one's shape and dtype, at the
-old path, below "params", with the bias still beside it. And others may hold the tree
-from `init`: change a copy, not the dict itself.
-"""
-
-WAY = """
-The Paramend way.
-
-    params = pm.at(params, "params/kernel").fill(value)
-"""
-
 
 def kernel_replace(seed: float, x: Any, features: float, replacement_value: float) -> jax.Array:
     """The output of a `Dense` layer whose kernel was filled with one value."""
@@ -84,9 +63,6 @@ def cases(rng: np.random.Generator) -> list[Case]:
 
 LESSON = Lesson(
     name="kernel_replace",
-    title="Replace one kernel, keep its bias",
-    text=TEXT,
-    way=WAY,
     reference=kernel_replace,
     cases=cases,
     observe=partial(observe, facts=applied_facts),

@@ -13,29 +13,6 @@ from paramend.edits.selection import at
 from paramend.lessons.lesson import Case, Lesson, edited, two_widths
 from paramend.lessons.witness import applied_facts, observe
 
-TEXT = """
-The problem. A network has `num_layers` layers `nn.Dense(features)` with relu between
-them, and the last one is made with `bias_init=nn.initializers.ones`. Initialise it with
-`PRNGKey(seed)` on `x`, make the last kernel zero, keep the last bias, and return the
-output for `x`, of shape (N, features). All counts arrive as floats. With a zero kernel
-the output is the bias, so every number of the answer is one.
-
-The idea. Flax numbers the layers in the order of their creation, from `Dense_0`, so the
-last one is `Dense_<num_layers - 1>`.
-
-The pitfall. Counting from one goes past the end. A dict takes any key without an
-error: a kernel written to `Dense_<num_layers>` or to `dense_2` is added, never read,
-and nothing is zeroed. And zeroing every kernel also returns ones, from a network that
-lost all it had learned.
-"""
-
-WAY = """
-The Paramend way. A position in brackets counts the numbered layers that exist, and a
-path that matches nothing is an error.
-
-    params = pm.at(params, "params/Dense_[-1]/kernel").zero()
-"""
-
 
 class Stack(nn.Module):
     """Dense layers with relu between them, the last one with a bias of ones or of other values."""
@@ -105,9 +82,6 @@ def cases(rng: np.random.Generator) -> list[Case]:
 
 LESSON = Lesson(
     name="zero_last_layer",
-    title="Zero the last kernel, keep its bias",
-    text=TEXT,
-    way=WAY,
     reference=zero_last_layer,
     cases=cases,
     observe=partial(observe, facts=applied_facts),

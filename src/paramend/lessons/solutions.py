@@ -1,7 +1,4 @@
-"""The function `solve` of a Python file, which is run as a module, without code under `if __name__ == "__main__"`.
-
-`BadArgument`, with the file and if known the line, if it fails or has no `solve` that takes `parameters`.
-"""
+"""Solutions: the function `solve` of a Python file."""
 
 import inspect
 import itertools

@@ -12,26 +12,6 @@ from paramend.growth.zeroing import init_zero_
 from paramend.lessons.lesson import Case, Lesson, Solve, mistake
 from paramend.lessons.observation import Observation, observed
 
-TEXT = """
-The problem. Given one torch layer, make its weight and its bias zero, in place. It must
-also work when called on each layer of an `nn.Sequential`: layers without a weight
-(`nn.ReLU`) are left as they are, and so is `bias=None`.
-
-The idea. A torch module holds its parameters, and others hold them too: the optimizer,
-a tied layer, a captured graph. So change the numbers and keep the `Parameter` objects:
-same dtype, same device, same `requires_grad`.
-
-The pitfall. `torch.zeros(shape)` is float32 whatever the layer was. The optimizer does
-not know a new `nn.Parameter`. Multiplying by zero does not always give zero: nan stays
-nan, and -1 becomes -0.0. Buffers such as `running_var` are not weights.
-"""
-
-WAY = """
-The Paramend way.
-
-    pm.init_zero_(layer)
-"""
-
 
 def init_zero(layer: nn.Module) -> Any:
     """The layer, with its weight and bias set to zero in place."""
@@ -148,9 +128,6 @@ def cases(rng: np.random.Generator) -> list[Case]:
 
 LESSON = Lesson(
     name="init_zero",
-    title="Zero one torch layer in place",
-    text=TEXT,
-    way=WAY,
     reference=init_zero,
     cases=cases,
     observe=observe,

@@ -16,33 +16,6 @@ from paramend.lessons.lesson import Case, Lesson, edited, mistake
 from paramend.lessons.observation import Observation
 from paramend.lessons.witness import Handed, Picture, Witness, candidates, layer_names, observe, same
 
-TEXT = """
-The problem. A small network has `num_full_layers` layers `nn.Dense(features)`, a bigger
-one has `num_extra_layers` more. Split `PRNGKey(seed)` in two, initialise the small one
-with the first key and the bigger one with the second, both on `x`. Then copy the layers
-of the small one, kernels and biases, to the first `num_full_layers` layers of the
-bigger one; the rest stay as initialised. Return [number of parameters of the bigger
-model, number of its layers], of shape (2,). All counts arrive as floats.
-
-The idea. A warm start is a graft: the leaves of one tree replace the leaves at the same
-paths of another.
-
-The pitfall. If both are initialised with one key, their first layers are equal from the
-start: the copy does nothing, and a wrong copy is never noticed. Copy by layer, below
-"params": a merge one level higher drops the extra layers.
-
-How it is graded. The two numbers do not show the copy. So the grader looks at the tree
-that `solve` builds and counts.
-"""
-
-WAY = """
-The Paramend way. The report says what was copied and what stayed fresh, and a layer
-that goes nowhere is an error.
-
-    params, report = pm.graft(big, small, only="params/Dense_[:3]/**")
-"""
-
-
 Tower = partial(Stack, bias_init=nn.initializers.zeros)
 
 
@@ -159,9 +132,6 @@ def cases(rng: np.random.Generator) -> list[Case]:
 
 LESSON = Lesson(
     name="partial_init",
-    title="Start a bigger model from a smaller one",
-    text=TEXT,
-    way=WAY,
     reference=partial_init,
     cases=cases,
     observe=partial(observe, facts=copy_facts),

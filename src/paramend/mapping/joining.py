@@ -100,10 +100,8 @@ def ruled(tree: T, sources: Sequence[str], targets: Sequence[str], step: Step) -
     """The tree after a rule of a layout with one step; what it does not take stays."""
     here, there = ({name for path in side for name in captures_of(path)} for side in (sources, targets))
     if here != there:
-        raise BadArgument(
-            f"{', '.join(sources)} and {', '.join(targets)} do not have the same numbers",
-            hint=f"<{min(here ^ there)}> on both sides: one new leaf for each",
-        )
+        why = f"{', '.join(sources)} and {', '.join(targets)} do not have the same numbers"
+        raise BadArgument(why, hint=f"<{min(here ^ there)}> on both sides: one new leaf for each")
     leaves = editable(tree)
     for source in sources:
         resolve(source, leaves)

@@ -16,10 +16,9 @@ from paramend.errors import BadArgument, CannotRead, NoMatch, ParamendError
 from paramend.leaves.leaves import Editable, Group
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.paths import labels, text_of, write_path
-from paramend.mapping.bundles import Bundle
 from paramend.mapping.numbers import Numbers, read_config
 from paramend.mapping.report import LayoutReport, Moved
-from paramend.mapping.steps import Step, read_step
+from paramend.mapping.steps import Bundle, Step, read_step
 from paramend.reports import wording
 from paramend.selectors.grammar import captures_of
 from paramend.selectors.patterns import parse
@@ -150,14 +149,9 @@ class Layout:
             raise BadArgument(f"{what}: there is no key {unknown[0]!r}", hint=near[0] if near else ", ".join(known))
         if data.get("version") != VERSION:
             raise BadArgument(f"{what}: {data.get('version')!r} is not a known version", hint=f"version: {VERSION}")
-        return cls(
-            data.get("rules") or (),
-            name=str(data.get("name") or ""),
-            rest=data.get("rest", "error"),
-            models=data.get("models") or (),
-            drop=data.get("drop") or (),
-            stored=data.get("stored"),
-        )
+        lists = {key: data.get(key) or () for key in ("models", "drop")}
+        name, rest = str(data.get("name") or ""), data.get("rest", "error")
+        return cls(data.get("rules") or (), name=name, rest=rest, stored=data.get("stored"), **lists)
 
     def save(self, path: str | Path) -> None:
         """Write the layout into a YAML file."""
@@ -237,19 +231,16 @@ class Layout:
             for group, made in groups_of(leaves, rule, numbers):
                 for number in group.numbers:
                     if taken.setdefault(number, rule) is not rule:
-                        raise BadArgument(
-                            f"{leaves.index.path(number)} is taken by two rules:\n  {taken[number]}\n  {rule}"
-                        )
+                        said = f"{leaves.index.path(number)} is taken by two rules:\n  {taken[number]}\n  {rule}"
+                        raise BadArgument(said)
                 groups.append(group)
                 rows += made
         if not groups:
             raise NoMatch("no rule takes anything:\n  " + "\n  ".join(map(str, rules)))
         kept = [leaves.index.path(number) for number in leaves.index.numbers if number not in taken]
         if kept and self.rest == "error":
-            raise BadArgument(
-                f"no rule takes {wording.plural(len(kept), 'leaf', 'leaves')}:\n  " + "\n  ".join(kept),
-                hint="a rule for each, or rest: keep",
-            )
+            why = f"no rule takes {wording.plural(len(kept), 'leaf', 'leaves')}:\n  " + "\n  ".join(kept)
+            raise BadArgument(why, hint="a rule for each, or rest: keep")
         _refuse_companions(leaves, taken, kept)
         report = LayoutReport(self.name, tuple(rows), tuple(kept))
         if stored is None or kept or not isinstance(leaves, Tree):
@@ -345,9 +336,8 @@ def _group(
         for key in family:
             new = _numbered(target, dict(zip(counted, key, strict=True)))
             targets.append((keys(new_paths(new)[numbers[0]]), family[key]))
-    rows = [
-        Moved(_text(path, leaves.index.separator), origin.spec, str(origin), tuple(paths)) for path, origin in targets
-    ]
+    mark, of = leaves.index.separator, tuple(paths)
+    rows = [Moved(_text(path, mark), origin.spec, str(origin), of) for path, origin in targets]
     make = partial(_values, rule, slots, said)
     return Group(numbers, tuple(path for path, _ in targets), make), rows
 
@@ -372,9 +362,8 @@ def _stepped(rule: Rule, bundle: Bundle, check: bool) -> Bundle:
         raise BadArgument(f"{rule} makes {len(bundle)} leaves, and `to` has {len(rule.targets)} paths")
     lengths = {len(key) for family in bundle for key in family}
     if lengths - {len(_absent(rule.targets, rule.sources))}:
-        raise BadArgument(
-            f"{rule}: a number of `from` is not in `to`, and no stack runs over it", hint="do: [{stack: {axis: 0}}]"
-        )
+        why = f"{rule}: a number of `from` is not in `to`, and no stack runs over it"
+        raise BadArgument(why, hint="do: [{stack: {axis: 0}}]")
     return bundle
 
 
@@ -383,7 +372,6 @@ def _values(rule: Rule, slots: Sequence[Slot], paths: str, values: Sequence[Any]
 
 
 def _modules(leaves: Editable, groups: Sequence[Group]) -> dict[str, str]:
-    """The modules of leaves, and what those that move whole are called then."""
     moved = {module: module for module in modules(leaves, leaves.index.numbers)}
     for group in groups:
         if len(group.numbers) == len(group.paths) == 1:
@@ -409,7 +397,33 @@ def _refuse_companions(leaves: Editable, taken: Mapping[int, Rule], kept: Sequen
     stays = {path: leaves.index.pieces(number) for number, path in leaves.index.texts.items()}
     lost = [path for path in kept if any(stays[path][:depth] in gone for depth in range(1, len(stays[path])))]
     if lost:
-        raise BadArgument(
-            f"{wording.listing(lost, 4)} would stay behind, where no module is any more",
-            hint="a rule for them: scales, biases and adapters go through the same map",
-        )
+        why = f"{wording.listing(lost, 4)} would stay behind, where no module is any more"
+        raise BadArgument(why, hint="a rule for them: scales, biases and adapters go through the same map")
+
+
+_SHELF = Path(__file__).parent / "shipped"
+
+
+def layouts() -> list[str]:
+    """The names of the layouts that ship, sorted; `pm.layout(name)` opens one.
+
+    >>> "mixtral_4_to_5" in pm.layouts()
+    True
+    """
+    return sorted(path.stem for path in _SHELF.glob("*.yaml"))
+
+
+def layout(name: str) -> Layout:
+    """A layout that ships.
+
+    Raises:
+        LookupError: there is none of that name; the message names near ones.
+
+    >>> pm.layout("mixtral_4_to_5")
+    <layout mixtral_4_to_5: 3 rules>
+    """
+    if name not in layouts():
+        near = wording.closest(name, layouts()) or [known for known in layouts() if name in known]
+        hint = wording.listing(near) if near else "pm.layouts() lists those that ship; pm.Layout.load(path) reads yours"
+        raise NoMatch(f"there is no layout {name!r}", hint=hint)
+    return Layout.load(_SHELF / f"{name}.yaml")

@@ -1,11 +1,12 @@
 """What became of leaves that were made of others, put into a model or taken out of one."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from paramend.leaves.origins.texts import shortened
 from paramend.leaves.specs import Spec
 from paramend.reports import wording
+from paramend.reports.fields import picked
 from paramend.reports.report import Line, Report, Section
 
 
@@ -19,6 +20,8 @@ class Moved:
         origin: what it is made of, as an expression.
         sources: the paths of the leaves that its rule took; its old path.
     """
+
+    _data: ClassVar = ("path", "spec.dtype", "spec.shape", "origin", "sources")
 
     path: str
     spec: Spec
@@ -55,11 +58,5 @@ class LayoutReport(Report):
         return [Section(self.did[0], made), Section(self.did[1], [Line((path,)) for path in self.kept])]
 
     def to_dict(self) -> dict[str, Any]:
-        rows = [
-            {"path": row.path, "dtype": row.spec.dtype, "shape": list(row.spec.shape), "origin": row.origin}
-            | {"sources": list(row.sources)}
-            for row in self.rows
-        ]
-        (did, rest) = self.did
-        found: dict[str, Any] = {"layout": self.layout, did: rows, rest.replace(" ", "_"): list(self.kept)}
-        return found | ({"said": list(self.said)} if self.said else {})
+        did, rest = self.did
+        return picked(self, "layout", f"rows as {did}", f"kept as {rest.replace(' ', '_')}", "said?")

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,10 +19,12 @@ from paramend.edits.moves import axis_of
 from paramend.errors import BadArgument, SpecMismatch
 from paramend.leaves.origins.moved import How, check_fit
 from paramend.leaves.specs import Spec
-from paramend.mapping import sums
-from paramend.mapping.bundles import Bundle, Data, Family, abreast, alone, over
 from paramend.reports import wording
 
+# One family for each path: the numbers that count its leaves → a leaf; () → the leaf where nothing counts them.
+Family: TypeAlias = dict[tuple[int, ...], Any]
+Bundle: TypeAlias = list[Family]
+Data: TypeAlias = Mapping[str, Any]
 Run: TypeAlias = Callable[[Bundle, Data, int], Bundle]
 Check: TypeAlias = Callable[[Bundle, Data], None]
 # Numbers of the model, which may be given by name; the last one may be a product of several.
@@ -36,11 +39,9 @@ class Step:
     args: Data
 
     def run(self, bundle: Bundle, count: int) -> Bundle:
-        """The bundle after the step, in a rule that ends in `count` paths."""
         return _ROWS[self.name].run(bundle, self.args, count)
 
     def check(self, bundle: Bundle) -> None:
-        """Raise if the step would lose values, which are read for it."""
         check = _ROWS[self.name].check
         if check is not None:
             check(bundle, self.args)
@@ -103,7 +104,7 @@ def read_step(data: Any) -> Step:
         raise BadArgument(f"{name} takes {wording.listing(row.keys)}, and {shown(given)} was given")
     for key, value in args.items():
         if key == "groups":
-            sums.check_groups(value)
+            _check_groups(value)
             continue
         counts, lists = key in COUNTS, isinstance(value, list | tuple)
         fits = key == COUNTS[-1] or lists != (counts or key == "axis")
@@ -118,11 +119,49 @@ def read_step(data: Any) -> Step:
     return Step(name, args)
 
 
-def _stack(bundle: Bundle, args: Data, count: int) -> Bundle:
-    return [_stacked(family, args["axis"]) for family in bundle]
+def _check_groups(groups: Any) -> None:
+    """Raise if groups are not lists of places, each place in one."""
+    lists = isinstance(groups, list | tuple) and all(isinstance(group, list | tuple) and group for group in groups)
+    if not lists or not groups or sorted(n for group in groups for n in group) != list(range(sum(map(len, groups)))):
+        raise BadArgument(f"sum: groups cannot be {shown(groups)}", hint="places of the leaves: [[0, 2], [1, 3]]")
 
 
-def _stacked(family: Family, axis: int) -> Family:
+def _each(change: Callable[[Any, Data], Any]) -> Run:
+    """Every leaf changed by itself."""
+    return lambda bundle, args, count: [{key: change(x, args) for key, x in family.items()} for family in bundle]
+
+
+def _joined(name: str, join: Callable[[list[Any], Data], Any]) -> Run:
+    """For each number one leaf made of those of all paths."""
+    return lambda bundle, args, count: [{key: join(parts, args) for key, parts in _abreast(name, bundle).items()}]
+
+
+def _parted(name: str, part: Callable[[Any, Data, int], list[Any]]) -> Run:
+    """Several leaves made of each of the one path."""
+
+    def run(bundle: Bundle, args: Data, count: int) -> Bundle:
+        if len(bundle) != 1:
+            raise BadArgument(f"{name} takes one path, and there are {len(bundle)}")
+        made = {key: part(x, args, count) for key, x in bundle[0].items()}
+        return [dict(zip(made, parts, strict=True)) for parts in zip(*made.values(), strict=True)]
+
+    return run
+
+
+def _abreast(name: str, bundle: Bundle) -> dict[tuple[int, ...], list[Any]]:
+    """For each number the leaves of all paths."""
+    keys = bundle[0].keys()
+    if any(family.keys() != keys for family in bundle):
+        raise BadArgument(f"{name}: the paths of `from` do not have the same numbers")
+    return {key: [family[key] for family in bundle] for key in keys}
+
+
+def _along(x: Any, args: Data) -> tuple[Spec, int]:
+    spec = hands.spec_of(x)
+    return spec, axis_of(spec, args["axis"])
+
+
+def _stack(family: Family, axis: int) -> Family:
     found: dict[tuple[int, ...], dict[int, Any]] = {}
     for key, x in family.items():
         if not key:
@@ -140,22 +179,14 @@ def _stacked(family: Family, axis: int) -> Family:
     return out
 
 
-def _unstack(bundle: Bundle, args: Data, count: int) -> Bundle:
-    out: Bundle = []
-    for family in bundle:
-        cut: Family = {}
-        for key, x in family.items():
-            spec, axis = _along(x, args)
-            rest = (*spec.shape[:axis], *spec.shape[axis + 1 :])
-            for place in range(spec.shape[axis]):
-                cut[*key, place] = hands.reshape(hands.take(x, range(place, place + 1), axis), rest)
-        out.append(cut)
+def _unstack(family: Family, axis: int) -> Family:
+    out: Family = {}
+    for key, x in family.items():
+        spec, at = _along(x, {"axis": axis})
+        rest = (*spec.shape[:at], *spec.shape[at + 1 :])
+        for place in range(spec.shape[at]):
+            out[*key, place] = hands.reshape(hands.take(x, range(place, place + 1), at), rest)
     return out
-
-
-def _along(x: Any, args: Data) -> tuple[Spec, int]:
-    spec = hands.spec_of(x)
-    return spec, axis_of(spec, args["axis"])
 
 
 def _join(how: How, bundle: Bundle, args: Data, count: int) -> Bundle:
@@ -165,13 +196,15 @@ def _join(how: How, bundle: Bundle, args: Data, count: int) -> Bundle:
             raise BadArgument(f"concat: parts {list(args['parts'])} do not add up to the {len(bundle)} leaves")
         rest = {"axis": args["axis"]}
         return [_join(how, bundle[end - n : end], rest, 1)[0] for n, end in zip(args["parts"], ends, strict=True)]
-    out: Family = {}
-    for key, parts in abreast(how, bundle).items():
+
+    def joined(parts: list[Any], args: Data) -> Any:
         axis = axis_of(hands.spec_of(parts[0]), args["axis"])
-        out[key] = hands.join(parts, axis, how)
+        made = hands.join(parts, axis, how)
         if "sizes" in args and [hands.spec_of(part).shape[axis] for part in parts] != list(args["sizes"]):
             raise SpecMismatch(f"concat: the lengths along axis {axis} are not {list(args['sizes'])}")
-    return [out]
+        return made
+
+    return _joined(how, joined)(bundle, args, count)
 
 
 def _split(bundle: Bundle, args: Data, count: int) -> Bundle:
@@ -180,74 +213,61 @@ def _split(bundle: Bundle, args: Data, count: int) -> Bundle:
             raise BadArgument(f"split: parts {list(args['parts'])} are not those of {len(bundle)} leaves")
         rest = {"axis": args["axis"]}
         return [part for x, n in zip(bundle, args["parts"], strict=True) for part in _split([x], rest, n)]
-    out: Bundle = [{} for _ in range(count)]
-    for key, x in alone("split", bundle).items():
-        spec, axis = _along(x, args)
-        length = spec.shape[axis]
-        sizes = list(args.get("sizes", [length // count] * count))
-        if "sizes" not in args and length % count:
-            some = [length - sum(sizes[1:]), *sizes[1:]]
-            raise SpecMismatch(f"axis {axis} of {spec} cannot be cut into {count} equal parts", hint=f"sizes={some}")
-        if sum(sizes) != length or len(sizes) != count or min(sizes) < 0:
-            raise SpecMismatch(
-                f"the sizes {sizes} do not add up to {length:,}, axis {axis} of {spec}, in {count} parts"
-            )
-        ends = np.cumsum(sizes).tolist()
-        for part, size, end in zip(out, sizes, ends, strict=True):
-            part[key] = hands.take(x, range(end - size, end), axis)
-    return out
+    return _parted("split", _cuts)(bundle, args, count)
 
 
-def _deal(bundle: Bundle, args: Data, count: int) -> Bundle:
-    out: Bundle = [{} for _ in range(count)]
-    for key, x in alone("deal", bundle).items():
-        spec, axis = _along(x, args)
-        if spec.shape[axis] % count:
-            raise SpecMismatch(f"axis {axis} of {spec} does not hold {count} parts in turns")
-        for place, part in enumerate(out):
-            part[key] = hands.take(x, range(place, spec.shape[axis], count), axis)
-    return out
+def _cuts(x: Any, args: Data, count: int) -> list[Any]:
+    spec, axis = _along(x, args)
+    length = spec.shape[axis]
+    sizes = list(args.get("sizes", [length // count] * count))
+    if "sizes" not in args and length % count:
+        some = [length - sum(sizes[1:]), *sizes[1:]]
+        raise SpecMismatch(f"axis {axis} of {spec} cannot be cut into {count} equal parts", hint=f"sizes={some}")
+    if sum(sizes) != length or len(sizes) != count or min(sizes) < 0:
+        raise SpecMismatch(f"the sizes {sizes} do not add up to {length:,}, axis {axis} of {spec}, in {count} parts")
+    ends = np.cumsum(sizes).tolist()
+    return [hands.take(x, range(end - size, end), axis) for size, end in zip(sizes, ends, strict=True)]
 
 
-def _moved(move: Callable[[Any, Data], Any], bundle: Bundle, args: Data, count: int) -> Bundle:
-    return over(bundle, lambda x: move(x, args))
+def _dealt(x: Any, args: Data, count: int) -> list[Any]:
+    spec, axis = _along(x, args)
+    if spec.shape[axis] % count:
+        raise SpecMismatch(f"axis {axis} of {spec} does not hold {count} parts in turns")
+    return [hands.take(x, range(place, spec.shape[axis], count), axis) for place in range(count)]
 
 
-def _reshape(bundle: Bundle, args: Data, count: int) -> Bundle:
-    def changed(x: Any) -> Any:
-        spec = hands.spec_of(x)
-        if spec.shape != tuple(args["back"]):
-            raise SpecMismatch(f"reshape from {list(args['back'])} to {list(args['shape'])} does not fit {spec}")
-        return moves.reshaped(x, args)
-
-    return over(bundle, changed)
+def _reshaped(x: Any, args: Data) -> Any:
+    spec = hands.spec_of(x)
+    if spec.shape != tuple(args["back"]):
+        raise SpecMismatch(f"reshape from {list(args['back'])} to {list(args['shape'])} does not fit {spec}")
+    return moves.reshaped(x, args)
 
 
-def _rope(back: bool, bundle: Bundle, args: Data, count: int) -> Bundle:
-    heads = args["heads"]
+def _roped(x: Any, args: Data, *, back: bool = False) -> Any:
+    heads, (spec, axis) = args["heads"], _along(x, args)
+    length = spec.shape[axis]
+    if length % heads:
+        raise SpecMismatch(f"rope: axis {axis} of {spec} does not hold {heads:,} heads of one size")
+    size, before, after = length // heads, (*spec.shape[:axis], heads), spec.shape[axis + 1 :]
+    turned = args.get("rotary_dim", size)
+    if turned % 2 or not 0 < turned <= size:
+        raise SpecMismatch(f"rope: heads of {size} places do not have {turned} that are rotated in pairs")
+    apart = hands.reshape(x, (*before, size, *after))
+    halves = (turned // 2, 2) if back else (2, turned // 2)
+    pairs = hands.reshape(hands.take(apart, range(turned), axis + 1), (*before, *halves, *after))
+    axes = list(range(spec.ndim + 2))
+    axes[axis + 1 : axis + 3] = axis + 2, axis + 1
+    done = hands.reshape(hands.transpose(pairs, axes), (*before, turned, *after))
+    if turned < size:
+        done = hands.join([done, hands.take(apart, range(turned, size), axis + 1)], axis + 1, "concat")
+    return hands.reshape(done, spec.shape)
 
-    def changed(x: Any) -> Any:
-        spec, axis = _along(x, args)
-        length = spec.shape[axis]
-        if length % heads:
-            raise SpecMismatch(f"rope: axis {axis} of {spec} does not hold {heads:,} heads of one size")
-        turned = args.get("rotary_dim", length // heads)
-        if turned % 2 or not 0 < turned <= length // heads:
-            raise SpecMismatch(
-                f"rope: heads of {length // heads} places do not have {turned} that are rotated in pairs"
-            )
-        size, before, after = length // heads, (*spec.shape[:axis], heads), spec.shape[axis + 1 :]
-        apart = hands.reshape(x, (*before, size, *after))
-        halves = (turned // 2, 2) if back else (2, turned // 2)
-        pairs = hands.reshape(hands.take(apart, range(turned), axis + 1), (*before, *halves, *after))
-        axes = list(range(spec.ndim + 2))
-        axes[axis + 1 : axis + 3] = axis + 2, axis + 1
-        done = hands.reshape(hands.transpose(pairs, axes), (*before, turned, *after))
-        if turned < size:
-            done = hands.join([done, hands.take(apart, range(turned, size), axis + 1)], axis + 1, "concat")
-        return hands.reshape(done, spec.shape)
 
-    return over(bundle, changed)
+def _flipped(x: Any, args: Data) -> Any:
+    spec = hands.spec_of(x)
+    for axis in (axis_of(spec, each) for each in args["axes"]):
+        x = hands.take(x, range(spec.shape[axis] - 1, -1, -1), axis)
+    return x
 
 
 def _grouped(name: str, args: Data, length: int, heads: int) -> int:
@@ -263,37 +283,32 @@ def _by_groups(spec: Spec, axis: int, groups: int) -> tuple[int, ...]:
     return (*spec.shape[:axis], groups, spec.shape[axis] // groups, *spec.shape[axis + 1 :])
 
 
-def _group_qkv(bundle: Bundle, args: Data, count: int) -> Bundle:
+def _group_qkv(parts: list[Any], args: Data) -> Any:
     groups = args["kv_heads"]
-    if len(bundle) != 3:
-        raise BadArgument(f"group_qkv takes the paths of q, k and v, and there are {len(bundle)}")
-    out: Family = {}
-    for key, parts in abreast("group_qkv", bundle).items():
-        specs = [hands.spec_of(part) for part in parts]
-        axis = axis_of(specs[0], args["axis"])
-        check_fit(specs, axis, "concat")
-        size = _grouped("group_qkv", args, specs[0].shape[axis], args["heads"])
-        if any(spec.shape[axis] != groups * size for spec in specs[1:]):
-            raise SpecMismatch(f"group_qkv: {specs[1]} and {specs[2]} do not hold {groups:,} heads of {size:,}")
-        apart = [hands.reshape(part, _by_groups(spec, axis, groups)) for part, spec in zip(parts, specs, strict=True)]
-        length = sum(spec.shape[axis] for spec in specs)
-        whole = (*specs[0].shape[:axis], length, *specs[0].shape[axis + 1 :])
-        out[key] = hands.reshape(hands.join(apart, axis + 1, "concat"), whole)
-    return [out]
+    if len(parts) != 3:
+        raise BadArgument(f"group_qkv takes the paths of q, k and v, and there are {len(parts)}")
+    specs = [hands.spec_of(part) for part in parts]
+    axis = axis_of(specs[0], args["axis"])
+    check_fit(specs, axis, "concat")
+    size = _grouped("group_qkv", args, specs[0].shape[axis], args["heads"])
+    if any(spec.shape[axis] != groups * size for spec in specs[1:]):
+        raise SpecMismatch(f"group_qkv: {specs[1]} and {specs[2]} do not hold {groups:,} heads of {size:,}")
+    apart = [hands.reshape(part, _by_groups(spec, axis, groups)) for part, spec in zip(parts, specs, strict=True)]
+    length = sum(spec.shape[axis] for spec in specs)
+    whole = (*specs[0].shape[:axis], length, *specs[0].shape[axis + 1 :])
+    return hands.reshape(hands.join(apart, axis + 1, "concat"), whole)
 
 
-def _ungroup_qkv(bundle: Bundle, args: Data, count: int) -> Bundle:
-    groups, heads = args["kv_heads"], args["heads"]
-    out: Bundle = [{}, {}, {}]
-    for key, x in alone("ungroup_qkv", bundle).items():
-        spec, axis = _along(x, args)
-        size = _grouped("ungroup_qkv", args, spec.shape[axis], heads + 2 * groups)
-        apart = hands.reshape(x, _by_groups(spec, axis, groups))
-        ends = np.cumsum([0, heads // groups * size, size, size]).tolist()
-        for part, start, end in zip(out, ends, ends[1:], strict=False):
-            whole = (*spec.shape[:axis], groups * (end - start), *spec.shape[axis + 1 :])
-            part[key] = hands.reshape(hands.take(apart, range(start, end), axis + 1), whole)
-    return out
+def _ungroup_qkv(x: Any, args: Data, count: int) -> list[Any]:
+    groups, heads, (spec, axis) = args["kv_heads"], args["heads"], _along(x, args)
+    size = _grouped("ungroup_qkv", args, spec.shape[axis], heads + 2 * groups)
+    apart = hands.reshape(x, _by_groups(spec, axis, groups))
+    ends = np.cumsum([0, heads // groups * size, size, size]).tolist()
+    found = []
+    for start, end in pairwise(ends):
+        whole = (*spec.shape[:axis], groups * (end - start), *spec.shape[axis + 1 :])
+        found.append(hands.reshape(hands.take(apart, range(start, end), axis + 1), whole))
+    return found
 
 
 def _padded(args: Data, size: int) -> int:
@@ -302,20 +317,13 @@ def _padded(args: Data, size: int) -> int:
     return int(args["to"]) if "to" in args else -(-size // multiple) * multiple
 
 
-def _pad(bundle: Bundle, args: Data, count: int) -> Bundle:
-    def changed(x: Any) -> Any:
-        spec, axis = _along(x, args)
-        length = spec.shape[axis]
-        size, padded = args["size"] or length, _padded(args, length)
-        if length != size or padded < length:
-            raise SpecMismatch(f"pad: axis {axis} of {spec} cannot be padded from {size:,} to {padded:,}")
-        return hands.pad(x, padded - length, axis) if padded > length else x
-
-    return over(bundle, changed)
-
-
-def _cut(bundle: Bundle, args: Data, count: int) -> Bundle:
-    return over(bundle, lambda x: _apart(x, args)[0])
+def _pad(x: Any, args: Data) -> Any:
+    spec, axis = _along(x, args)
+    length = spec.shape[axis]
+    size, padded = args["size"] or length, _padded(args, length)
+    if length != size or padded < length:
+        raise SpecMismatch(f"pad: axis {axis} of {spec} cannot be padded from {size:,} to {padded:,}")
+    return hands.pad(x, padded - length, axis) if padded > length else x
 
 
 def _apart(x: Any, args: Data) -> tuple[Any, Any]:
@@ -327,10 +335,8 @@ def _apart(x: Any, args: Data) -> tuple[Any, Any]:
         return x, None
     if not size or length != _padded(args, size):
         said = f"and for {size:,} places `pad` makes {_padded(args, size):,}" if size else "of which `size` are true"
-        raise SpecMismatch(
-            f"pad: axis {axis} of {spec} is {length:,} long, {said}",
-            hint="the numbers that `pad` names, such as vocab_size=32000",
-        )
+        why = f"pad: axis {axis} of {spec} is {length:,} long, {said}"
+        raise SpecMismatch(why, hint="the numbers that `pad` names, such as vocab_size=32000")
     return hands.take(x, range(size), axis), hands.take(x, range(size, length), axis)
 
 
@@ -344,20 +350,15 @@ def _check_cut(bundle: Bundle, args: Data) -> None:
             )
 
 
-def _tie(bundle: Bundle, args: Data, count: int) -> Bundle:
-    family = alone("tie", bundle)
-    return [dict(family) for _ in range(count)]
-
-
 def _untie(bundle: Bundle, args: Data, count: int) -> Bundle:
     bundle = list(filter(None, bundle))  # one of the names is enough
-    for parts in abreast("untie", bundle).values():
+    for parts in _abreast("untie", bundle).values():
         check_fit([hands.spec_of(part) for part in parts], 0, "stack")
     return bundle[:1]
 
 
 def _check_untie(bundle: Bundle, args: Data) -> None:
-    for parts in abreast("untie", list(filter(None, bundle))).values():
+    for parts in _abreast("untie", list(filter(None, bundle))).values():
         if not all(hands.equal(parts[0], part) for part in parts[1:]):
             raise BadArgument(
                 "they are not equal: one of them would be lost",
@@ -365,40 +366,75 @@ def _check_untie(bundle: Bundle, args: Data) -> None:
             )
 
 
+def _sum(bundle: Bundle, args: Data, count: int) -> Bundle:
+    """The sum of each group of leaves."""
+    groups = args.get("groups", [list(range(len(bundle)))])
+    if sum(map(len, groups)) + len(args.get("zero", ())) != len(bundle):
+        raise BadArgument(f"sum: groups {groups} are not those of {len(bundle)} leaves")
+    parts = (_abreast("sum", [bundle[place] for place in group]) for group in groups)
+    return [{key: hands.add(each) for key, each in family.items()} for family in parts]
+
+
+def _check_zero(bundle: Bundle, args: Data) -> None:
+    """Raise if a leaf that no sum takes is not zero."""
+    for x in (x for place in args.get("zero", ()) for x in bundle[place].values()):
+        if not hands.is_zero(x):
+            why = f"a part of it, {hands.spec_of(x)}, must be zero, because the other side has no place for it"
+            raise BadArgument(why, hint="a model with a place for it")
+
+
+def _spread(bundle: Bundle, args: Data, count: int) -> Bundle:
+    """Each leaf as the first of its group, and zeros as the others."""
+    groups, zero = args.get("groups", [list(range(count))]), args.get("zero", [])
+    if len(groups) != len(bundle):
+        raise BadArgument(f"spread: groups {groups} are not those of {len(bundle)} leaves")
+    firsts = {group[0]: family for group, family in zip(groups, bundle, strict=True)}
+    like = {place: family for group, family in zip(groups, bundle, strict=True) for place in group}
+    like |= dict.fromkeys(zero, bundle[0])
+    return [firsts.get(place) or {key: hands.zeros(x) for key, x in like[place].items()} for place in range(len(like))]
+
+
 def _pair(
-    name: str, back: str, keys: tuple[str, ...], needs: tuple[str, ...], run: Run, undo: Run, check: Check | None = None
+    name: str, back: str, keys: str, needs: str, run: Run, undo: Run, check: Check | None = None
 ) -> dict[str, _Kind]:
-    """A kind of step and its inverse, which take the same keys; the inverse may lose values."""
-    there = _Kind(keys, needs, run, lambda args: (back, args))
-    return {name: there, back: _Kind(keys, needs, undo, lambda args: (name, args), check)}
+    takes = tuple(keys.split()), tuple(needs.split())
+    there = _Kind(*takes, run, lambda args: (back, args))
+    return {name: there, back: _Kind(*takes, undo, lambda args: (name, args), check)}
 
 
+def _along_axis(change: Callable[[Family, int], Family]) -> Run:
+    return lambda bundle, args, count: [change(family, args["axis"]) for family in bundle]
+
+
+_TIED = _parted("tie", lambda x, args, count: [x] * count)
+_CUT = _each(lambda x, args: _apart(x, args)[0])
+_GROUPED, _UNGROUPED = _joined("group_qkv", _group_qkv), _parted("ungroup_qkv", _ungroup_qkv)
 _ROWS: Mapping[str, _Kind] = {
-    **_pair("pad", "cut", ("size", "multiple", "to", "axis"), ("size", "multiple|to"), _pad, _cut, _check_cut),
-    **_pair("tie", "untie", (), (), _tie, _untie, _check_untie),
-    **_pair("rope", "unrope", ("heads", "rotary_dim", "axis"), ("heads",), partial(_rope, False), partial(_rope, True)),
-    **_pair("group_qkv", "ungroup_qkv", ("heads", "kv_heads", "axis"), ("heads", "kv_heads"), _group_qkv, _ungroup_qkv),
-    **_pair("stack", "unstack", ("axis",), (), _stack, _unstack),
-    **_pair("concat", "split", ("axis", "sizes", "parts"), (), partial(_join, "concat"), _split),
-    **_pair("spread", "sum", ("groups", "zero"), (), sums.spread, sums.added, sums.check_zero),
-    "flip": _Kind(("axes",), ("axes",), sums.flipped, lambda args: ("flip", args)),
-    **_pair("interleave", "deal", ("axis",), (), partial(_join, "interleave"), _deal),
+    **_pair("pad", "cut", "size multiple to axis", "size multiple|to", _each(_pad), _CUT, _check_cut),
+    **_pair("tie", "untie", "", "", _TIED, _untie, _check_untie),
+    **_pair("rope", "unrope", "heads rotary_dim axis", "heads", _each(_roped), _each(partial(_roped, back=True))),
+    **_pair("group_qkv", "ungroup_qkv", "heads kv_heads axis", "heads kv_heads", _GROUPED, _UNGROUPED),
+    **_pair("stack", "unstack", "axis", "", _along_axis(_stack), _along_axis(_unstack)),
+    **_pair("concat", "split", "axis sizes parts", "", partial(_join, "concat"), _split),
+    **_pair("spread", "sum", "groups zero", "", _spread, _sum, _check_zero),
+    "flip": _Kind(("axes",), ("axes",), _each(_flipped), lambda args: ("flip", args)),
+    **_pair("interleave", "deal", "axis", "", partial(_join, "interleave"), _parted("deal", _dealt)),
     "transpose": _Kind(
         ("axes",),
         ("axes",),
-        partial(_moved, moves.transposed),
+        _each(moves.transposed),
         lambda args: ("transpose", {"axes": np.argsort(args["axes"]).tolist()}),
     ),
     "reshape": _Kind(
         ("shape", "back"),
         ("shape", "back"),
-        _reshape,
+        _each(_reshaped),
         lambda args: ("reshape", {"shape": args["back"], "back": args["shape"]}),
     ),
     "permute": _Kind(
         ("index", "axis"),
         ("index",),
-        partial(_moved, moves.permuted),
+        _each(moves.permuted),
         lambda args: ("permute", {**args, "index": np.argsort(args["index"]).tolist()}),
     ),
 }

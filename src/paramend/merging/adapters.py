@@ -10,8 +10,7 @@ from typing import Any, TypeAlias
 
 from paramend.anatomy.sections import parsed
 from paramend.checkpoints.assemble import origin_of
-from paramend.checkpoints.checkpoint import Checkpoint
-from paramend.checkpoints.checkpoint import open as open_checkpoint
+from paramend.checkpoints.checkpoint import Checkpoint, open as open_checkpoint
 from paramend.checkpoints.whole import save
 from paramend.disk.io import write_file
 from paramend.disk.permissions import NEW_FOLDER, access_of, of_folder
@@ -32,23 +31,20 @@ CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_
 # How the names of an adapter's leaves end, and what the leaf is then. Capitals have the axes of torch, (rank, in) and
 # (out, rank); the others those of JAX, (in, rank) and (rank, out).
 _ENDS: Mapping[Pieces, str] = {
-    ("lora_A", "weight"): "A",
-    ("lora_B", "weight"): "B",
-    ("lora_B", "bias"): "bias",
-    ("lora_embedding_A",): "rows A",
-    ("lora_embedding_B",): "rows B",
-    ("lora_magnitude_vector",): "magnitude",
-    ("lora_magnitude_vector", "weight"): "magnitude",
-    ("token_adapter", "trainable_tokens_delta"): "tokens",
-    ("lora_down", "weight"): "A",
-    ("lora_up", "weight"): "B",
-    ("lora", "down", "weight"): "A",
-    ("lora", "up", "weight"): "B",
-    ("alpha",): "alpha",
-    ("lora", "lora_a"): "a",
-    ("lora", "lora_b"): "b",
-    ("lora_a",): "a",
-    ("lora_b",): "b",
+    tuple(end.split("/")): role
+    for role, ends in {
+        "A": ("lora_A/weight", "lora_down/weight", "lora/down/weight"),
+        "B": ("lora_B/weight", "lora_up/weight", "lora/up/weight"),
+        "a": ("lora/lora_a", "lora_a"),
+        "b": ("lora/lora_b", "lora_b"),
+        "bias": ("lora_B/bias",),
+        "alpha": ("alpha",),
+        "tokens": ("token_adapter/trainable_tokens_delta",),
+        "rows A": ("lora_embedding_A",),
+        "rows B": ("lora_embedding_B",),
+        "magnitude": ("lora_magnitude_vector", "lora_magnitude_vector/weight"),
+    }.items()
+    for end in ends
 }
 _WRAPPED = ("base_layer", "modules_to_save")
 # Keys of a configuration that change what its tensors mean, and how.
@@ -135,11 +131,9 @@ class Adapter:
             write_file(temporary / CONFIG, json.dumps(self.config, indent=2, sort_keys=True).encode() + b"\n")
 
     def origin(self, number: int) -> Origin:
-        """Where the values of a leaf come from."""
         return origin_of(self.leaves, number)
 
     def paths(self, terms: Iterable[Term]) -> list[str]:
-        """The paths of the leaves of some terms."""
         return [self.leaves.index.path(number) for term in terms for number in term.roles.values()]
 
     def said(self, key: str, default: Any = None) -> Any:
@@ -173,10 +167,8 @@ class Adapter:
 def _ruled(leaves: Editable, rule: Sequence[str]) -> dict[int, tuple[str, Pieces, str]]:
     """The leaves that a rule names, each with what it is, the module and the leaf that it changes."""
     if isinstance(rule, str) or len(rule) != 3:
-        raise BadArgument(
-            f"rule={rule!r} is not three paths: of A, of B and of the leaf that they change",
-            hint='rule=("**/lora_a", "**/lora_b", "**/kernel")',
-        )
+        why = f"rule={rule!r} is not three paths: of A, of B and of the leaf that they change"
+        raise BadArgument(why, hint='rule=("**/lora_a", "**/lora_b", "**/kernel")')
     found: dict[int, tuple[str, Pieces, str]] = {}
     for role, path in zip("ab", rule, strict=False):
         for number, moved in rename(path, rule[2]).over(leaves.index).items():
@@ -200,13 +192,7 @@ def _role(pieces: Pieces) -> tuple[str, Pieces, str]:
 
 
 def adapter(given: AnyTree, rule: Sequence[str] | None = None) -> Adapter:
-    """An adapter from its path, or from a tree.
-
-    Raises:
-        CannotRead: there is no such file, or no configuration beside weights that need one.
-        BadCheckpoint: a file is damaged.
-        Unsupported: it is not a LoRA, or one whose terms depend on more than its tensors.
-    """
+    """An adapter from its path, or from a tree."""
     if isinstance(given, Adapter):
         return given
     leaves, config = given, None

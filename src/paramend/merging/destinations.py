@@ -6,8 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from paramend.anatomy.beside import EMBEDDINGS as _ROWS
-from paramend.anatomy.beside import HEADS, WITH_HEAD, absent_head
+from paramend.anatomy.beside import EMBEDDINGS as _ROWS, HEADS, WITH_HEAD, absent_head
 from paramend.anatomy.families import CONV1D, EXPERTS, INPUTS_FIRST, INTERLEAVED, UNSAID
 from paramend.anatomy.ties import said
 from paramend.checkpoints.anatomy import configuration
@@ -34,16 +33,11 @@ _PARTS = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lora
 
 @dataclass(frozen=True)
 class Slot:
-    """What products can be added to: a leaf, or a parameter that the base holds as a leaf for each expert and side.
+    """What products can be added to: a leaf, or a parameter that the base holds as a leaf for each expert and side."""
 
-    Attributes:
-        name: the name of the parameter.
-        spec: its shape and dtype.
-        places: the leaves: number, the expert that it is, None for all of them, and its rows.
-    """
-
-    name: str
+    name: str  # that of the parameter
     spec: Spec
+    # The leaves: number, the expert that it is, None for all of them, and its rows.
     places: tuple[tuple[int, int | None, range], ...]
 
 
@@ -57,12 +51,7 @@ class Fused(NamedTuple):
 
 
 class Destinations:
-    """The leaves of a base by module.
-
-    Attributes:
-        config: the configuration of the base, {} if there is none.
-        families: its model type, and that of the text model in it.
-    """
+    """The leaves of a base by module."""
 
     def __init__(self, leaves: Editable) -> None:
         self.leaves = leaves
@@ -70,13 +59,12 @@ class Destinations:
         for number in leaves.index.numbers:
             *module, name = leaves.index.pieces(number)
             self.modules.setdefault(tuple(module), {})[name] = number
-        self.config = configuration(leaves)
+        self.config = configuration(leaves)  # {} if there is none
         inner = self.config.get("text_config")
         types = [part.get("model_type") for part in (self.config, inner) if isinstance(part, Mapping)]
-        self.families = tuple(str(each) for each in types if each)
+        self.families = tuple(str(each) for each in types if each)  # its model type, and that of the text model in it
 
     def among(self, families: Any) -> bool:
-        """Whether the base is of one of these families."""
         return any(family in families for family in self.families)
 
     def path(self, path: Pieces) -> int | None:
@@ -85,7 +73,6 @@ class Destinations:
         return None if found is None else self.modules[found].get(path[-1])
 
     def module(self, named: Pieces) -> Pieces | None:
-        """The module that a name means; None if there is none, or several are possible."""
         if named in self.modules:
             return named
         if len(named) == 1 and named[0].startswith("lora_"):
@@ -122,7 +109,6 @@ class Destinations:
             yield from ((first, *named) for first in firsts)
 
     def weight(self, module: Pieces) -> int | None:
-        """The weight of a module, if it has one."""
         held = self.modules.get(module, {})
         return next((held[name] for name in WEIGHTS if name in held), None)
 
@@ -216,9 +202,7 @@ class Destinations:
     def tie(self) -> tuple[int, int | None, bool] | None:
         """The embedding that the head shares its weight with, the leaf of the head if there is one, and whether that is
         known: a head that is not here may never have been. None if nothing is shared."""
-        numbers = [
-            [self.weight(each) for each in self.modules if each and each[-1] in names] for names in (_ROWS, HEADS)
-        ]
+        numbers = [[self.weight(one) for one in self.modules if one and one[-1] in names] for names in (_ROWS, HEADS)]
         embedding, head = (next((number for number in each if number is not None), None) for each in numbers)
         if embedding is None:
             return None

@@ -137,7 +137,6 @@ class _Part:
 
     @property
     def target(self) -> str:
-        """What the configuration calls it."""
         return f"{self.module}.{self.parameter}" if self.parameter else self.module
 
 
@@ -160,7 +159,6 @@ def _experts_first(bases: Destinations, spec: Spec) -> bool | None:
 
 
 def _part(bases: Destinations, number: int, added: Array, rank: int | None, energy: float | None) -> _Part:
-    """The terms of what was added to a leaf."""
     spec, (*module, name) = bases.leaves.spec(number), bases.leaves.index.pieces(number)
     path, last, sides = ".".join(module), module[-1], ("lora_A.weight", "lora_B.weight")
     # Routers of experts are parameters of a module of their own, not linear layers.
@@ -171,11 +169,8 @@ def _part(bases: Destinations, number: int, added: Array, rank: int | None, ener
     is_rows = not parameter and (last in EMBEDDINGS or "embed" in last or last == "wpe" or name == "embedding")
     if is_rows:
         sides = "lora_embedding_A", "lora_embedding_B"
-    first = (
-        _experts_first(bases, spec)
-        if experts
-        else is_rows or (added.ndim == 2 and not parameter and bases.inputs_first(number, conv1d=False))
-    )
+    plain = added.ndim == 2 and not parameter and bases.inputs_first(number, conv1d=False)
+    first = _experts_first(bases, spec) if experts else is_rows or plain
     matrices = matrices.transpose(0, 2, 1) if first else matrices
     parts = [np.linalg.svd(matrix, full_matrices=False) for matrix in matrices]
     rank = int(min(rank or max(_rank(sigma, energy) for _, sigma, _ in parts), len(parts[0][1])))

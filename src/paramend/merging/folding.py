@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.checkpoints.tying import untie as untied
+from paramend.edits.hands import equal
 from paramend.edits.memory import editable, valued
 from paramend.edits.plan import call
 from paramend.edits.quantized import check_values
@@ -144,7 +145,9 @@ class _Folding:
         self.missing: list[str] = []
         self.unfit: list[str] = []
         self.said: list[str] = []
-        changed = [module for each in adapters for module in _modules(each)]
+        changed = [term.module for each in adapters for term in each.terms if "tokens" not in term.roles]
+        # Rows that an adapter replaces are those of a tied head, too.
+        changed += [path[:-1] for each in adapters for path in each.replaced if path[-1] == "weight"]
         tied = list(dict.fromkeys(module for module in changed if self.bases.is_tied(module)))
         if tied and untie:
             self._untie(leaves, tied)
@@ -169,26 +172,22 @@ class _Folding:
 
     def read(self, adapter: Adapter) -> None:
         """Enter what an adapter changes."""
-        self._check_floats(adapter)
+        modules = [self.bases.module(term.module) for term in adapter.terms]
+        held = [number for module in modules for number in self.bases.modules.get(module or (), {}).values()]
+        check_values(self.leaves, held, "cannot take the terms of an adapter")
         self.missing += [f"{path}: it is no leaf of an adapter of a known kind" for path in adapter.rest]
         for path, number in adapter.replaced.items():
             self._tried(".".join(path), lambda p=path, n=number: self._replace(adapter, p, n))  # type: ignore[misc]
-        modules: dict[Pieces, list[Term]] = {}
+        by_module: dict[Pieces, list[Term]] = {}
         for term in adapter.terms:
-            modules.setdefault(term.module, []).append(term)
+            by_module.setdefault(term.module, []).append(term)
         owners: dict[int, Pieces] = {}
-        for module, terms in modules.items():
+        for module, terms in by_module.items():
             self._tried(".".join(module), lambda m=module, t=terms: self._module(adapter, m, t, owners))  # type: ignore[misc]
         trained, own = adapter.said("base_model_name_or_path", ""), str(getattr(self.leaves, "path", ""))
         if trained and own:
             names = {Path(own).name, Path(str(self.bases.config.get("_name_or_path", ""))).name}
             self.said += [] if Path(str(trained)).name in names else [f"{adapter.name} was trained on {trained}"]
-
-    def _check_floats(self, adapter: Adapter) -> None:
-        """Raise if a weight that would change is quantised, and cannot be decoded."""
-        modules = [self.bases.module(term.module) for term in adapter.terms]
-        held = [number for module in modules for number in self.bases.modules.get(module or (), {}).values()]
-        check_values(self.leaves, held, "cannot take the terms of an adapter")
 
     def _tried(self, name: str, enter: Callable[[], None]) -> None:
         try:
@@ -236,7 +235,6 @@ class _Folding:
         return self.leaves.index.pieces(self.bases.tie[0])[:-1]
 
     def _tokens(self, adapter: Adapter, term: Term, number: int) -> None:
-        """Enter rows of an embedding that take the place of those of the base."""
         rows, values = adapter.said("trainable_token_indices", []), adapter.origin(term.roles["tokens"])
         if isinstance(rows, Mapping):
             rows = next((each for name, each in rows.items() if ".".join(term.module).endswith(name)), [])
@@ -251,7 +249,6 @@ class _Folding:
         change.sources.append(adapter.leaves.index.path(term.roles["tokens"]))
 
     def _replace(self, adapter: Adapter, path: Pieces, number: int) -> None:
-        """Enter a leaf that takes the place of one of the base."""
         shared = self._shared(path[:-1])
         target, new = self.bases.path(path if shared is None else (*shared, "weight")), adapter.origin(number)
         if target is None:
@@ -259,12 +256,10 @@ class _Folding:
         if new.spec.shape != self.leaves.spec(target).shape:
             raise SpecMismatch(f"it is {self.leaves.spec(target)}, and that of the adapter is {new.spec}")
         change = self.changes.setdefault(target, _Change())
-        if change.whole is not None and not _same(change.whole, new):
+        if change.whole is not None and (change.whole.spec != new.spec or not equal(change.whole, new)):
             raise SpecMismatch("it is to be replaced by two leaves that differ")
         change.whole = new
         change.sources.append(adapter.leaves.index.path(number))
-
-    # ---- the result --------------------------------------------------------------------------------------------------
 
     def made(self) -> Any:
         """The base with all changes; raises if anything is wrong."""
@@ -297,7 +292,6 @@ class _Folding:
         return found
 
     def report(self) -> LayoutReport:
-        """What was done."""
         index, rows, kept = self.leaves.index, [], []
         twins = {twin for number in self.changes for twin in self.leaves.twins(number)} - self.changes.keys()
         for number in (each for each in index.numbers if each not in twins):
@@ -309,19 +303,6 @@ class _Folding:
                 rows.append(Moved(path, self.leaves.spec(number), made, tuple(dict.fromkeys(change.sources))))
         did = ("changed", "kept")
         return LayoutReport(f"fold {wording.listing(self.names, 2)}", tuple(rows), tuple(kept), did, tuple(self.said))
-
-
-def _modules(adapter: Adapter) -> list[Pieces]:
-    """The modules whose weight an adapter changes; rows that it replaces are those of a tied head, too."""
-    terms = [term.module for term in adapter.terms if "tokens" not in term.roles]
-    return [*terms, *(path[:-1] for path in adapter.replaced if path[-1] == "weight")]
-
-
-def _same(one: Origin, other: Origin) -> bool:
-    ranges = one.ranges() if one.spec == other.spec else [(0, 0)]
-    return one.spec == other.spec and all(
-        one.read_range(*each).tobytes() == other.read_range(*each).tobytes() for each in ranges
-    )
 
 
 def _with_rows(base: Origin, rows: Sequence[int], values: Origin) -> Origin:

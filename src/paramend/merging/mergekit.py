@@ -15,10 +15,8 @@ from paramend.growth.deepening import deepen
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.specs import dtype_name
 from paramend.mapping.report import LayoutReport
-from paramend.merging.choices import settings_of
-from paramend.merging.matching import Models
-from paramend.merging.merge import check_models, finished, reduced
-from paramend.merging.methods import METHODS
+from paramend.merging.merge import Models, check_models, finished, reduced
+from paramend.merging.methods import METHODS, settings_of
 from paramend.merging.settings import Settings
 from paramend.reports import wording
 
@@ -48,11 +46,7 @@ class Slice:
 
 
 class Configuration:
-    """A configuration of mergekit.
-
-    Raises:
-        BadRecipe: something in it is wrong, or not supported: all of it is listed.
-    """
+    """A configuration of mergekit."""
 
     def __init__(self, data: Mapping[str, Any], name: str, folder: Path) -> None:
         self.data, self.folder = data, folder
@@ -145,12 +139,7 @@ class Configuration:
 def merge_configured(
     data: Mapping[str, Any], name: str, folder: Path, open: Callable[[Path], Checkpoint]
 ) -> tuple[Checkpoint, Checkpoint, LayoutReport]:
-    """The model whose configuration the result takes, the result of a configuration of mergekit, and the report.
-
-    Raises:
-        BadRecipe: something in it is wrong, or not supported: all of it is listed.
-        SpecMismatch: the models do not fit together.
-    """
+    """The model whose configuration the result takes, the result of a configuration of mergekit, and the report."""
     config = Configuration(data, name, folder)
     opened = {model: open(path) for model, path in config.models.items()}
     first = next(iter(opened.values()))

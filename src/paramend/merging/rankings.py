@@ -39,18 +39,13 @@ class Member(NamedTuple):
 
 @dataclass(eq=False)
 class Ranking:
-    """The elements of leaves by their magnitudes, greatest first, for each model; of equal ones the first counts more.
-
-    Attributes:
-        members: the leaves.
-        places: for each model, which places of the ranking are kept: the first of them, and the one after the last.
-    """
+    """The elements of leaves by their magnitudes, for each model the greatest first, equal ones in order."""
 
     members: Sequence[Member]
+    # For each model, which places of the ranking are kept: the first of them, and the one after the last.
     places: Sequence[tuple[int, int]]
 
     def kept(self, member: int, piece: int, magnitudes: Sequence[Array]) -> list[Array]:
-        """For each model, which elements of a piece of a leaf are kept."""
         found = []
         for model, (keys, (first, last)) in enumerate(zip(map(_keys, magnitudes), self.places, strict=True)):
             mask = self._among(member, piece, model, last, keys)
@@ -77,7 +72,6 @@ class Ranking:
 
     @cached_property
     def cuts(self) -> dict[tuple[int, int], Cut]:
-        """(model, place) → the elements before that place."""
         found: dict[tuple[int, int], Cut] = {}
         spans = self._guesses()
         while spans:

@@ -109,8 +109,6 @@ class Reading:
             raise SpecMismatch(f"A has {rank} ranks, and the configuration says {said}")
         return self.adapter.scale(self.term, rank, parameter)
 
-    # ---- experts -----------------------------------------------------------------------------------------------------
-
     def of_expert(self, fused: Fused) -> Placed:
         """The product for a projection of one expert, in the rows or columns of the fused leaf that hold it."""
         a, b = self._both("A", "B")

@@ -22,30 +22,19 @@ from paramend.merging.settings import Settings
 
 @dataclass(eq=False)
 class Merging:
-    """How a leaf is merged: a `Reduction`.
+    """How a leaf is merged: a `Reduction`."""
 
-    Attributes:
-        method, settings: the row of the table, and its settings for this leaf.
-        parts: the leaf of each model, and that of the base last if there is one.
-        based: whether there is a base.
-        dtype: that of the result.
-        names: what the models are called in the expression, the base last.
-        path: its path.
-        pieces: the same piece by piece, of which chance depends.
-        vector: the leaves whose changes are ranked together, this one among them; None: it is ranked alone.
-        member: its place among these.
-    """
-
-    method: Method
+    method: Method  # the row of the table
     settings: Settings
-    parts: tuple[Origin, ...]
-    based: bool
-    dtype: str
-    names: tuple[str, ...]
+    parts: tuple[Origin, ...]  # the leaf of each model, and that of the base last if there is one
+    based: bool  # whether there is a base
+    dtype: str  # that of the result
+    names: tuple[str, ...]  # what the models are called in the expression, the base last
     path: str
-    pieces: tuple[str, ...]
+    pieces: tuple[str, ...]  # the same piece by piece, of which chance depends
+    # The leaves whose changes are ranked together, this one among them; None: it is ranked alone.
     vector: "Vector | None" = None
-    member: int = 0
+    member: int = 0  # its place among these
 
     @property
     def align(self) -> int:
@@ -62,7 +51,6 @@ class Merging:
         return max(math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape), 1)
 
     def text(self, parts: Sequence[str]) -> str:
-        """The expression, as dry runs show it."""
         given, count = self.settings, len(self.settings.weights)
         said = [*self.names[:count], *(f"base={name}" for name in self.names[count : len(parts)])]
         values = {name: _shown(getattr(given, name)) for name in self.method.takes}
@@ -79,21 +67,16 @@ class Merging:
         with np.errstate(all="ignore"):
             if self.method.blends is not None:
                 self._shares  # noqa: B018 - it is kept
-            elif self._is_ranked:
+            elif self.method.keep == "largest" and min(self.settings.density) < 1:
                 self._ranking.cuts  # noqa: B018 - as above
             elif self._by_norm:
                 self._factors  # noqa: B018 - as above
-
-    @property
-    def _is_ranked(self) -> bool:
-        return self.method.keep == "largest" and min(self.settings.density) < 1
 
     @property
     def _ranking(self) -> Ranking:
         return (self.vector or self._alone).ranking
 
     def compute(self, values: Sequence[Array], start: int) -> Array:
-        """The elements from `start` on, of those of each part."""
         with np.errstate(all="ignore"):  # what the dtype cannot hold is inf
             if self.method.name == "linear":
                 return self._averaged(values)
@@ -106,8 +89,6 @@ class Merging:
         arrays, weights = zip(*some, strict=True)
         total = math.fsum(weights) if self.method.divided(self.settings) else 1.0
         return average(arrays, weights, total, self.dtype)
-
-    # ---- blends ------------------------------------------------------------------------------------------------
 
     @cached_property
     def _shares(self) -> list[float]:
@@ -152,8 +133,6 @@ class Merging:
         if math.isclose(math.fsum(self._shares), 1):
             keep_same(found, values)
         return found
-
-    # ---- changes of a base -------------------------------------------------------------------------------------
 
     def _changed(self, values: Sequence[Array], start: int) -> Array:
         wide = self._wide(values)
@@ -205,8 +184,6 @@ class Merging:
         if values[0].dtype == found.dtype:
             put(found, values[0], (size <= t) & (size > 0))
         return found
-
-    # ---- which changes stay ------------------------------------------------------------------------------------
 
     def _kept(self, changes: Sequence[Array], start: int) -> list[tuple[Array | None, Array | float | None]]:
         """For each model, which of its changes stay, and what they are multiplied with."""
@@ -268,8 +245,6 @@ class Merging:
     @cached_property
     def _alone(self) -> "Vector":
         return Vector([self])
-
-    # ---- elements ----------------------------------------------------------------------------------------------
 
     def _pieces(self, numbers: range | None = None) -> Iterator[list[Array]]:
         """The elements of all parts, piece by piece; some of the pieces, if their numbers are given."""

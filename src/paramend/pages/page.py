@@ -11,6 +11,7 @@ from typing import Any, Literal
 from paramend.errors import printable, printable_lines
 from paramend.leaves.leaves import separator_of
 from paramend.leaves.paths import natural
+from paramend.reports.fields import parted, values
 
 # Notebooks store what they show: with more leaves they show only the headline, and `to_html` writes a file.
 _MOST_IN_A_NOTEBOOK = 20_000
@@ -58,6 +59,14 @@ class Column:
         values = [printable(value) if isinstance(value, str) else value for value in self.values]
         object.__setattr__(self, "values", values)
 
+    @classmethod
+    def of(cls, rows: Sequence[Any], field: str) -> "Column":
+        """A field of each of some rows."""
+        name, key = parted(field)
+        found = values(rows, name)
+        kind = "text" if any(isinstance(value, str) for value in found) else "number"
+        return cls(key.replace("_", " "), found, kind)
+
     @property
     def empty(self) -> bool:
         """Whether it says nothing of any leaf: all values are missing, empty or zero."""
@@ -101,6 +110,23 @@ class Page:
     ends: Sequence[str] = ()
     links: Sequence[Sequence[int]] = ()  # for each leaf the places of its ends
     legend: Sequence[str] = ()  # the names of the groups in order; by default as they come, the quiet ones last
+
+    @classmethod
+    def of_rows(
+        cls,
+        title: str,
+        headline: str,
+        rows: Sequence[Any],
+        *columns: str | Column,
+        size: str = "spec.size",
+        groups: str | Sequence[str] = (),
+        **more: Any,
+    ) -> "Page":
+        """The page of some rows with a path and a size; columns, and groups as a text, are fields."""
+        groups = values(rows, groups) if isinstance(groups, str) else groups
+        paths, sizes = values(rows, "path"), values(rows, size)
+        shown = [each if isinstance(each, Column) else Column.of(rows, each) for each in columns]
+        return cls(title, headline, paths, sizes, shown, groups, **more)
 
     def __post_init__(self) -> None:
         for name in ("title", "headline", "group_title", "of"):

@@ -12,17 +12,16 @@ from paramend.edits.call import Call
 from paramend.edits.damage import Damage, of_call
 from paramend.errors import SpecMismatch
 from paramend.leaves.origins.boxes import Box, contiguous, select, shape_of
-from paramend.leaves.origins.origin import Given, Namer, Origin
+from paramend.leaves.origins.origin import Given, Namer, Origin, Unstored
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 from paramend.piecewise.steps import Learner, Step, step_of
 
 
-class Edited(Given):
+class Edited(Unstored, Given):
     """The elements of an origin, edited. Boxes with gaps are taken from the whole, kept until its last element is read,
     if elements depend on their places or on others. `places` says where the leaf was when each call was made; values
     that the dtype cannot hold are counted in `damage`."""
 
-    moves = False
     refusal = ""  # a leaf that cannot be read takes no edits but those that do not read it
 
     def __init__(self, base: Origin, calls: Sequence[Call], places: Sequence[Site], path: str, damage: Damage) -> None:
@@ -44,10 +43,6 @@ class Edited(Given):
     def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
         operands = (call.args.get("value") for call in self.calls)
         return self.base, *(each for each in operands if isinstance(each, Origin))
-
-    @property
-    def extents(self) -> None:
-        """None: the bytes are computed."""
 
     def _end(self) -> None:
         """Drop what is computed; the next range is computed from the first element on."""

@@ -11,8 +11,7 @@ from paramend.arrays.losses import holds
 from paramend.edits.call import Call
 from paramend.edits.plan import Plan, Row
 from paramend.formats.gathered import leaf_of
-from paramend.leaves.origins.origin import CHUNK, Origin
-from paramend.leaves.origins.partly import Partly
+from paramend.leaves.origins.origin import CHUNK, Origin, Partly
 from paramend.leaves.origins.stored import Stored
 from paramend.leaves.specs import Array, numpy_dtype
 from paramend.piecewise.edited import Edited

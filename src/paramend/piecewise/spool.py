@@ -2,7 +2,7 @@
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import IO, Any
 
@@ -11,9 +11,9 @@ import numpy as np
 from paramend.edits.ops import OPS
 from paramend.edits.plan import Row
 from paramend.leaves.origins.boxes import Box, ends, select, shifted
-from paramend.leaves.origins.origin import Given, Origin
-from paramend.leaves.origins.partly import Partly
+from paramend.leaves.origins.origin import Given, Origin, Partly
 from paramend.leaves.specs import Array, Spec, numpy_dtype
+from paramend.piecewise.changes import merged
 from paramend.piecewise.rows import expression, pieces
 
 # Bytes that stay in memory; more go to a file.
@@ -83,7 +83,7 @@ class Spool:
             self._file.seek(self._end)
             self._file.write(flat.view(np.uint8).data)
             start, self._end = start + flat.size, self._end + flat.nbytes
-        return Spooled(self._file, at, spec, adjoined(found))
+        return Spooled(self._file, at, spec, merged(*found))
 
 
 def _differ(new: Array, old: Array) -> Array:
@@ -92,11 +92,3 @@ def _differ(new: Array, old: Array) -> Array:
     paged = (new[:whole] != old[:whole]).reshape(-1, PAGE).any(1)
     pages = np.flatnonzero(np.append(paged, not np.array_equal(new[whole:], old[whole:])))
     return np.stack([pages * PAGE, np.minimum((pages + 1) * PAGE, len(new))], 1)
-
-
-def adjoined(found: Sequence[Array]) -> Array:
-    """Ascending ranges, (start, stop), in which those that touch are one."""
-    ranges = np.concatenate([np.empty((0, 2), np.int64), *found])
-    new = np.flatnonzero(np.concatenate([[True], ranges[1:, 0] > ranges[:-1, 1]])) if len(ranges) else np.empty(0, int)
-    last = np.concatenate([new[1:] - 1, [len(ranges) - 1]]) if len(ranges) else new
-    return np.stack([ranges[new, 0], ranges[last, 1]], 1)

@@ -14,8 +14,7 @@ from paramend.edits.call import Call
 from paramend.edits.damage import Damage
 from paramend.errors import SpecMismatch
 from paramend.leaves.mapped import give_back, mapping
-from paramend.leaves.origins.origin import CHUNK as CHUNK
-from paramend.leaves.origins.origin import Origin
+from paramend.leaves.origins.origin import CHUNK as CHUNK, Origin
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 from paramend.piecewise.regions import region
 
@@ -34,13 +33,10 @@ class Learner:
 
 
 def step_of(edit: Call, spec: Spec, place: Site, damage: Damage | None = None) -> Step | None:
-    """The edit as a function of a flat piece of a leaf and its first element; None if it needs the whole leaf.
-
-    Values that the dtype cannot hold are counted in `damage`.
-
-    Pieces must come in order. Functions, JAX keys, indices that repeat an element, and random values or arrays for a
-    slice whose elements are not in the order of the leaf need whole leaves.
-    """
+    """The edit as a function of a flat piece of a leaf and its first element; None if it needs the whole leaf. Values
+    that the dtype cannot hold are counted in `damage`. Pieces must come in order. Functions, JAX keys, indices that
+    repeat an element, and random values or arrays for a slice whose elements are not in the order of the leaf need
+    whole leaves."""
     if edit.index is not None:
         return _slice_step(edit, spec, place, damage)
     value: Any = edit.args.get("value")

@@ -21,10 +21,8 @@ from paramend.reports.progress import Meter
 
 
 def tiled(source: Any, row: Row, works: Works, spool: Spool) -> list[Work]:
-    """The work on a leaf, one for each chunk that changes; `Unsupported` if a chunk is not contiguous in its file.
-
-    New values are computed now if they are not made of the elements at their places alone.
-    """
+    """The work on a leaf, one for each chunk that changes; `Unsupported` if a chunk is not contiguous in its file. New
+    values are computed now if they are not made of the elements at their places alone."""
     values = [edit.args.get("value") for edit in row.calls]
     if not isinstance(values[-1], Spooled):
         alone = expression(source, row).boxed and not any(edit.op.moves for edit in row.calls)
@@ -52,7 +50,7 @@ def _parts(origin: Origin, ranges: Array) -> dict[int, Array]:
     first, last = ranges.T
     traced = origin.trace(Runs(first, last - first, first), 1 << 62) or ()
     rows = [(tile, np.stack([runs.starts, runs.starts + runs.lengths], 1)) for tile, runs in traced]
-    return {id(tile): merged(found[np.argsort(found[:, 0], kind="stable")]) for tile, found in rows if len(found)}
+    return {id(tile): merged(found) for tile, found in rows if len(found)}
 
 
 def change_tiles(descriptors: Mapping[Path, int], source: Any, work: Iterable[Work], meter: Meter) -> None:

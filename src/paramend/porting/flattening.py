@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from paramend.mapping.steps import Step, read_step
-from paramend.porting.kinds import Shape
+from paramend.porting.forms import Shape
 from paramend.porting.matching import Pair
 
 _CONVOLUTIONS = ("conv", "conv_transpose")
@@ -23,11 +23,9 @@ class Flat(NamedTuple):
         """The steps from a matrix (outputs, inputs) or a vector with channels first to one with channels last."""
         at = self.axis if len(shape) == 2 else 0
         parts = (*shape[:at], self.channels, shape[at] // self.channels, *shape[at + 1 :])
-        return [
-            read_step({"reshape": {"shape": list(parts), "back": list(shape)}}),
-            read_step({"transpose": list(range(len(parts)))[::-1]}),
-            read_step({"reshape": {"shape": list(shape[::-1]), "back": list(parts[::-1])}}),
-        ]
+        inner = {"reshape": {"shape": list(parts), "back": list(shape)}}
+        outer = {"reshape": {"shape": list(shape[::-1]), "back": list(parts[::-1])}}
+        return [*map(read_step, (inner, {"transpose": [*range(len(parts))[::-1]]}, outer))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,12 +40,10 @@ class Layer:
 
     @property
     def taken(self) -> int:
-        """How many features or channels it takes."""
         return self.shape[1] * self.groups if self.kind == "conv" else self.shape[self.kind == "linear"]
 
     @property
     def made(self) -> int:
-        """How many it makes."""
         return self.shape[1] * self.groups if self.kind == "conv_transpose" else self.shape[0]
 
 
@@ -84,7 +80,8 @@ def flattenings(layers: Sequence[Layer], classes: frozenset[str], *, ordered: bo
         elif layer.kind not in ("parameter", "prelu", *_NORMS):
             if layer in left and before is not None:
                 left.remove(layer)
-                yield from _taken(layer, [norm for norm in norms if norm.made == layer.taken], before, layers, classes)
+                between = [norm for norm in norms if norm.made == layer.taken]
+                yield from _taken(layer, between, before, layers, classes, doubt=False)
             consumed = any(other.taken == layer.made for other in dense if other is not layer)
             makers = [layer] if layer in dense and not consumed else []
             before = None
@@ -99,12 +96,7 @@ def flattenings(layers: Sequence[Layer], classes: frozenset[str], *, ordered: bo
 
 
 def _taken(
-    layer: Layer,
-    norms: list[Layer],
-    before: Layer,
-    layers: Sequence[Layer],
-    classes: frozenset[str],
-    doubt: bool = False,
+    layer: Layer, norms: list[Layer], before: Layer, layers: Sequence[Layer], classes: frozenset[str], doubt: bool
 ) -> Iterator[Flattening]:
     """The flattening between a convolution and a dense layer, with norms between them, if there may be one."""
     places = _places(layer.taken, before.made)

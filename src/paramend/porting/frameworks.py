@@ -42,9 +42,8 @@ _LIBRARIES = ("jax", "torch")
 def runs(model: Any) -> bool:
     """Whether it is a model of a framework, with parameters, that can be called as it is."""
     holding = [row.name for row in _FRAMEWORKS if row.path is None and imported(row.name)]
-    return (is_linen(model) and model.scope is not None) or any(
-        isinstance(model, sys.modules[name].Module) for name in holding
-    )
+    modules = tuple(sys.modules[name].Module for name in holding)
+    return (is_linen(model) and model.scope is not None) or isinstance(model, modules)
 
 
 def is_linen(model: Any) -> bool:

@@ -7,10 +7,11 @@ from functools import cache
 from typing import NamedTuple, TypeAlias
 
 from paramend.errors import SpecMismatch
-from paramend.porting.kinds import Move, Path, Shaped, moves
+from paramend.porting.forms import Move, Path, Shaped, moves
 from paramend.porting.models import Unit
 
 Order: TypeAlias = Mapping[Path, int]
+Orders: TypeAlias = tuple[Order, Order] | None  # of both sides, where both can run
 
 
 class Way(NamedTuple):
@@ -37,7 +38,6 @@ class Pair:
 
     @property
     def moves(self) -> tuple[Move, ...]:
-        """The rules that are taken."""
         return self.ways[self.way].moves
 
     @property
@@ -46,7 +46,6 @@ class Pair:
         return [_rare(way, self.source, self.target) for way in self.ways]
 
     def taking(self, way: int) -> "Pair":
-        """The pair with another way."""
         return replace(self, way=way)
 
 
@@ -79,17 +78,12 @@ def _ways(sources: tuple[Shaped, ...], targets: tuple[Shaped, ...]) -> Ways:
 
 def _rare(way: Way, source: Unit, target: Unit) -> bool:
     """Whether a weight is taken as (in, out), as GPT-2 holds it, without a class that says so."""
-    return any(
-        shaped.form.classes == {"Conv1D"} and not unit.kind
-        for shaped, unit in ((way.source, source), (way.target, target))
-    )
+    both = (way.source, source), (way.target, target)
+    return any(shaped.form.classes == {"Conv1D"} and not unit.kind for shaped, unit in both)
 
 
 def match(
-    sources: Sequence[Unit],
-    targets: Sequence[Unit],
-    renamed: Mapping[Unit, Unit],
-    order: tuple[Order, Order] | None = None,
+    sources: Sequence[Unit], targets: Sequence[Unit], renamed: Mapping[Unit, Unit], order: Orders = None
 ) -> Matching:
     """The pairs of units, `renamed` as the user gave them. Where both sides can run, `order` has the place of the first
     call of each module."""
@@ -107,7 +101,7 @@ def _left(units: Iterable[Unit], search: "_Search") -> list[Unit]:
 
 
 class _Search:
-    def __init__(self, order: tuple[Order, Order] | None) -> None:
+    def __init__(self, order: Orders) -> None:
         self.order = order
         self.found = Matching()
         self.taken: set[Unit] = set()
@@ -132,8 +126,6 @@ class _Search:
         self.found.lone = _without(sources, inside), _without(targets, inside)
         return self.found
 
-    # -- by name
-
     def by_name(self, sources: Sequence[Unit], targets: Sequence[Unit]) -> None:
         """Pair units of one name, where the numbers of such names agree too: `fc1`, `fc2` are not `fc_0`, `fc_1`.
         Numbers that Flax and Haiku give are no names: the order of calls goes before them."""
@@ -146,22 +138,16 @@ class _Search:
                 for source, target in () if counted and self.order else rows:
                     self.pair(source, target, "number" if counted else "name")
 
-    # -- by kind and shape
-
     def by_kind(self, sources: Sequence[Unit], targets: Sequence[Unit]) -> None:
         """Pair units that fit no others, then those that their order tells apart."""
         keyed: dict[object, list[Unit]] = {}
         for target in targets:
             for key in {shaped.key for shaped in target.shaped}:
                 keyed.setdefault(key, []).append(target)
-        near = {
-            source: [
-                target
-                for target in dict.fromkeys(t for shaped in source.shaped for t in keyed.get(shaped.key, ()))
-                if self.ways(source, target)
-            ]
-            for source in sources
-        }
+        near: dict[Unit, list[Unit]] = {}
+        for source in sources:
+            some = dict.fromkeys(target for shaped in source.shaped for target in keyed.get(shaped.key, ()))
+            near[source] = [target for target in some if self.ways(source, target)]
         for ours, theirs in _clusters(near):
             self._resolve(ours, theirs, "shape")
 
@@ -180,9 +166,9 @@ class _Search:
     def _forced(self, sources: list[Unit], targets: list[Unit]) -> list[tuple[list[Unit], list[Unit], str]] | None:
         """The cluster in two: a unit that fits one other alone, or those whose names share a word."""
         if len(sources) == len(targets):
-            for ours, theirs, fits in ((sources, targets, self.ways), (targets, sources, self._back)):
+            for ours, theirs, turn in ((sources, targets, 1), (targets, sources, -1)):
                 for unit in ours:
-                    partners = [other for other in theirs if fits(unit, other)]
+                    partners = [other for other in theirs if self.ways(*(unit, other)[::turn])]
                     if len(partners) == 1:
                         one = ([unit], partners) if ours is sources else (partners, [unit])
                         return [(*one, "shape"), (_without(sources, one[0]), _without(targets, one[1]), "shape")]
@@ -193,16 +179,11 @@ class _Search:
                 return [(ours, theirs, "name"), (_without(sources, ours), _without(targets, theirs), "name")]
         return None
 
-    def _back(self, target: Unit, source: Unit) -> Ways:
-        return self.ways(source, target)
-
     def _by_calls(self, sources: list[Unit], targets: list[Unit]) -> bool:
         if self.order is None or len(sources) != len(targets):
             return False
-        places = [
-            [_called(unit.path, order) for unit in units]
-            for units, order in zip((sources, targets), self.order, strict=True)
-        ]
+        sides = list(zip((sources, targets), self.order, strict=True))
+        places = [[_called(unit.path, order) for unit in units] for units, order in sides]
         if any(None in each or len(set(each)) < len(each) for each in places):
             return False
         return self._in_order(
@@ -218,12 +199,9 @@ class _Search:
         ours, theirs = families(sources), families(targets)
         if any(sum(map(len, side.values())) != len(units) for side, units in ((ours, sources), (theirs, targets))):
             return False  # names that occur twice
-        bijections = [
-            (members, others)
-            for members in ours.values()
-            for others in theirs.values()
-            if len(members) == len(others) and (len(ours) == len(theirs) == 1 or _alone(members, ours, theirs))
-        ]
+        every = [(mine, other) for mine in ours.values() for other in theirs.values() if len(mine) == len(other)]
+        single = len(ours) == len(theirs) == 1
+        bijections = [pair for pair in every if single or _alone(pair[0], ours, theirs)]
         if len(bijections) != len(ours) or len(ours) != len(theirs):
             return False
         done = True
@@ -279,8 +257,6 @@ def _called(path: Path, order: Order) -> int | None:
     return next((order[path[:depth]] for depth in range(len(path), len(path) - 3, -1) if path[:depth] in order), None)
 
 
-# ---- names -----------------------------------------------------------------------------------------------------
-
 _DIGITS = re.compile(r"\d+")
 _AUTO = re.compile(r"[A-Z]\w*_\d+").fullmatch
 _HAIKU = {"w", "offset", "embeddings"}
@@ -331,11 +307,8 @@ def families(units: Iterable[Unit]) -> dict[str, Family]:
             if (*numbers, 0) not in numbered:
                 numbered[*numbers, 0] = members
                 del found[text][numbers]
-    return {
-        text: {numbers: units[0] for numbers, units in members.items()}
-        for text, members in found.items()
-        if members and all(len(units) == 1 for units in members.values())
-    }
+    clear = {text: each for text, each in found.items() if each and all(len(units) == 1 for units in each.values())}
+    return {text: {numbers: units[0] for numbers, units in each.items()} for text, each in clear.items()}
 
 
 def words(path: Path) -> set[str]:

@@ -9,11 +9,9 @@ from typing import Any
 from paramend.errors import BadArgument
 from paramend.leaves.leaves import Editable, keys_of
 from paramend.leaves.paths import labels, text_of
-from paramend.leaves.specs import Spec
-from paramend.porting.forms import FORMS, NESTED, PARAMETER, Form
+from paramend.porting.calls import Call
+from paramend.porting.forms import FORMS, NESTED, PARAMETER, Form, Path, Shaped
 from paramend.porting.frameworks import is_linen
-from paramend.porting.kinds import Path, Shaped
-from paramend.porting.recorder import Call
 from paramend.trees.tree import Tree
 from paramend.trees.walks import containers
 
@@ -52,10 +50,8 @@ class Model:
         self.root = root  # what the user gave
         self.bound = is_linen(root)
         if self.bound and root.scope is None:
-            raise BadArgument(
-                "a linen module holds no parameters",
-                hint="module.bind(variables), where variables = module.init(key, x)",
-            )
+            why = "a linen module holds no parameters"
+            raise BadArgument(why, hint="module.bind(variables), where variables = module.init(key, x)")
         # The tree of its leaves: the variables of a bound linen module, else `root`.
         self.tree = root.variables if self.bound else root
         self.leaves: Any = root if isinstance(root, Editable) else Tree(self.tree)
@@ -127,7 +123,6 @@ class Model:
         return sorted(units, key=lambda unit: min(rank[number] for number in unit.leaves.values()))
 
     def simple(self, unit: Unit) -> list[Unit]:
-        """A unit of several modules as a unit for each."""
         below: dict[Path, dict[str, int]] = {}
         for name, number in unit.leaves.items():
             *above, last = name.split("/")
@@ -146,7 +141,7 @@ class Model:
             else:
                 names = {next(iter(leaves))}
                 (name,) = names
-                shape = self.spec(leaves[name]).shape
+                shape = self.leaves.spec(leaves[name]).shape
                 yield Unit((*path, name), {"": leaves[name]}, (Shaped(PARAMETER, (("", shape),)),))
             leaves = {name: number for name, number in leaves.items() if name not in names}
 
@@ -165,7 +160,7 @@ class Model:
         out = []
         for form in named or fit:
             names = [name for hold in form.present(leaves) for name in hold.names]
-            shaped = Shaped(form, tuple((name, self.spec(leaves[name]).shape) for name in names))
+            shaped = Shaped(form, tuple((name, self.leaves.spec(leaves[name]).shape) for name in names))
             if names and shaped.key is not None:
                 out.append(shaped)
         return tuple(out)
@@ -179,11 +174,6 @@ class Model:
         elif kind == "Einsum":
             names = einsum_names(getattr(module, "einsum_str", None))
         return bool(kind) and not names.isdisjoint(form.classes)
-
-    def spec(self, number: int) -> Spec:
-        """Shape and dtype of a leaf."""
-        found: Spec = self.leaves.spec(number)
-        return found
 
     def text(self, number: int) -> str:
         """The path of a leaf, as its library writes it; it is a selector."""
@@ -212,7 +202,6 @@ class Model:
         return "" if any("/" in key or "." in key for path in keys for key in path) else "nested"
 
     def flat(self) -> dict[str, Any]:
-        """The leaves by name, which a layout can take whatever held them."""
         return {self.leaves.index.name(number): self.leaves.read(number) for number in self.leaves.index.numbers}
 
 

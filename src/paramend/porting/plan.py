@@ -9,11 +9,10 @@ from paramend.errors import BadArgument, NoMatch
 from paramend.mapping.layout import Layout
 from paramend.mapping.steps import Step, read_step
 from paramend.porting.flattening import Flat, Flattening, Layer, flattenings
-from paramend.porting.kinds import Move, Path
-from paramend.porting.matching import Order, Pair, match
+from paramend.porting.forms import Move, Path
+from paramend.porting.matching import Orders, Pair, match
 from paramend.porting.models import Model, Unit
-from paramend.selectors.renames import captures, pieces
-from paramend.selectors.renames import rename as parse_rename
+from paramend.selectors.renames import captures, pieces, rename as parse_rename
 from paramend.selectors.selector import resolve
 
 Renames: TypeAlias = Mapping[str, str | None]
@@ -30,21 +29,15 @@ class PortPlan:
     """Which leaf of a target is made of which leaves of a source."""
 
     def __init__(
-        self,
-        target: Model,
-        source: Model,
-        rename: Renames | None = None,
-        rules: Rules | None = None,
-        order: tuple[Order, Order] | None = None,
+        self, target: Model, source: Model, rename: Renames | None, rules: Rules | None, order: Orders = None
     ) -> None:
         self.target, self.source = target, source
         self._given, steps = _read_rules(rules)
         self._steps = {target.text(number): do for path, do in steps.items() for number in resolve(path, target.leaves)}
         self.left: list[Unit] = []  # units of the source that `rename` leaves behind
         if not isinstance(rename, Mapping | None) or not all(isinstance(old, str) for old in rename or ()):
-            raise BadArgument(
-                f"rename={rename!r} is not a dict of paths", hint='rename={"layer/of/source": "layer/of/target"}'
-            )
+            why = f"rename={rename!r} is not a dict of paths"
+            raise BadArgument(why, hint='rename={"layer/of/source": "layer/of/target"}')
         renamed = self._renamed(rename or {})
         sources = [unit for unit in source.units if unit not in self.left]
         self.notes: dict[str, str] = {}  # target path → what was assumed
@@ -60,7 +53,7 @@ class PortPlan:
         self._second_names(sources, renamed)
         self._look_closer()
 
-    def _find(self, sources: Sequence[Unit], renamed: Mapping[Unit, Unit], order: tuple[Order, Order] | None) -> None:
+    def _find(self, sources: Sequence[Unit], renamed: Mapping[Unit, Unit], order: Orders) -> None:
         """Pair the units, all but those that are second names of others."""
         ours = [unit for unit in sources if not self._second(self.source, unit)]
         theirs = [unit for unit in self.target.units if not self._second(self.target, unit)]
@@ -71,8 +64,6 @@ class PortPlan:
         """Whether all leaves of a unit are second names of others, or copies."""
         copies = {n for each in self.copies.values() for n in each} if model is self.source else set()
         return all(n in copies or model.leaves.ties.get(n, n) != n for n in unit.leaves.values())
-
-    # -- who goes where
 
     def _renamed(self, rename: Renames) -> dict[Unit, Unit]:
         """The pairs that the user gave, by name and by rule."""
@@ -149,8 +140,6 @@ class PortPlan:
             if first is not None:
                 self.copies.setdefault(first, []).append(number)
         return len(self.copies) > before
-
-    # -- how it is stored
 
     def _look_closer(self) -> None:
         """Find what the names leave open: square leaves, transposed convolutions, what comes after a flattening."""
@@ -269,22 +258,18 @@ class PortPlan:
     def _flat_steps(self, pair: Pair, move: Move, flat: Flat) -> list[Step]:
         back = self.channels_last(self.source)
         side, name = (pair.source, move.sources[0]) if back else (pair.target, move.targets[0])
-        steps = flat.steps((self.source if back else self.target).spec(side.leaves[name]).shape[::-1])
+        leaves = (self.source if back else self.target).leaves
+        steps = flat.steps(leaves.spec(side.leaves[name]).shape[::-1])
         return [step.inverse() for step in reversed(steps)] if back else steps
 
     def choose(self, path: str, steps: Sequence[Step]) -> None:
-        """Answer a question."""
         self.questions.pop(path, None)
         self._steps[path] = list(steps)
 
-    # -- telling
-
     def rules(self) -> list[dict[str, Any]]:
-        """The rules of the layout."""
         return [self.rule(pair, move) for pair in self.pairs for move in pair.moves]
 
     def rule(self, pair: Pair, move: Move) -> dict[str, Any]:
-        """One rule."""
         ours = [pair.source.leaves[name] for name in move.sources]
         theirs = [pair.target.leaves[name] for name in move.targets]
         targets = [self.target.text(number) for number in theirs]
@@ -298,9 +283,8 @@ class PortPlan:
             sources, steps = sources + twins, [Step("untie", {}), *steps]
         if len(theirs) == 1 and (twins := self._twins(self.target, theirs[0])):
             targets, steps = targets + twins, [*steps, Step("tie", {})]
-        return {"from": _one(sources), "to": _one(targets)} | (
-            {"do": [step.to_data() for step in steps]} if steps else {}
-        )
+        do = {"do": [step.to_data() for step in steps]} if steps else {}
+        return {"from": _one(sources), "to": _one(targets)} | do
 
     def _twins(self, model: Model, number: int) -> list[str]:
         twins = [*model.leaves.twins(number), *(self.copies.get(number, ()) if model is self.source else ())]
@@ -311,7 +295,6 @@ class PortPlan:
         return [model.text(n) for n in twins if n != number and n not in paired]
 
     def layout(self) -> Layout:
-        """The layout of the port."""
         behind = [self.source.text(number) for number in self.left_behind()]
         stored = {"from": self.source.stored, "to": self.target.stored}
         return Layout(self.rules(), name="port", drop=behind, stored={k: how for k, how in stored.items() if how})
@@ -359,8 +342,7 @@ def _read_rules(rules: Rules | None) -> tuple[list[Mapping[str, Any]], dict[str,
         return [], {path: [read_step(step) for step in steps] for path, steps in rules.items()}
     listed = isinstance(rules, list | tuple)
     if not listed or not all(isinstance(rule, Mapping) and {"from", "to"} <= rule.keys() for rule in rules):
-        raise BadArgument(
-            f"rules={rules!r} is not a list of rules", hint='[{"from": "fc.weight", "to": "fc/kernel", "do": [...]}]'
-        )
+        why = f"rules={rules!r} is not a list of rules"
+        raise BadArgument(why, hint='[{"from": "fc.weight", "to": "fc/kernel", "do": [...]}]')
     steps = {_listed(rule["to"])[0]: [read_step(step) for step in rule.get("do") or ()] for rule in rules}
     return list(rules), steps

@@ -1,22 +1,72 @@
 """`prove`: whether two models compute the same, and which layer is the first that does not."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from paramend.errors import BadArgument, printable_lines
-from paramend.pages.page import Column, Page
+from paramend.pages.page import Page
 from paramend.pages.paged import Paged
-from paramend.porting.agreement import MOVES, distance, moves
-from paramend.porting.calls import Run, run
-from paramend.porting.pairing import paired
-from paramend.porting.recorder import Call
+from paramend.porting.calls import Call, Run, run
 from paramend.porting.values import Values, largest, noted
 from paramend.reports import wording
+from paramend.reports.fields import fields_of, picked
 from paramend.reports.tables import aligned
+
+Move = tuple[int, int]
+# Channels first ↔ channels last, with an axis of examples and without.
+MOVES: tuple[Move, ...] = ((1, -1), (-1, 1), (0, -1), (-1, 0))
+
+
+def moves(target: Values, source: Values) -> set[Move]:
+    """The moves of an axis that make the source's array the target's."""
+    if not 3 <= source.ndim <= 5 or np.array_equal(target, source):
+        return set()
+    return {move for move in MOVES if np.array_equal(np.moveaxis(source, *move), target)}
+
+
+def distance(
+    target: Values, source: Values, turned: Collection[Move] | None = None, *, least: float = 0.0
+) -> tuple[float, float]:
+    """The largest absolute difference, and its share of the largest value; inf for shapes that do not fit.
+
+    Outputs may agree after one of the moves of an axis in `turned`. What layers return (None) may also have axes that
+    are split, and time and examples change places. Values below `least` are small.
+
+    >>> distance(np.array([[1.0, 2.0]]), np.array([1.0, 2.5]))
+    (0.5, 0.2)
+    """
+    found = [_difference(target, seen) for seen in _views(source, target.shape, turned)]
+    difference = min(found, default=np.inf)
+    scale = max(largest(target), largest(source), least)
+    return difference, difference / scale if difference else 0.0
+
+
+def _views(source: Values, shape: tuple[int, ...], turned: Collection[Move] | None) -> Iterator[Values]:
+    """The ways to see the source's array in the shape of the target's."""
+    if source.size == np.prod(shape) and (turned is None or _squeezed(source.shape) == _squeezed(shape)):
+        yield source.reshape(shape)
+    some = MOVES if 3 <= source.ndim <= 5 else ()
+    views = [np.moveaxis(source, *move) for move in some if turned is None or move in turned]
+    views += [source.swapaxes(0, 1)] if turned is None and source.ndim == 3 else []
+    yield from (each for each in views if each.shape == shape)
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[1:] if shape[:1] == (1,) else shape
+
+
+def _difference(one: Values, other: Values) -> float:
+    apart = ~((one == other) | ((one != one) & (other != other)))
+    if not apart.any():
+        return 0.0
+    with np.errstate(invalid="ignore"):
+        found = np.abs(one[apart].astype("complex128") - other[apart]).max()
+    return float(found) if found == found else np.inf
+
 
 _SHOWN = 12  # layers before the first that differs
 Pairs = Collection[tuple[str, str]] | None
@@ -52,6 +102,25 @@ class ProofRow:
         sides = zip((self.target, self.source), self.kinds, strict=True)
         return " ◄─ ".join(f"{path} ({kind})" if path and kind else path or kind or "output" for path, kind in sides)
 
+    @property
+    def path(self) -> str:
+        """Where it is in the target."""
+        return self.target or "output"
+
+    @property
+    def size(self) -> int:
+        """The number of scalars of the target's array."""
+        return math.prod(self.shapes[0])
+
+    @property
+    def both(self) -> str:
+        """The classes of both layers, as text."""
+        return " ◄─ ".join(self.kinds)
+
+    def to_dict(self) -> dict[str, Any]:
+        known = math.isfinite(self.relative)
+        return picked(self, *fields_of(self)) | ({} if known else {"difference": None, "relative": None})
+
 
 @dataclass(repr=False)
 class Proof(Paged):
@@ -64,6 +133,8 @@ class Proof(Paged):
         before: what either side calls between the last layer that agrees and the first that does not.
         alone: how many outputs one side has and the other has not.
     """
+
+    _data = ("tolerance", "first", "outputs", "layers", "before", "alone")
 
     tolerance: float
     outputs: list[ProofRow] = field(default_factory=list)
@@ -113,31 +184,14 @@ class Proof(Paged):
         return "\n".join([printable_lines(self.headline()), "", *aligned(table, right="llrrl")])
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as data that JSON can hold."""
-        first = self.first
-        rows = {"outputs": self.outputs, "layers": self.layers}
-        return {
-            "agrees": bool(self),
-            "tolerance": self.tolerance,
-            "first": first and _plain(first),
-            **{name: [_plain(row) for row in each] for name, each in rows.items()},
-            "before": list(self.before),
-            "alone": self.alone,
-        }
+        return {"agrees": bool(self)} | super().to_dict()
 
     def page(self) -> Page:
         """A map of the layers and outputs, coloured by whether they agree."""
         rows = [*self.layers, *self.outputs]
-        columns = [
-            Column("relative", [row.relative for row in rows]),
-            Column("difference", [row.difference for row in rows]),
-            Column("source", [row.source for row in rows], "text"),
-            Column("kinds", [" ◄─ ".join(row.kinds) for row in rows], "text"),
-        ]
         groups = ["agrees" if row.agrees else "differs" for row in rows]
-        names = [row.target or "output" for row in rows]
-        sizes = [math.prod(row.shapes[0]) for row in rows]
-        return Page("proof", self.headline(), names, sizes, columns, groups, "result")
+        columns = "relative", "difference", "source", "both as kinds"
+        return Page.of_rows("proof", self.headline(), rows, *columns, size="size", groups=groups, group_title="result")
 
 
 def _cells(row: ProofRow) -> tuple[str, ...]:
@@ -146,19 +200,7 @@ def _cells(row: ProofRow) -> tuple[str, ...]:
     return " ◄─ ".join(shapes), *numbers, "" if row.agrees else "differs"
 
 
-def _plain(row: ProofRow) -> dict[str, Any]:
-    numbers = {name: getattr(row, name) if math.isfinite(row.relative) else None for name in ("difference", "relative")}
-    return {**asdict(row), "kinds": list(row.kinds), "shapes": [list(shape) for shape in row.shapes], **numbers}
-
-
-def prove(
-    target: object,
-    source: object,
-    inputs: object,
-    *,
-    tolerance: float = 1e-11,
-    pairs: Pairs = None,
-) -> Proof:
+def prove(target: object, source: object, inputs: object, *, tolerance: float = 1e-11, pairs: Pairs = None) -> Proof:
     """A report, false if two models do not compute the same, of where they part.
 
     Copies of both run in float64, whatever their dtypes: parameters, statistics and modes stay, and dropout passes on
@@ -196,7 +238,8 @@ def prove(
     given = sides_of(inputs)
     ours, theirs = (_run(model, given[side], side) for side, model in (("target", target), ("source", source)))
     left, right = (list((noted(given[side]) or {}).values()) for side in ("target", "source"))
-    names = _common(ours.outputs, theirs.outputs)
+    same = [(name, name) for name in ours.outputs if name in theirs.outputs]
+    names = same or list(zip(ours.outputs, theirs.outputs, strict=False))
     proof = Proof(tolerance, alone=len(ours.outputs) + len(theirs.outputs) - 2 * len(names))
     turned = {move for one, other in zip(left, right, strict=False) for move in moves(one, other)}
     for one, other in names:
@@ -219,9 +262,8 @@ def _compare_layers(proof: Proof, ours: list[Call], theirs: list[Call], pairs: P
         shapes = (one.outputs[0].shape, other.outputs[0].shape)
         found = _apart(one.outputs, other.outputs, _least(one.inputs))
         inputs = _apart(one.inputs, other.inputs)[1] <= proof.tolerance
-        row = ProofRow(
-            one.path, other.path, (one.kind, other.kind), shapes, *found, found[1] <= proof.tolerance, inputs
-        )
+        agrees = found[1] <= proof.tolerance
+        row = ProofRow(one.path, other.path, (one.kind, other.kind), shapes, *found, agrees, inputs)
         if all(each.agrees for each in proof.layers):
             between = (*ours[last[0] + 1 : i], *theirs[last[1] + 1 : j])
             proof.before = tuple(f"{call.path}: {call.kind}" for call in between if not call.composite)
@@ -245,9 +287,8 @@ def sides_of(inputs: Any) -> dict[str, Any]:
     """The inputs of the target and of the source."""
     if isinstance(inputs, Mapping) and (there := {"target", "source"} & set(inputs)):
         if len(there) < 2 or len(inputs) > 2:
-            raise BadArgument(
-                f"the inputs are named {wording.listing(list(inputs))}", hint='{"target": (x,), "source": (x,)}'
-            )
+            why = f"the inputs are named {wording.listing(list(inputs))}"
+            raise BadArgument(why, hint='{"target": (x,), "source": (x,)}')
         return dict(inputs)
     return {"target": inputs, "source": inputs}
 
@@ -260,7 +301,57 @@ def _run(model: object, inputs: object, side: str) -> Run:
         raise
 
 
-def _common(ours: Mapping[str, Values], theirs: Mapping[str, Values]) -> list[tuple[str, str]]:
-    """The places of outputs that belong together: those of one name, or else one after the other."""
-    same = [name for name in ours if name in theirs]
-    return [(name, name) for name in same] or list(zip(ours, theirs, strict=False))
+# Words in the names of classes that frameworks give to layers of one kind.
+_WORDS = {
+    "transpose": "conv transpose", "deconv": "conv transpose", "conv": "conv", "patchembed": "conv",
+    "batchnorm": "batch norm", "layernorm": "layer norm", "rmsnorm": "rms norm", "groupnorm": "group norm",
+    "attention": "attention", "embed": "embedding", "lstm": "recurrent", "gru": "recurrent", "rnn": "recurrent",
+    "linear": "dense", "dense": "dense", "einsum": "dense",
+}  # fmt: skip
+
+
+def family(kind: str) -> str:
+    """What kind of layer a class is, by its name."""
+    name = kind.lower()
+    return next((family for word, family in _WORDS.items() if word in name), name)
+
+
+def paired(
+    target: Sequence[Call], source: Sequence[Call], pairs: Collection[tuple[str, str]] | None = None
+) -> list[tuple[int, int]]:
+    """The numbers of calls of two models that belong together, in the order of both. Without the `pairs` of paths of
+    modules they are found: of one kind or with equal values, in outputs of one size."""
+    known = None if pairs is None else set(pairs)
+    # What stays when axes change places: how many values there are, and their sum without signs.
+    outputs = ([call.outputs[0] for call in calls] for calls in (target, source))
+    ours, theirs = ([(each.size, float(np.abs(each).sum())) for each in side] for side in outputs)
+
+    def score(i: int, j: int) -> int:
+        if not target[i].path and not source[j].path:
+            return 8  # the models themselves
+        if known is not None:
+            return int((target[i].path, source[j].path) in known)
+        (size, total), (other_size, other) = ours[i], theirs[j]
+        if size != other_size:
+            return 0
+        alike = 4 * (family(target[i].kind) == family(source[j].kind))
+        equal = 2 * (abs(total - other) <= 1e-9 * max(total, other))
+        return (alike + equal) and alike + equal + (target[i].composite == source[j].composite)
+
+    # The best common subsequence, from the ends.
+    best = [[0] * (len(source) + 1) for _ in range(len(target) + 1)]
+    scores = [[score(i, j) for j in range(len(source))] for i in range(len(target))]
+    for i in range(len(target) - 1, -1, -1):
+        for j in range(len(source) - 1, -1, -1):
+            taken = scores[i][j] and scores[i][j] + best[i + 1][j + 1]
+            best[i][j] = max(best[i + 1][j], best[i][j + 1], taken)
+    found, i, j = [], 0, 0
+    while i < len(target) and j < len(source):
+        if scores[i][j] and best[i][j] == scores[i][j] + best[i + 1][j + 1]:
+            found.append((i, j))
+            i, j = i + 1, j + 1
+        elif best[i][j] == best[i + 1][j]:
+            i += 1
+        else:
+            j += 1
+    return found

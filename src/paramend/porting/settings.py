@@ -5,10 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from paramend.porting.kinds import Path
+from paramend.porting.forms import Path
 from paramend.trees.lookup import is_torch_module
 
 Value = Any  # numbers, or pairs of them for each axis
+_NORMS = ("LayerNorm", "RMSNorm", "GroupNorm")
+_STRIDE, _DILATION = ("stride", "strides"), ("dilation", "kernel_dilation")
 _GELU = "the two forms of GELU are up to 4.7e-4 apart"
 
 
@@ -58,11 +60,6 @@ def _momentum(module: Any) -> Value:
     return round(1 - found, 12) if is_torch_module(module) else found
 
 
-def _norm(module: Any) -> Value:
-    name = type(module).__name__
-    return name if name in ("LayerNorm", "RMSNorm", "GroupNorm") else None
-
-
 def _by_axis(module: Any, *names: str, absent: int = 1) -> list[Any] | None:
     """A setting of a convolution for each axis of space; None for other layers."""
     size = _of(module, "kernel_size")
@@ -74,14 +71,6 @@ def _by_axis(module: Any, *names: str, absent: int = 1) -> list[Any] | None:
     return [absent if value is None else value] * (len(size) if isinstance(size, tuple | list) else 1)
 
 
-def _stride(module: Any) -> Value:
-    return _by_axis(module, "stride", "strides")
-
-
-def _dilation(module: Any) -> Value:
-    return _by_axis(module, "dilation", "kernel_dilation")
-
-
 def _padding(module: Any) -> Value:
     """The places added before and after each axis, or the word for them."""
     size = _by_axis(module, "kernel_size")
@@ -91,10 +80,10 @@ def _padding(module: Any) -> Value:
     if mode != "ZEROS":
         return mode
     transposed = "Transpose" in type(module).__name__
-    spread = [d * (k - 1) for d, k in zip(_dilation(module), size, strict=True)]
+    spread = [d * (k - 1) for d, k in zip(_by_axis(module, *_DILATION) or (), size, strict=True)]
     if isinstance(padding, str):
         word = padding.upper()
-        if word == "SAME" and set(_stride(module)) == {1} and not transposed:
+        if word == "SAME" and {*(_by_axis(module, *_STRIDE) or ())} == {1} and not transposed:
             return [(each // 2, each - each // 2) for each in spread]
         return [(0, 0)] * len(size) if word == "VALID" else word
     each_axis = _by_axis(module, "padding", absent=0) or ()
@@ -120,8 +109,8 @@ def _gelus(module: Any) -> Iterator[str]:
 _SETTINGS: Mapping[str, Callable[[Any], Value]] = {
     "eps": _eps,
     "momentum (what stays of the old statistics)": _momentum,
-    "the class": _norm,
-    "the stride": _stride,
-    "the dilation": _dilation,
+    "the class": lambda module: name if (name := type(module).__name__) in _NORMS else None,
+    "the stride": lambda module: _by_axis(module, *_STRIDE),
+    "the dilation": lambda module: _by_axis(module, *_DILATION),
     "the padding": _padding,
 }

@@ -1,9 +1,12 @@
 """Trials: ports with random parameters, which find in what models compute what names leave open."""
 
 import itertools
+import math
+import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
+import ml_dtypes
 import numpy as np
 
 from paramend.errors import BadArgument
@@ -12,16 +15,17 @@ from paramend.grafting.options import Dtype
 from paramend.grafting.report import GraftReport
 from paramend.leaves.leaves import Editable
 from paramend.mapping.layout import Layout
-from paramend.porting.calls import calls
+from paramend.porting.calls import Call, calls
 from paramend.porting.flattening import Flat
-from paramend.porting.frameworks import float64, rebound
-from paramend.porting.kinds import Path
+from paramend.porting.forms import Path
+from paramend.porting.frameworks import copied, float64, rebound, runs
 from paramend.porting.matching import Pair
 from paramend.porting.models import Model
-from paramend.porting.perturbation import perturbed
 from paramend.porting.plan import PortPlan, Renames, Rules
 from paramend.porting.proof import Proof, prove, sides_of
-from paramend.porting.recorder import Call
+from paramend.porting.values import Values, largest, wide
+from paramend.reports import wording
+from paramend.trees.lookup import find_kind, is_torch_module
 
 _MOST = 64  # ways to answer all questions
 
@@ -57,11 +61,8 @@ def tried(
 
 def _pairings(plan: PortPlan) -> Iterator[dict[str, str]]:
     """The ways to pair what is in doubt, as renames."""
-    rows = [
-        [list(zip(ours, other, strict=True)) for other in itertools.permutations(theirs)]
-        for ours, theirs in plan.doubtful
-        if len(ours) == len(theirs) <= 4
-    ]
+    pairs = [(ours, theirs) for ours, theirs in plan.doubtful if len(ours) == len(theirs) <= 4]
+    rows = [[list(zip(ours, each, strict=True)) for each in itertools.permutations(theirs)] for ours, theirs in pairs]
     for chosen in itertools.islice(itertools.product(*rows), _MOST):
         yield {"/".join(a.path): "/".join(b.path) for pairs in chosen for a, b in pairs}
 
@@ -69,7 +70,10 @@ def _pairings(plan: PortPlan) -> Iterator[dict[str, str]]:
 def _proven(plan: PortPlan, random: Model, given: dict[str, Any], order: dict[Path, int]) -> Proof | None:
     """The proof of a plan whose questions are answered; a false one if no answers prove it."""
     target, source, proof = plan.target, plan.source, None
-    for answers in _answers(plan):
+    # The likeliest first; that on flattenings comes from values.
+    open_ = {path: ways for path, (_, ways) in plan.questions.items() if len(ways) > 1}
+    every = itertools.product(*([(path, way) for way in ways] for path, ways in open_.items()))
+    for answers in itertools.islice(every, _MOST):
         for path, steps in answers:
             plan.choose(path, steps)
         made = _unflattened(plan, random, given, order)
@@ -83,17 +87,9 @@ def _proven(plan: PortPlan, random: Model, given: dict[str, Any], order: dict[Pa
 
 def _calls(model: Model, inputs: Any, side: str) -> list[Call]:
     if not callable(model.root):
-        raise BadArgument(
-            f"prove= runs both models, and the {side} is parameters alone",
-            hint="the module: a torch, NNX or Equinox module, or linen_module.bind(variables)",
-        )
+        why = f"prove= runs both models, and the {side} is parameters alone"
+        raise BadArgument(why, hint="the module: a torch, NNX or Equinox module, or linen_module.bind(variables)")
     return calls(model.root, inputs)
-
-
-def _answers(plan: PortPlan) -> Iterator[tuple[tuple[str, Any], ...]]:
-    """All answers to all questions, the likeliest first; that on flattenings comes from values."""
-    open_ = {path: ways for path, (_, ways) in plan.questions.items() if len(ways) > 1}
-    return itertools.islice(itertools.product(*([(path, way) for way in ways] for path, ways in open_.items())), _MOST)
 
 
 def _unflattened(plan: PortPlan, source: Model, given: dict[str, Any], order: dict[Path, int]) -> Any:
@@ -109,10 +105,8 @@ def _unflattened(plan: PortPlan, source: Model, given: dict[str, Any], order: di
     theirs, ours = calls(source.root, given["source"]), calls(made, given["target"])
     makers: list[Pair] = []  # a dense layer, and the norms after it
     for pair in called:
-        one, other = (
-            _input(model, path, found)
-            for model, path, found in ((plan.target, pair.target.path, ours), (plan.source, pair.source.path, theirs))
-        )
+        sides = (plan.target, pair.target.path, ours), (plan.source, pair.source.path, theirs)
+        one, other = (_input(*side) for side in sides)
         if one is None or other is None:
             continue
         one, other = (other, one) if last else (one, other)
@@ -132,7 +126,6 @@ def _unflattened(plan: PortPlan, source: Model, given: dict[str, Any], order: di
 
 
 def _made(plan: PortPlan, source: Model) -> Any:
-    """The target with random parameters, which are not rounded to its dtypes."""
     with float64(["jax"]):  # in that of torch a tensor is another one whenever it is asked for
         return carried(plan.target, source, plan.layout(), dtype="source")[0]
 
@@ -174,3 +167,41 @@ def _channels(first: Any, last: Any) -> int:
 
 def _text(model: Model, path: Path) -> str:
     return str(model.leaves.index.separator).join(path)
+
+
+M = TypeVar("M")
+_VARIANCE = re.compile(r"(.*[/._])?(running_)?(var|variance|var_ema[/.].*)")
+
+
+def perturbed(model: M, seed: int = 0) -> M:
+    """A copy of a model, or of a tree of arrays, with random parameters near its own.
+
+    What is positive throughout stays so, and so do variances. Values have half of the digits of their dtype, so that
+    sums of two (the biases of a recurrent layer) are exact. Integers and tables that are not saved stay as they are.
+
+    >>> model = {"scale": np.ones(3), "bias": np.zeros(3), "steps": np.array(7)}
+    >>> new = perturbed(model)
+    >>> bool((new["scale"] > 0).all() and (new["scale"] != 1).all() and (new["bias"] != 0).all()), int(new["steps"])
+    (True, 7)
+    """
+    if find_kind(model) is None and not runs(model):
+        what = wording.described(model)
+        raise BadArgument(f"{what} holds no parameters", hint="module.bind(variables) for linen; or give the tree")
+    anything: Any = model
+    saved = anything.state_dict() if is_torch_module(model) else None
+    random = np.random.default_rng(seed)
+
+    def change(path: str, values: Values) -> Values | None:
+        if saved is not None and path not in saved:
+            return None
+        old, noise = wide(values), random.normal(size=values.shape)
+        if old.dtype.kind == "f" and (old > 0).all():
+            new = old * np.exp(0.3 * noise)
+        else:
+            new = old + noise * max(0.1, 0.3 * largest(old))
+        new = np.abs(new) + 0.1 if _VARIANCE.fullmatch(path) else new
+        unit = 2.0 ** (math.frexp(largest(new))[1] - ml_dtypes.finfo(values.dtype).nmant // 2)
+        rounded: Values = (np.round(new / unit) * unit + unit / 2).astype(values.dtype)
+        return rounded
+
+    return copied(model, change)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from paramend.anatomy.beside import EMBEDDINGS, HEADS
-from paramend.anatomy.recoding import quantised
+from paramend.anatomy.quantization import quantised
 from paramend.arrays.registry import backend, to_numpy
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.edits.call import explained
@@ -31,8 +31,7 @@ from paramend.leaves.paths import Label, renamed, write_path
 from paramend.leaves.rules import Codec
 from paramend.leaves.schemes import WEIGHTS
 from paramend.leaves.specs import Array, Spec
-from paramend.quantizing.choice import named, whole
-from paramend.quantizing.report import Coded, QuantizeReport
+from paramend.quantizing.dequantizing import Coded, QuantizeReport, named, whole
 from paramend.selectors.selector import SelectorLike, Union, resolve, sel
 
 T = TypeVar("T")
@@ -112,11 +111,7 @@ def quantize(
 
 
 def _chosen(seen: Weights, selector: SelectorLike) -> list[int]:
-    """The leaves that a selector means: of what wildcards take, the matrices that schemes are for.
-
-    Raises:
-        Quantized, SpecMismatch: a selector takes nothing else than leaves that cannot be quantised.
-    """
+    """The leaves that a selector means: of what wildcards take, the matrices that schemes are for."""
     selector, found = sel(selector), set[int]()
     for part in selector.parts if isinstance(selector, Union) else (selector,):
         numbers = resolve(part, seen)
@@ -151,24 +146,15 @@ def _hindrance(seen: Weights, number: int, said: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class _New:
-    """A weight and the leaves that it becomes.
+    """A weight and the leaves that it becomes."""
 
-    Attributes:
-        number: the number of its leaf.
-        scheme: the name of its scheme.
-        names: the names of the leaves.
-        parts: makes them.
-        values: makes the values that they stand for, in a dtype; "" for that of the weight.
-    """
-
-    number: int
+    number: int  # that of its leaf
     scheme: str
-    names: Sequence[str]
-    parts: Callable[[], list[Origin]]
-    values: Callable[[str], Origin]
+    names: Sequence[str]  # those of the leaves
+    parts: Callable[[], list[Origin]]  # makes them
+    values: Callable[[str], Origin]  # makes the values that they stand for, in a dtype; "" for that of the weight
 
     def paths(self, seen: Weights) -> list[tuple[Label, ...]]:
-        """The paths of the leaves."""
         return [renamed(seen.index.paths[self.number], name) for name in self.names]
 
     def row(self, seen: Weights) -> Coded:
@@ -200,9 +186,8 @@ def _new(seen: Weights, number: int, scheme: str, group_size: int | None, *, sim
     spec, path, name = seen.spec(number), seen.index.path(number), seen.index.pieces(number)[-1]
     turned = name in ("kernel", "w")  # the outputs are last, as in JAX
     if spec.ndim > 2 and (turned or scheme != "fp8-block"):
-        raise Unsupported(
-            f"{path} is {spec}: which of its axes are inputs is not known", hint="pm.sel(selector).where(ndim=2)"
-        )
+        why = f"{path} is {spec}: which of its axes are inputs is not known"
+        raise Unsupported(why, hint="pm.sel(selector).where(ndim=2)")
     if not simulate and turned:
         raise Unsupported(f"{path} has its inputs first, as JAX does, and {scheme} its outputs", hint="simulate=True")
     if not simulate and len(seen.twins(number)) > 1:

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from paramend.checkpoints.checkpoint import Checkpoint
-from paramend.checkpoints.checkpoint import open as open_checkpoint
+from paramend.checkpoints.checkpoint import Checkpoint, open as open_checkpoint
 from paramend.disk.urls import Url, path_of
 from paramend.edits.quantized import check_values
 from paramend.edits.structure import moves

@@ -13,9 +13,9 @@ from paramend.formats.gathered import Gathered
 from paramend.leaves.specs import AnyTree
 from paramend.recipes.donors import Donors
 from paramend.recipes.run import check_in_place, run
-from paramend.recipes.schema import make_schema
 from paramend.recipes.steps import VERSION, Problems, parse_steps
 from paramend.recipes.text import MAX_BYTES, MAX_PROBLEMS, Document, read, write_scalar
+from paramend.recipes.verbs import make_schema
 
 T = TypeVar("T")
 

@@ -13,17 +13,16 @@ from paramend.checkpoints.config import config
 from paramend.edits.arguments import read_index
 from paramend.edits.call import Call, sliced_shape
 from paramend.edits.checks import fitted
-from paramend.edits.choosing import chosen
 from paramend.edits.memory import editable
 from paramend.edits.ops import OPS
-from paramend.edits.weights import Weights, weighed
+from paramend.edits.weights import Weights, chosen, weighed
 from paramend.errors import NoMatch, ParamendError, Problem
 from paramend.leaves.leaves import Editable, unique
 from paramend.leaves.specs import Spec
 from paramend.recipes.donors import Donors
+from paramend.recipes.keys import CONDITIONS
 from paramend.recipes.steps import Enough, Problems, RecipeStep, problem_of
 from paramend.recipes.text import below, write_scalar
-from paramend.recipes.verbs import CONDITIONS
 from paramend.reports import wording
 from paramend.selectors.misses import searching
 from paramend.selectors.selector import Selector, Union, Where, sel

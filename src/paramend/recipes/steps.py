@@ -8,8 +8,9 @@ from paramend.edits.arguments import shown
 from paramend.edits.ops import OPS
 from paramend.errors import ParamendError, Problem, Quantized, printable_lines
 from paramend.leaves.nested import is_deep
+from paramend.recipes.keys import CONDITIONS, SELECTOR, Key
 from paramend.recipes.text import MAX_LEVELS, MAX_PROBLEMS, below, write_scalar
-from paramend.recipes.verbs import CODE, CONDITIONS, SELECTOR, VERBS, Key, Verb
+from paramend.recipes.verbs import CODE, VERBS, Verb
 from paramend.reports import wording
 from paramend.selectors.renames import captures, rename
 from paramend.selectors.selector import Selector, sel

@@ -5,10 +5,11 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from paramend.errors import MissingExtra, printable, printable_lines
 from paramend.reports import wording
+from paramend.reports.fields import fields_of, picked, values
 from paramend.reports.tables import aligned
 
 if TYPE_CHECKING:
@@ -40,6 +41,14 @@ class Section:
     # A line → more cells, computed after folding: figures over all leaves of the line.
     cells: Callable[[Line], tuple[str, ...]] = lambda line: ()
 
+    @classmethod
+    def of(cls, title: str, rows: Sequence[Any], *cells: str, size: str = "spec.size") -> "Section":
+        """The section with a line for each of some rows, whose cells are the fields named."""
+        columns = [values(rows, name) for name in cells]
+        sizes = values(rows, size) if size else [0] * len(rows)
+        paths = [(path,) for path in values(rows, "path")]
+        return cls(title, list(map(Line, paths, zip(*columns, strict=True), sizes)))
+
     def text(self, *, elsewhere: Iterable[str] = ()) -> str:
         """The section as a table, folded. `elsewhere` as in `fold`."""
         lines = fold(self.lines, elsewhere=elsewhere)
@@ -56,6 +65,8 @@ class Section:
 class Report:
     """What was done, as data. `str(report)` is text for people, `to_dict()` is for JSON."""
 
+    _data: ClassVar[Sequence[str]] = ()  # the fields in `to_dict()`, by default all
+
     def headline(self) -> str:
         """A summary in one sentence."""
         raise NotImplementedError
@@ -66,7 +77,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain dicts, lists, strings and numbers."""
-        raise NotImplementedError
+        return picked(self, *fields_of(self))
 
     def to_frame(self) -> "DataFrame":
         """The rows of `to_dict()` as a pandas data frame. Where they are in several lists, a column `part` names it.

@@ -37,10 +37,9 @@ def _triangle(distance: Array) -> Array:
 
 
 def weights(old: int, new: int, *, cubic: bool, antialias: bool) -> Array:
-    """The matrix (new, old) that interpolates along one axis, as torch does with align_corners=False.
-
-    With antialias the kernel widens when the axis shrinks, and cubic means a = -0.5, as in Pillow and jax.image;
-    without, cubic means a = -0.75, as in torch and OpenCV. Positions outside take the values of the edge.
+    """The matrix (new, old) that interpolates along one axis, as torch does with align_corners=False. With antialias
+    the kernel widens when the axis shrinks, and cubic means a = -0.5, as in Pillow and jax.image; without, cubic means
+    a = -0.75, as in torch and OpenCV. Positions outside take the values of the edge.
 
     >>> weights(2, 4, cubic=False, antialias=False)
     array([[1.  , 0.  ],
@@ -157,7 +156,6 @@ _SHARE = 1e-9
 
 def rows(x: Array, axis: int, count: int, fresh: str, rng: np.random.Generator) -> Array:
     """An array with another number of rows along an axis: the old ones bit for bit, then fresh ones; or the first ones.
-
     Rows are read in pieces, so that besides the result only a few of them are in memory in float64. The result is
     float32, or float64 for a float64 array. Fresh rows are as `Fresh` in `vocabulary`.
 

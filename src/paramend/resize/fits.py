@@ -234,9 +234,4 @@ def _by(sizes: Iterable[int]) -> str:
     return "×".join(map(str, sizes))
 
 
-PLANS: dict[str, Callable[..., Fit]] = {
-    "positions": positions,
-    "vocabulary": vocabulary,
-    "patches": patches,
-    "channels": channels,
-}
+PLANS: dict[str, Callable[..., Fit]] = {each.__name__: each for each in (positions, vocabulary, patches, channels)}

@@ -9,8 +9,7 @@ array and a shape, a rule returns the resized array.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
-from typing import Literal as OneOf
+from typing import Any, Literal as OneOf, get_args
 
 import numpy as np
 
@@ -58,11 +57,7 @@ class Resize:
         return self.planned(x.shape, tuple(shape), path).make(x).astype(x.dtype)
 
     def planned(self, old: Shape, new: Shape, path: Sequence[str] = ()) -> Fit:
-        """The fit, from shapes alone.
-
-        Raises:
-            SpecMismatch: the rule does not fit these shapes.
-        """
+        """The fit, from shapes alone; `SpecMismatch` if the rule does not fit these shapes."""
         return PLANS[self.kind](tuple(old), tuple(new), tuple(path), **self.options)
 
     def acts(self, old: Shape, new: Shape) -> bool:

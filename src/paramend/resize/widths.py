@@ -27,22 +27,14 @@ Zero = Literal["readers", "writers", "means"]
 
 @dataclass(frozen=True, eq=False)
 class Spread:
-    """What becomes of an axis of a model.
+    """What becomes of an axis of a model."""
 
-    Attributes:
-        old: how many places it had.
-        places: for each new place the old one that it copies.
-        shares: for each new place the part that readers take of it; those of one old place sum to 1.
-        fresh: which places copy none; their numbers are those of others times random factors, or zero.
-        zero: whether readers or writers are zero there; "means": writers have the mean of all others.
-        split: for each new place how its share is larger for some readers than for others; these sum to 0.
-    """
-
-    old: int
-    places: Array
-    shares: Array
-    fresh: Array
-    zero: Zero = "readers"
+    old: int  # how many places it had
+    places: Array  # for each new place the old one that it copies
+    shares: Array  # for each new place the part that readers take of it; those of one old place sum to 1
+    fresh: Array  # which places copy none; their numbers are those of others times random factors, or zero
+    zero: Zero = "readers"  # whether readers or writers are zero there; "means": writers have the mean of all others
+    # For each new place how its share is larger for some readers than for others; these sum to 0.
     split: Array | None = None
 
     @classmethod
@@ -71,15 +63,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class Use:
-    """An axis of a leaf: one or more axes of its model in a row, each place of which has `unit` places here.
+    """An axis of a leaf: one or more axes of its model in a row, each place of which has `unit` places here."""
 
-    Attributes:
-        parts: the names of these axes with their units.
-        reads: whether the leaf reads from it; it writes to it otherwise.
-    """
-
-    parts: tuple[tuple[str, int], ...]
-    reads: bool = False
+    parts: tuple[tuple[str, int], ...]  # the names of these axes with their units
+    reads: bool = False  # whether the leaf reads from it; it writes to it otherwise
 
     def length(self, sizes: Mapping[str, int]) -> int | None:
         """How long it is by the sizes of the model; None if these do not say."""
@@ -105,27 +92,16 @@ class Use:
 
 @dataclass(frozen=True, eq=False)
 class Growth:
-    """What becomes of a leaf.
+    """What becomes of a leaf."""
 
-    Attributes:
-        shape: its old shape.
-        places: for each axis the old place of each new one; None where it stays.
-        terms: the factors of the values; none if they are only moved.
-        moments: those of the first moments of an optimizer.
-        squares: those of the second moments.
-        shift: 1 for gains that their norm adds to 1.
-        means: the axis whose last places hold the mean of all, and how many these are.
-        rate: the factor of all values that are old ones; None if they differ.
-    """
-
-    shape: tuple[int, ...]
-    places: tuple[Array | None, ...]
-    terms: tuple[Term, ...]
-    moments: tuple[Term, ...]
-    squares: tuple[Term, ...]
-    shift: float = 0.0
-    means: tuple[int, int] | None = None
-    rate: float | None = 1.0
+    shape: tuple[int, ...]  # its old shape
+    places: tuple[Array | None, ...]  # for each axis the old place of each new one; None where it stays
+    terms: tuple[Term, ...]  # the factors of the values; none if they are only moved
+    moments: tuple[Term, ...]  # those of the first moments of an optimizer
+    squares: tuple[Term, ...]  # those of the second moments
+    shift: float = 0.0  # 1 for gains that their norm adds to 1
+    means: tuple[int, int] | None = None  # the axis whose last places hold the mean of all, and how many these are
+    rate: float | None = 1.0  # the factor of all values that are old ones; None if they differ
 
     def origin(self, whole: Origin) -> Origin:
         """Its values, made of the old ones when they are read."""
@@ -175,17 +151,9 @@ def growth(
     shift: float = 0.0,
     norm: bool = False,
 ) -> Growth:
-    """What becomes of a leaf whose axes become these.
-
-    Args:
-        shape: its old shape.
-        along: what becomes of each axis, or None.
-        reads: for each axis whether the leaf reads from it.
-        path: its path, which the numbers of fresh places depend on.
-        scale: a factor of all values.
-        shift: 1 for gains that their norm adds to 1.
-        norm: whether they are the gains of a norm, which have no zeros, and no means.
-    """
+    """What becomes of a leaf of an old shape, of which each axis becomes another, and is read from or written to. The
+    numbers of fresh places depend on its path. `scale` is a factor of all values, `shift` 1 for gains that their norm
+    adds to 1; `norm` says that they are the gains of a norm, which have no zeros, and no means."""
     rng = np.random.default_rng(zlib.crc32("/".join(path).encode()))
     lengths = [n if each is None else len(each.places) for n, each in zip(shape, along, strict=True)]
     factors: list[Array | None] = [None] * len(shape)
@@ -262,14 +230,9 @@ def _times(number: float, *factors: Sequence[Array | None]) -> Term:
 
 @dataclass(repr=False)
 class Widths:
-    """How the leaves of a model follow when its axes become longer or shorter.
+    """How the leaves of a model follow when its axes become longer or shorter."""
 
-    Attributes:
-        growths: path of a leaf that changes → what becomes of it.
-        moved: whether leaves have other paths, too.
-        ends: the new model and the old one, as long as they are alive, for `pm.graft_optimizer_`.
-    """
-
-    growths: dict[Path, Growth] = field(default_factory=dict, compare=False)
-    moved: bool = False
+    growths: dict[Path, Growth] = field(default_factory=dict, compare=False)  # of leaves that change, by their paths
+    moved: bool = False  # whether leaves have other paths, too
+    # The new model and the old one, as long as they are alive, for `pm.graft_optimizer_`.
     ends: Ends | None = field(default=None, compare=False)

@@ -7,8 +7,7 @@ from paramend.edits.plan import Plan, Row
 from paramend.errors import Unsupported
 from paramend.formats.safetensors import SafetensorsFile
 from paramend.formats.shards import Shards
-from paramend.formats.source import Sealed
-from paramend.formats.writer import LeafBytes
+from paramend.formats.source import LeafBytes, Sealed
 from paramend.rewriting.files import Copy, File, copied_file, laid, with_header, with_rows
 
 

@@ -90,11 +90,8 @@ def carried_out(
 
 
 def _done(engine: Engine, order: Order, tasks: Sequence[Task], out: Path) -> Iterator[tuple[Task, Done]]:
-    """The jobs, each as soon as it is done. One whose worker is killed is done again, but not forever.
-
-    Raises:
-        CannotWrite: a job was begun several times, and its worker was killed each time.
-    """
+    """The jobs, each as soon as it is done. One whose worker is killed is done again; `CannotWrite` if it was killed
+    each of several times."""
     waiting, tries, busy = deque(tasks), Counter[int](), 0
     while waiting or busy:
         while waiting and engine.idle:

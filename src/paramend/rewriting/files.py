@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paramend.disk.sharing import best_start
+from paramend.disk.copying import best_start
 from paramend.edits.plan import Plan, Row
 from paramend.formats.registry import Format, format_of
-from paramend.formats.safetensors_header import MAX_HEADER, RECORD, SafetensorsWriter, framed
-from paramend.formats.source import Tiled
-from paramend.formats.writer import Item, LeafBytes
+from paramend.formats.safetensors import MAX_HEADER, RECORD, SafetensorsWriter, framed
+from paramend.formats.source import Item, LeafBytes, Tiled
 from paramend.leaves.leaves import keys_of
 from paramend.leaves.origins.origin import Extent, Origin
 from paramend.leaves.origins.stored import Stored

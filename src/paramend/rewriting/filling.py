@@ -1,8 +1,9 @@
 """`Filler`: the bytes of files that are written: copied by the kernel, computed in chunks, or known."""
 
+import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,27 @@ from paramend.errors import CannotRead
 from paramend.journal.store import records_of
 from paramend.piecewise.rows import data, expression
 from paramend.reports.progress import Meter
-from paramend.rewriting.digests import Digests
 from paramend.rewriting.files import Computed, Piece, sources
+
+
+class Digests:
+    """The digests of the leaves that a record tells of, by number, as far as their bytes have passed."""
+
+    def __init__(self, wanted: Collection[int] = ()) -> None:
+        self.wanted = wanted
+        self.found: dict[int, str] = {}
+
+    def taking(self, row: Row, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
+        """The bytes of a leaf on their way into the output."""
+        return self._hashed(row, pieces) if row.source in self.wanted else pieces
+
+    def _hashed(self, row: Row, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
+        digest = hashlib.sha256()
+        for piece in pieces:
+            digest.update(piece)
+            yield piece
+        self.found[row.source] = digest.hexdigest()
+
 
 # Shorter runs of zero bytes are written; longer ones become holes in the file, which read the same.
 _HOLE = 1 << 20
@@ -26,20 +46,13 @@ _STEP = 1 << 20
 
 
 class Filler:
-    """Fills files with their pieces.
-
-    Attributes:
-        inputs: the files that are read.
-        digests: those of leaves that a record wants, taken from their bytes as they pass.
-        copied: bytes copied unchanged.
-        computed: bytes of leaves that were edited.
-    """
+    """Fills files with their pieces. Digests that a record wants are taken from the bytes of leaves as they pass."""
 
     def __init__(self, made: Plan, digests: Digests, meter: Meter) -> None:
         self.source: Any = made.leaves
         self.inputs = Inputs(sources(made))
         self.digests, self.meter, self.copier = digests, meter, Copier()
-        self.copied = self.computed = 0
+        self.copied = self.computed = 0  # bytes
 
     @property
     def counts(self) -> tuple[int, int, int]:
@@ -47,12 +60,8 @@ class Filler:
         return self.copied, self.computed, self.copier.shared
 
     def fill(self, pieces: Sequence[Piece], target: int, *, fresh: bool = True, hashed: Any = None) -> None:
-        """Write the pieces at the position of a file, and begin to write them to the disk.
-
-        Args:
-            fresh: whether the file holds nothing there yet.
-            hashed: a digest that takes all bytes.
-        """
+        """Write the pieces at the position of a file, `fresh` if it holds nothing there yet, and begin to write them to
+        the disk. `hashed` is a digest that takes all bytes."""
         at = os.lseek(target, 0, os.SEEK_CUR) if is_regular(target) else 0
         back = WriteBack(target, at)
         flow = _Flow(self.source, self.digests, fresh=fresh and is_regular(target), hashed=hashed)
@@ -89,7 +98,8 @@ class Inputs:
         for source in sources:
             self.seen |= source.stats
         self.touched: set[Path] = set()
-        self._records = records_of(self.seen, refuses=True)
+        self._weights = list(self.seen)
+        self._records = records_of(self._weights, refuses=True)
         self._open: OrderedDict[Path, Readable] = OrderedDict()
 
     def descriptor(self, path: Path) -> Readable:
@@ -110,7 +120,7 @@ class Inputs:
         return self._open[path]
 
     def check(self) -> None:
-        if records_of(self.seen) != self._records:  # a patch, which times alone may not show
+        if records_of(self._weights) != self._records:  # a patch, which times alone may not show
             raise changed(next(iter(self.seen)))
         for path in self.touched:
             held = self._open.get(path)

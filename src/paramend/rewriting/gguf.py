@@ -10,8 +10,7 @@ import numpy as np
 from paramend.edits.plan import Plan, Row
 from paramend.errors import Unsupported
 from paramend.formats.gguf.keys import SPLIT, alignment
-from paramend.formats.gguf.source import WRITER, GgufFile, GgufParts
-from paramend.formats.gguf.writer import header
+from paramend.formats.gguf.source import WRITER, GgufFile, GgufParts, header
 from paramend.rewriting.copies import rows_by_file
 from paramend.rewriting.files import File, copied_file, items_of, laid
 from paramend.rewriting.keys import document_in, keys_of

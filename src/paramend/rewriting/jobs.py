@@ -7,16 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from paramend.disk.copying import begin_write_back
+from paramend.disk.copying import BLOCK, begin_write_back
 from paramend.disk.io import release
-from paramend.disk.sharing import BLOCK
 from paramend.edits.plan import Plan, Row
 from paramend.leaves.codecs.encoding import Misfit
 from paramend.piecewise.rows import expression
 from paramend.reports.progress import Meter
-from paramend.rewriting.digests import Digests
 from paramend.rewriting.files import Computed, Copy, File, Piece, nbytes_in
-from paramend.rewriting.filling import Filler, take_in
+from paramend.rewriting.filling import Digests, Filler, take_in
 
 # About how many bytes a job makes, if leaves are computed in it, and if they are copied.
 _COMPUTED, _COPIED = 16 << 20, 64 << 20
@@ -43,56 +41,36 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A job that is to be done: its number, the digest that it has if it was done before, or "", and whether its file
-    holds nothing yet."""
+    """A job that is to be done."""
 
     number: int
-    known: str
-    fresh: bool
+    known: str  # the digest that it has if it was done before, or ""
+    fresh: bool  # whether its file holds nothing yet
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What is known of a job that is done.
+    """What is known of a job that is done."""
 
-    Attributes:
-        sha256: the digest of its bytes.
-        leaves: number → digest, of the leaves that a record wants.
-        measured: number → what was found out while a row was computed.
-        copied: bytes copied unchanged.
-        computed: bytes of leaves that were edited.
-        shared: of those that were copied, bytes that the file system shares with a source.
-        kept: whether its bytes were there already; then nothing else is known.
-    """
-
-    sha256: str
-    leaves: Mapping[int, str]
-    measured: Mapping[int, Measured]
-    copied: int
-    computed: int
-    shared: int
-    kept: bool = False
+    sha256: str  # of its bytes
+    leaves: Mapping[int, str]  # number → digest, of the leaves that a record wants
+    measured: Mapping[int, Measured]  # number → what was found out while a row was computed
+    copied: int  # bytes copied unchanged
+    computed: int  # bytes of leaves that were edited
+    shared: int  # of those that were copied, bytes that the file system shares with a source
+    kept: bool = False  # whether its bytes were there already; then nothing else is known
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """The jobs of a rewrite, and what whoever does them must know.
+    """The jobs of a rewrite, and what whoever does them must know."""
 
-    Attributes:
-        made: the plan of the rows that are computed.
-        jobs: the jobs.
-        recorded: the numbers of the leaves whose digests a record wants.
-        place: where the files are being made: a folder, or the only file.
-        folder: the folder that paths start in.
-        far: whether other machines make them, which must not keep what they have written to themselves.
-    """
-
-    made: Plan
+    made: Plan  # of the rows that are computed
     jobs: tuple[Job, ...]
-    recorded: frozenset[int]
-    place: Path
-    folder: Path
-    far: bool
+    recorded: frozenset[int]  # the numbers of the leaves whose digests a record wants
+    place: Path  # where the files are being made: a folder, or the only file
+    folder: Path  # that paths start in
+    far: bool  # whether other machines make them, which must not keep what they have written to themselves
 
     @classmethod
     def of(cls, made: Plan, jobs: Sequence[Job], recorded: Collection[int], place: Path, *, far: bool) -> "Order":

@@ -12,18 +12,16 @@ from paramend.edits.plan import Plan, Row
 from paramend.errors import Unsupported
 from paramend.formats.registry import DEFAULT, Format
 from paramend.formats.source import Relabelled, Tiled
-from paramend.leaves.origins.partly import Partly
+from paramend.leaves.origins.origin import Partly
 from paramend.leaves.origins.stored import Stored
 from paramend.piecewise.rows import expression
 from paramend.reports import wording
-from paramend.rewriting.additions import grown_shards
 from paramend.rewriting.arrangement import base_of, lost
 from paramend.rewriting.configurations import followed_files, left_behind
 from paramend.rewriting.copies import edited_file, overlays
 from paramend.rewriting.files import File, fresh_file, nbytes_of, ordered, text_file
-from paramend.rewriting.folders import own_files, tree_within
-from paramend.rewriting.shards import largest, new_shards, parse_size, same_shards
-from paramend.rewriting.sidecars import sidecars
+from paramend.rewriting.shards import grown_shards, largest, new_shards, parse_size, same_shards
+from paramend.rewriting.sidecars import own_files, sidecars, tree_within
 from paramend.rewriting.wishes import Wish, wish_of
 
 

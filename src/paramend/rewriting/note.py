@@ -19,7 +19,7 @@ from paramend.edits.plan import Plan
 from paramend.errors import BadCheckpoint, CannotRead, CannotWrite, Unsupported
 from paramend.formats.gathered import Gathered
 from paramend.formats.registry import open_source
-from paramend.formats.safetensors_header import MAX_HEADER, RECORD, annotated, framed
+from paramend.formats.safetensors import MAX_HEADER, RECORD, annotated, framed
 from paramend.formats.shards import Shards
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.stored import Stored
@@ -27,8 +27,8 @@ from paramend.leaves.origins.texts import quoted, shortened
 from paramend.piecewise.rows import expression
 from paramend.rewriting.accesses import Accesses
 from paramend.rewriting.arrangement import base_of
-from paramend.rewriting.digests import Digests
 from paramend.rewriting.files import Copy, with_header
+from paramend.rewriting.filling import Digests
 from paramend.rewriting.layouts import Layout
 from paramend.rewriting.provenance import (
     FILE,

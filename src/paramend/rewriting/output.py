@@ -9,9 +9,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Unpack
 
+from paramend.disk.copying import BLOCK, share, shareable
 from paramend.disk.failures import check_room, reason
 from paramend.disk.publishing import exists, there, unpublished
-from paramend.disk.sharing import BLOCK, share, shareable
 from paramend.disk.uploads import check_writable
 from paramend.disk.urls import Url, path_of
 from paramend.edits.plan import Plan

@@ -39,14 +39,14 @@ from paramend.formats.files import open_bytes
 from paramend.formats.jsontext import bad, json_type, parse_object
 from paramend.formats.limits import shown
 from paramend.formats.registry import format_of, open_source
-from paramend.formats.safetensors import SafetensorsFile
-from paramend.formats.safetensors_header import RECORD
+from paramend.formats.safetensors import RECORD, SafetensorsFile
 from paramend.formats.shards import Shards
 from paramend.journal.undo import recover
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.texts import shortened
 from paramend.leaves.specs import Spec
 from paramend.piecewise.rows import data
+from paramend.reports.fields import picked
 from paramend.reports.progress import Meter
 from paramend.reports.report import Line, Report, Section
 
@@ -81,11 +81,9 @@ class RecordedLeaf:
     origin: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """The leaf as data that JSON can hold."""
         edit = "" if self.origin and self.edit == shortened(self.origin) else self.edit
-        found = {"path": self.path, "dtype": self.spec.dtype, "shape": list(self.spec.shape)}
-        more = {"was": self.was, "origin": self.origin}
-        return found | {"sha256": self.sha256, "edit": edit} | {key: text for key, text in more.items() if text}
+        found = picked(self, "path", "spec.dtype", "spec.shape", "sha256")
+        return found | {"edit": edit} | picked(self, "was?", "origin?")
 
 
 @dataclass(frozen=True, repr=False)
@@ -103,6 +101,8 @@ class EditRecord(Report):
         earlier: the records of earlier edits, oldest first.
     """
 
+    _data = ("paramend", "time", "source", "recipe", "leaves", "deleted", "config?", "earlier?")
+
     paramend: str
     time: datetime
     source: str
@@ -118,22 +118,11 @@ class EditRecord(Report):
 
     def sections(self) -> list[Section]:
         """The leaves that were written, and those that were deleted."""
-        lines = [Line((leaf.path,), (str(leaf.spec), leaf.edit)) for leaf in self.leaves]
-        return [Section("edited", lines), Section("deleted", [Line((path,)) for path in self.deleted])]
+        deleted = Section("deleted", [Line((path,)) for path in self.deleted])
+        return [Section.of("edited", self.leaves, "spec", "edit", size=""), deleted]
 
     def to_dict(self) -> dict[str, Any]:
-        found: dict[str, Any] = {
-            "version": VERSION,
-            "paramend": self.paramend,
-            "time": self.time.isoformat(),
-            "source": self.source,
-            "recipe": self.recipe,
-            "leaves": [leaf.to_dict() for leaf in self.leaves],
-            "deleted": list(self.deleted),
-        }
-        if self.config:
-            found["config"] = [change.to_dict() for change in self.config]
-        return found | ({"earlier": [each.to_dict() for each in self.earlier]} if self.earlier else {})
+        return {"version": VERSION} | super().to_dict()
 
     def __str__(self) -> str:
         own = "\n".join([super().__str__(), *(f"\n{change.file}: {change}" for change in self.config)])

@@ -18,8 +18,7 @@ from paramend.disk.permissions import Access, create_file, settle
 from paramend.disk.publishing import look, published, sync_file
 from paramend.disk.uploads import Staging
 from paramend.disk.urls import path_of
-from paramend.edits.outcome import Outcome
-from paramend.edits.plan import Plan, Row
+from paramend.edits.plan import Outcome, Plan, Row
 from paramend.formats.registry import DEFAULT, SUFFIXES, format_for
 from paramend.journal.store import retiring
 from paramend.leaves.nested import unexhausted
@@ -28,6 +27,7 @@ from paramend.piecewise.changes import Works
 from paramend.piecewise.chunks import laid_flat, restage
 from paramend.piecewise.rows import data, expression
 from paramend.reports import wording
+from paramend.reports.fields import picked
 from paramend.reports.progress import Meter, Progress
 from paramend.rewriting.accesses import Accesses
 from paramend.rewriting.arrangement import arranged, base_of
@@ -90,24 +90,10 @@ class RewriteReport(Outcome):
         return f"wrote {self.path}: {moved}{linked}{form}{record}{damage}{left}{said}"
 
     def to_dict(self) -> dict[str, Any]:
-        data: dict[str, Any] = {
-            "source": self.source,
-            "path": self.path,
-            "format": self.format,
-            **self.plan.to_dict(),
-            "bytes_copied": self.bytes_copied,
-            "bytes_computed": self.bytes_computed,
-            "bytes_shared": self.bytes_shared,
-        }
-        if self.files:
-            data |= {"bytes_linked": self.bytes_linked, "files": list(self.files)}
-        if self.files or self.left_out:
-            data["left_out"] = list(self.left_out)
-        if self.said:
-            data["said"] = list(self.said)
-        if self.record:
-            data["record"] = self.record
-        return data
+        counts = ["bytes_copied", "bytes_computed", "bytes_shared", *["bytes_linked"] * bool(self.files), "files?"]
+        left = "left_out" if self.files else "left_out?"
+        found = picked(self, "source", "path", "format") | self.plan.to_dict()
+        return found | picked(self, *counts, left, "said?", "record?")
 
 
 @unexhausted("the checkpoint")

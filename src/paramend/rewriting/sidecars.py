@@ -1,14 +1,16 @@
-"""Sidecars: the files of a directory that hold no weights, which are copied unchanged."""
+"""Sidecars: files beside weights, which are copied unchanged; and those of checkpoints that are directories."""
 
+import os
 import re
 import stat
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from paramend.disk.urls import unanswered
-from paramend.formats.index import is_index
 from paramend.formats.registry import FOREIGN_WEIGHTS, SUFFIXES
-from paramend.formats.shards import Shards
+from paramend.formats.shards import Shards, is_index
 from paramend.rewriting.files import File, copied_file
 
 # Weights of the same model in another form would contradict the edited ones.
@@ -86,3 +88,31 @@ def is_of_hub_cache(folder: Path, path: Path) -> bool:
     """
     real, home = path.resolve(), folder.resolve()
     return real.is_relative_to(home) or real.parent == home.parent.parent / "blobs"
+
+
+def tree_within(source: Any) -> Path:
+    """The folder that holds the tree, within that of the checkpoint."""
+    return Path(source.folder.relative_to(source.path))
+
+
+def own_files(source: Any, *, link: bool) -> tuple[list[File], list[str]]:
+    """The files of a directory, and what is left out."""
+    home, inner = source.path, tree_within(source)
+    files: list[File] = []
+    left_out: list[str] = []
+    for entry in sorted(os.scandir(home), key=lambda entry: entry.name):
+        # From the folder of a manager, one step and the metadata common to all steps are copied.
+        step = source.steps and entry.is_dir() and entry.name != "metadata" and entry.name != inner.parts[0]
+        if step:
+            left_out.append(f"{entry.name} (another step)" if entry.name.isdigit() else entry.name)
+            continue
+        for name, file in walked(home, entry.name, hidden=True):  # some stores have hidden files
+            if isinstance(file, File):
+                files.append(replace(file, link=link and _OWN.fullmatch(name.rpartition("/")[2]) is None))
+            else:
+                left_out.append(f"{name} ({file})")
+    return files, left_out
+
+
+# Metadata files, which say what other files count: hard links to them could not be replaced.
+_OWN = re.compile(r"_(?!.*\.distcp).*|\..*|manifest\..*|zarr\.json")

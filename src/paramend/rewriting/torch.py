@@ -10,10 +10,9 @@ from typing import Any
 from paramend.edits.plan import Row
 from paramend.edits.structure import relocate
 from paramend.errors import Unsupported
-from paramend.formats.torch.recordings import pickled
 from paramend.formats.torch.source import TorchFile
-from paramend.formats.torch.writer import TorchWriter, retargeted
-from paramend.formats.zips.headers import ALIGNMENT, ZipHeaders
+from paramend.formats.torch.writer import TorchWriter, pickled, retargeted
+from paramend.formats.zips import ALIGNMENT, ZipHeaders
 from paramend.leaves.leaves import keys_of
 from paramend.rewriting.files import Computed, File, Piece, with_rows
 from paramend.trees.tree import Tree

@@ -8,16 +8,7 @@ from typing import NamedTuple, TypedDict
 from paramend.disk.urls import path_of
 from paramend.edits.plan import Plan
 from paramend.errors import BadArgument, Unsupported
-from paramend.formats.registry import (
-    DEFAULT,
-    FOREIGN_SUFFIXES,
-    FORMATS,
-    SUFFIXES,
-    Format,
-    format_for,
-    format_of,
-    writable,
-)
+from paramend.formats.registry import DEFAULT, FOREIGN_SUFFIXES, FORMATS, SUFFIXES, Format, format_for, format_of
 from paramend.formats.shards import Shards
 from paramend.formats.source import Tiled
 from paramend.reports import wording
@@ -88,8 +79,6 @@ def wish_of(made: Plan, out: str, *, sized: bool, to: str | None = None) -> Wish
                 f"{out}: new files of a model in several cannot be laid out", hint=f"{out.rstrip(os.sep)}.gguf"
             )
         form = DEFAULT
-    if not form.writes:
-        raise _not_written(out, form.says)
     return Wish(form, folder, again)
 
 
@@ -106,7 +95,8 @@ def _check_suffix(out: str, *, strict: bool, needed: bool) -> None:
     words = [known[1:] for known in SUFFIXES]
     near = wording.closest(suffix[1:], words, limit=1) if _WORD.fullmatch(suffix) else []
     if suffix in FOREIGN_SUFFIXES:
-        raise _not_written(out, f"{Path(out).suffix} files")
+        hint = f"a name that ends in {_suffixes()}, or a directory"
+        raise Unsupported(f"{out}: {Path(out).suffix} files cannot be written", hint=hint)
     if near:
         raise BadArgument(
             f"{out}: {Path(out).suffix} is not the suffix of a format",
@@ -131,9 +121,5 @@ def _check_asked(out: str, asked: Format, named: Format | None, *, files: bool) 
         )
 
 
-def _not_written(out: str, what: str) -> Unsupported:
-    return Unsupported(f"{out}: {what} cannot be written", hint=f"a name that ends in {_suffixes()}, or a directory")
-
-
 def _suffixes() -> str:
-    return wording.listing([row.suffixes[0] for row in writable()])
+    return wording.listing([row.suffixes[0] for row in FORMATS])

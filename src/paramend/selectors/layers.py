@@ -140,16 +140,15 @@ def notation(text: str) -> Notation | None:
     return Notation(text, tuple(above), head, tail, positions, isinstance(number, Number))
 
 
-def layers_of(index: Index, text: str, *, argument: str = "layers") -> tuple[Notation, list[Numbered]]:
+def layers_of(index: Index, text: str) -> tuple[Notation, list[Numbered]]:
     """The notation of a text, and the numbered entries that it means; `BadArgument` or `NoMatch` if it means none."""
     said = notation(text)
     if said is None:
-        raise BadArgument(
-            f'{argument}="{text}" does not end in a key with the number of a layer', hint=hint_of(index, argument, text)
-        )
+        why = f'layers="{text}" does not end in a key with the number of a layer'
+        raise BadArgument(why, hint=hint_of(index, text))
     found = said.find(index.names)
     if not found:
-        raise NoMatch(f'{argument}="{text}" names no numbered layers', hint=hint_of(index, argument))
+        raise NoMatch(f'layers="{text}" names no numbered layers', hint=hint_of(index))
     return said, found
 
 
@@ -158,9 +157,9 @@ def candidates(index: Index) -> list[Numbered]:
     return [*_children(index.names), *_siblings(index.names)]
 
 
-def known(index: Index, argument: str = "layers") -> str:
+def known(index: Index) -> str:
     """The layers that a tree has, as a hint: code that works."""
-    found = [f'{argument}="{one.written(index.separator)}"' for one in candidates(index)]
+    found = [f'layers="{one.written(index.separator)}"' for one in candidates(index)]
     return " or ".join(found[:3]) or 'pm.at(tree, "**").paths  # all paths'
 
 
@@ -204,7 +203,7 @@ def starred(index: Index, text: str) -> str | None:
     return written if len(spelled(index, written)) > 1 else None
 
 
-def hint_of(index: Index, argument: str, text: str = "") -> str:
+def hint_of(index: Index, text: str = "") -> str:
     """The layers that a text may mean, or else all layers: code that works."""
     base = without_rest(text).rstrip("/.*")
     if base:
@@ -214,8 +213,8 @@ def hint_of(index: Index, argument: str, text: str = "") -> str:
             except ValueError:
                 continue
             if said is not None and said.find(index.names):
-                return f'{argument}="{near}"'
-    return known(index, argument)
+                return f'layers="{near}"'
+    return known(index)
 
 
 def _parents(names: Names, above: Pattern | None) -> Iterator[tuple[Pieces, Names]]:

@@ -9,9 +9,9 @@ import numpy as np
 
 from paramend.arrays.registry import backend, to_numpy
 from paramend.edits import hands
-from paramend.leaves.origins.boxes import Box, Runs, select, shape_of
-from paramend.leaves.origins.moved import Traced, take
-from paramend.leaves.origins.origin import CHUNK, Namer, Origin
+from paramend.leaves.origins.boxes import Box, select, shape_of
+from paramend.leaves.origins.moved import take
+from paramend.leaves.origins.origin import CHUNK, Computed, Namer, Origin
 from paramend.leaves.origins.stored import Held
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 
@@ -20,19 +20,12 @@ Mix: TypeAlias = tuple[Sequence[int], Sequence[float]] | Array | None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Mixed(Origin):
+class Mixed(Computed):
     """Rows that are weighted sums of others, added in float64."""
 
-    moves = False
-
-    whole: Origin
     axis: int
     mixes: tuple[Mix, ...]
     count: int  # of the rows, from the first on, that the mean is of
-
-    @property
-    def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
-        return (self.whole,)
 
     @property
     def spec(self) -> Spec:
@@ -41,7 +34,6 @@ class Mixed(Origin):
 
     @cached_property
     def mean(self) -> Array:
-        """The mean of the old rows."""
         first = take(self.whole, range(self.count), self.axis)
         step = max(CHUNK * self.count // max(first.spec.size, 1), 1)
         shape = self.whole.spec.shape
@@ -67,9 +59,6 @@ class Mixed(Origin):
         found = np.stack(rows, self.axis).astype(numpy_dtype(self.spec.dtype))
         return select(found, (*box[: self.axis], range(len(rows)), *box[self.axis + 1 :]))
 
-    def trace(self, runs: Runs, most: int) -> Traced | None:
-        return None
-
     def text(self, name: Namer) -> str:
         return f"mixed({self.whole.text(name)}, {len(self.mixes)})"
 
@@ -83,7 +72,6 @@ class Rows:
     count: int = 0  # as in `Mixed`
 
     def trivial(self, rows: int) -> bool:
-        """Whether they are the old ones."""
         return not self.mixes and list(self.places) == list(range(rows))
 
 

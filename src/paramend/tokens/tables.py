@@ -99,11 +99,9 @@ def _size(leaves: Editable, kinds: Mapping[int, str], sizes: Sequence[int]) -> i
         lengths = [size for size in sizes if size in found.values()][:1] or list(dict.fromkeys(found.values()))
         if len(lengths) > 1:
             named = [f"{leaves.index.path(number)} {leaves.spec(number)}" for number in found]
-            raise BadArgument(
-                f"tables of tokens have several lengths, and no configuration says which: {wording.listing(named)}"
-            )
+            why = f"tables of tokens have several lengths, and no configuration says which: {wording.listing(named)}"
+            raise BadArgument(why)
         if lengths:
             return lengths[0]
-    raise BadArgument(
-        "no leaf is known to be a table of tokens", hint='pm.vocabulary(model, tables={"embed/table": 0})'
-    )
+    why = "no leaf is known to be a table of tokens"
+    raise BadArgument(why, hint='pm.vocabulary(model, tables={"embed/table": 0})')

@@ -1,16 +1,17 @@
 """`Tokenizer`: the tokens of a model, in the files beside its weights."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from paramend.anatomy.documents import Change, Document, document_of
 from paramend.anatomy.sections import beside
 from paramend.errors import BadCheckpoint, MissingExtra, Unsupported
-from paramend.tokens.closure import closed, pair_of, text_of
 
 JSON, CONFIG, _MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 # Other files that list the tokens: what `tokenizer.json` was made of.
@@ -29,7 +30,6 @@ class Tokenizer:
 
     @cached_property
     def ids(self) -> dict[str, int]:
-        """Token → its number."""
         vocab = self.data["model"]["vocab"]
         words = vocab if isinstance(vocab, Mapping) else {piece: number for number, (piece, *_) in enumerate(vocab)}
         return {**words, **{entry["content"]: entry["id"] for entry in self.data["added_tokens"]}}
@@ -122,19 +122,12 @@ class Tokenizer:
         new = {path.name: path.read_bytes() for path in self.others} | {n: each.text for n, each in self.files.items()}
         shown = {JSON: (Change(JSON, "tokens", str(len(other.ids)), str(len(self.ids))),)}
         folder = other.files[JSON].file.parent
-        return [
-            Document(folder / name, old.get(name, b""), new.get(name, b""), shown=shown.get(name, ()))
-            for name in sorted({*old, *new})
-        ]
+        every = sorted({*old, *new})
+        return [Document(folder / n, old.get(n, b""), new.get(n, b""), shown=shown.get(n, ())) for n in every]
 
 
 def tokenizer_of(leaves: Any) -> Tokenizer | None:
-    """The tokenizer beside an opened checkpoint; None for other trees, and where there is none.
-
-    Raises:
-        BadCheckpoint: it is damaged.
-        Unsupported: its tokens are listed, and there is no `tokenizer.json`.
-    """
+    """The tokenizer beside an opened checkpoint; None for other trees, and where there is none."""
     path = getattr(leaves, "path", None)
     if not isinstance(path, Path):
         return None
@@ -165,7 +158,6 @@ def _stays(pair: tuple[str, str], prefix: str, vocab: Mapping[str, int]) -> bool
 
 
 def _named(values: Mapping[str, Any]) -> Iterator[Any]:
-    """The tokens that a file names by their roles."""
     for key, value in values.items():
         if key.endswith(("_token", "_special_tokens")):
             for each in value if isinstance(value, list) else [value]:
@@ -181,3 +173,87 @@ def _processed(value: Any, new: Callable[[int], int]) -> Any:
     made = {key: _processed(each, new) for key, each in value.items()}
     made |= {key: [each[0], new(each[1])] for key, each in value.items() if key in ("sep", "cls")}
     return made | ({"ids": [*map(new, value["ids"])]} if "ids" in value else {})
+
+
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+# The characters that stand for bytes in vocabularies like that of GPT-2: those that can be seen stand for themselves.
+_SEEN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTES = {chr(byte): byte for byte in _SEEN}
+_BYTES |= {chr(256 + at): byte for at, byte in enumerate(sorted(set(range(256)) - set(_SEEN)))}
+
+
+def text_of(token: str, *, bytewise: bool) -> bytes:
+    """What a token stands for in a text; its characters stand for bytes if it is `bytewise`.
+
+    >>> text_of("Ġfox", bytewise=True), text_of("▁fox", bytewise=False), text_of("<0x0A>", bytewise=False)
+    (b' fox', b' fox', b'\\n')
+    """
+    if bytewise and all(letter in _BYTES for letter in token):
+        return bytes(_BYTES[letter] for letter in token)
+    return bytes([int(token[3:5], 16)]) if _BYTE.fullmatch(token) else token.replace("▁", " ").encode()
+
+
+def closed(model: Mapping[str, Any], ids: Iterable[int], *, bytewise: bool) -> set[int]:
+    """Tokens of the `model` of a `tokenizer.json`, or added to it, with those that they are made of.
+
+    With them, whatever consists of the given tokens is cut as before: a greedy search finds no longer token than it
+    did, merges come in the same order, and the best path through a text is among those that are left.
+    """
+    vocab = model["vocab"]
+    if isinstance(vocab, list):  # Unigram
+        return _characters(vocab, set(ids))
+    bpe = Merges(model)
+    kept, names = set(ids), {number: token for token, number in vocab.items()}
+    for token, number in vocab.items():
+        if _BYTE.fullmatch(token) or (bytewise and token[:1] in _BYTES and len(bpe.symbols(token)) == 1):
+            kept.add(number)
+    tokens = [names[number] for number in kept if number in names]
+    return kept | {vocab[part] for token in tokens for part in bpe.parts(token) if part in vocab}
+
+
+def _characters(vocab: Sequence[Sequence[Any]], kept: set[int]) -> set[int]:
+    """Pieces with the characters in them, all bytes, and the piece of the lowest score, by which unknown characters
+    are scored."""
+    numbers = {piece: number for number, (piece, _) in enumerate(vocab)}
+    letters = {letter for number in kept if number < len(vocab) for letter in vocab[number][0]}
+    least = min(range(len(vocab)), key=lambda number: vocab[number][1], default=0)
+    pieces = {number for piece, number in numbers.items() if piece in letters or _BYTE.fullmatch(piece)}
+    return {*kept, least, *pieces}
+
+
+class Merges:
+    """The merges of a byte-pair encoding, in the order in which they are made; none of other models of words."""
+
+    def __init__(self, model: Mapping[str, Any]) -> None:
+        self.ranks = {pair: rank for rank, pair in enumerate(map(pair_of, model.get("merges") or ()))}
+        self.prefix = model.get("continuing_subword_prefix") or ""
+        self.suffix = model.get("end_of_word_suffix") or ""
+
+    def symbols(self, token: str) -> list[str]:
+        """What a token consists of before any merge."""
+        end = self.suffix if self.suffix and token.endswith(self.suffix) else ""
+        inner = bool(self.prefix) and token.startswith(self.prefix)
+        letters = token[len(self.prefix) * inner : len(token) - len(end)]
+        found = [(self.prefix if at or inner else "") + letter for at, letter in enumerate(letters)]
+        return [*found[:-1], found[-1] + end] if found else [token]
+
+    def parts(self, token: str) -> Iterator[str]:
+        """Whatever is made on the way to a token, its symbols included."""
+        symbols = self.symbols(token) if self.ranks else []
+        yield from symbols
+        while len(symbols) > 1:
+            ranks = [self.ranks.get(pair, len(self.ranks)) for pair in pairwise(symbols)]
+            at = min(range(len(ranks)), key=ranks.__getitem__)
+            if ranks[at] == len(self.ranks):
+                return
+            symbols[at : at + 2] = [self.joined(*symbols[at : at + 2])]
+            yield symbols[at]
+
+    def joined(self, left: str, right: str) -> str:
+        return left + right.removeprefix(self.prefix)
+
+
+def pair_of(merge: str | Sequence[str]) -> tuple[str, str]:
+    """The two parts of a merge, which older files write as one text."""
+    left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+    return left, right

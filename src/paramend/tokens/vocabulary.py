@@ -1,18 +1,22 @@
 """`pm.vocabulary`: the tokens of a model, kept in part, extended, padded, or taken from another model."""
 
+import json
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast
 
 import numpy as np
 
 from paramend.anatomy.documents import Document, document_of
-from paramend.anatomy.tokens import named_ids, names_in, renumbered, sizes_of
+from paramend.anatomy.sections import enter
+from paramend.anatomy.tokens import New, named_ids, names_in, renumbered, sizes_of
 from paramend.arrays.registry import to_numpy
 from paramend.checkpoints.anatomy import is_module
-from paramend.checkpoints.assemble import assemble, origin_of
+from paramend.checkpoints.assemble import exchanged, origin_of
 from paramend.checkpoints.checkpoint import Checkpoint
 from paramend.edits.memory import Memory, editable
 from paramend.edits.moves import whole_numbers
@@ -20,15 +24,59 @@ from paramend.errors import BadArgument, OutOfRange, SpecMismatch, Unsupported
 from paramend.formats.jsontext import CONFIG
 from paramend.leaves.leaves import Editable
 from paramend.leaves.specs import AnyArray, Spec
+from paramend.pages.page import Column, Page
+from paramend.pages.paged import Paged
 from paramend.reports import wording
-from paramend.tokens.modules import FILES, documents_of, follow
-from paramend.tokens.report import VocabularyReport
+from paramend.reports.report import Line, Section
 from paramend.tokens.rows import Mix, Rows, arranged
 from paramend.tokens.tables import Table, tables_of
 from paramend.tokens.tokenizer import Tokenizer, tokenizer_of
 
 T = TypeVar("T")
 Init: TypeAlias = Literal["mean", "subwords", "zero"] | AnyArray
+
+
+@dataclass(frozen=True, repr=False)
+class VocabularyReport(Paged):
+    """What became of a vocabulary.
+
+    Attributes:
+        did: "kept", "extended", "padded" or "transplanted".
+        tables: path of a table → its shape and dtype before and after.
+        size: how many rows they had and have.
+        ids: old number of a token → its new one, of all that stay.
+        tokens: token → its number, of those that are new.
+        unasked: the numbers, as they were, of tokens that stay unasked: special ones, and those that others need.
+        files: what changes in the files beside the weights.
+    """
+
+    did: str
+    tables: dict[str, tuple[Spec, Spec]]
+    size: tuple[int, int]
+    ids: dict[int, int] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    unasked: tuple[int, ...] = ()
+    files: tuple[str, ...] = ()
+
+    def headline(self) -> str:
+        """The numbers of rows and tokens, and the files that follow."""
+        before, after = self.size
+        said = f"vocabulary {self.did}: {before:,} rows -> {after:,} in {wording.plural(len(self.tables), 'table')}"
+        said += f", {wording.plural(len(self.tokens), 'new token')}" if self.tokens else ""
+        said += f", {wording.plural(len(self.unasked), 'token')} kept unasked" if self.unasked else ""
+        return "\n".join((said, *self.files))
+
+    def sections(self) -> list[Section]:
+        """The tables."""
+        lines = [Line((path,), (str(old), f"-> {new}"), new.size) for path, (old, new) in self.tables.items()]
+        return [Section("tables", lines)]
+
+    def page(self) -> Page:
+        """The tables as a map."""
+        before, after = ([str(pair[side]) for pair in self.tables.values()] for side in (0, 1))
+        columns = [Column("before", before, "text"), Column("spec", after, "text")]
+        sizes = [new.size for _, new in self.tables.values()]
+        return Page("vocabulary", self.headline(), [*self.tables], sizes, columns)
 
 
 def vocabulary(model: T, *, tables: Mapping[str, int] | None = None) -> "Vocabulary[T]":
@@ -309,12 +357,35 @@ def _replaced(leaves: Editable, rows: Mapping[int, Callable[[Any], Any]], texts:
         return memory.with_leaves({number: make(memory.values[number]) for number, make in first.items()})
     made = leaves
     if rows:
-        numbers, paths = leaves.index.numbers, leaves.index.paths
-        places = {number: place for place, number in enumerate(numbers)}
-        picks = [(paths[n], rows[n](origin_of(leaves, n)) if n in rows else (leaves, n)) for n in numbers]
-        made = assemble(leaves, picks, ties={places[n]: places[one] for n, one in leaves.ties.items()})
-        for path, layers in leaves.index.layers.items():
-            made.index.mark(path, layers)
+        made = exchanged(leaves, {number: make(origin_of(leaves, number)) for number, make in rows.items()})
     for text in texts:
         made = made.planned(made.plan.beside(text))
     return made
+
+
+# The file of a configuration → the attribute that holds it.
+FILES = {"config.json": "config", "generation_config.json": "generation_config"}
+_SIZES = ("num_embeddings", "out_features", "vocab_size")
+
+
+def documents_of(module: Any) -> Iterator[Document]:
+    """The configurations of a module, as the files that they are saved as."""
+    for name, attribute in FILES.items():
+        own: Any = getattr(module, attribute, None)
+        if hasattr(own, "to_json_string"):
+            text = own.to_json_string(use_diff=False).encode()
+            yield Document(Path(name), text, text)
+
+
+def follow(module: Any, texts: Sequence[Document], sizes: Mapping[int, int], new: New) -> None:
+    """Make the modules of a module, and its configurations, those of tables with other `sizes`, old → new."""
+    for text in texts:
+        enter(getattr(module, FILES[text.name]), json.loads(text.before), text.values)
+    for each in module.modules():
+        weight = getattr(each, "weight", None)
+        sized = {name: sizes.get(getattr(each, name, -1)) for name in _SIZES}
+        found = {name: size for name, size in sized.items() if size and (weight is None or len(weight) == size)}
+        for name, size in found.items():
+            setattr(each, name, size)
+        if found and getattr(each, "padding_idx", None) is not None:
+            each.padding_idx = new(each.padding_idx)

@@ -10,9 +10,8 @@ from paramend.errors import Unsupported
 from paramend.leaves.leaves import Index
 from paramend.leaves.nested import MAX_DEPTH
 from paramend.leaves.paths import Label, labels
-from paramend.trees import builtin
 from paramend.trees.kind import ELIDED, Kind
-from paramend.trees.lookup import array_types, find_kind, leaf_types
+from paramend.trees.lookup import DICT, EMPTY, LIST, array_types, find_kind, leaf_types
 
 
 def too_deep() -> Unsupported:
@@ -33,7 +32,7 @@ class Walk:
         if kind is None:
             self.values.append(node)
             return
-        if depth >= MAX_DEPTH and kind is not builtin.EMPTY:
+        if depth >= MAX_DEPTH and kind is not EMPTY:
             raise too_deep()
         if kind.replace is not None:
             if id(node) in above:  # modules may refer to each other in a circle
@@ -109,7 +108,7 @@ class Namer:
         kind = find_kind(node)
         if kind is None:
             return self.leaf(node, twin, parent, key), None
-        if depth >= MAX_DEPTH and kind is not builtin.EMPTY:
+        if depth >= MAX_DEPTH and kind is not EMPTY:
             raise too_deep()
         if kind.replace is not None:
             if id(node) in above:
@@ -118,17 +117,17 @@ class Namer:
         if twin is not None and not kind.compiled:
             self.compiled = False
             return None, None
-        copied = kind is builtin.DICT or kind is builtin.LIST
-        self.simple = self.simple and (copied or kind is builtin.EMPTY)
+        copied = kind is DICT or kind is LIST
+        self.simple = self.simple and (copied or kind is EMPTY)
         container, self.copied = self.copied, self.copied + copied
-        if kind is builtin.DICT:
+        if kind is DICT:
             found = self.arrays(node, twin, container)
             if found is not None:
                 return found, ()
         keys, children, _ = kind.open(node)
         twins: Any = repeat(None)
         if twin is not None:
-            twins = [twin[key] for key in keys] if kind is builtin.DICT else kind.open(twin)[1]
+            twins = [twin[key] for key in keys] if kind is DICT else kind.open(twin)[1]
         names: Any = {}
         inner: list[Any] = []
         start = len(self.index.numbers)
@@ -167,15 +166,20 @@ def rebuild(node: Any, values: Iterator[Any], owners: Mapping[int, Any]) -> Any:
     if kind is None:
         return next(values)
     if kind.replace is not None:
-        walk = Walk()
-        walk.flatten(node, ())
-        for _ in walk.values:
-            next(values)
+        _skip(node, values)
         return kind.replace(node, owners)
     children = kind.open(node)[1]
     if leaf_types.issuperset(map(type, children)):
         return kind.close(node, list(islice(values, len(children))))
     return kind.close(node, [rebuild(child, values, owners) for child in children])
+
+
+def _skip(node: Any, values: Iterator[Any]) -> None:
+    """Take the values of the leaves of a node."""
+    walk = Walk()
+    walk.flatten(node, ())
+    for _ in walk.values:
+        next(values)
 
 
 def labelled(node: Any, labels: Iterator[Any], owners: Mapping[int, Any]) -> Any:
@@ -184,10 +188,7 @@ def labelled(node: Any, labels: Iterator[Any], owners: Mapping[int, Any]) -> Any
     if kind is None:
         return next(labels)
     if kind.label is not None:
-        walk = Walk()
-        walk.flatten(node, ())
-        for _ in walk.values:
-            next(labels)
+        _skip(node, labels)
         return kind.label(node, owners)
     children = [labelled(child, labels, owners) for child in kind.open(node)[1]]
     return children[0] if kind.assign is not None else kind.close(node, children)
@@ -227,7 +228,7 @@ def restore_order(old: Any, new: Any) -> None:
     kind = find_kind(old)
     if kind is None:
         return
-    if kind is builtin.DICT:
+    if kind is DICT:
         for key, child in old.items():
             if type(child) not in leaf_types:
                 restore_order(child, new[key])

@@ -117,7 +117,6 @@ def freezing(params: Params, module: nn.Module) -> list[str]:
     updates, _ = tx.update(params, tx.init(params), params)
     optax.apply_updates(params, updates)
     assert_type(pm.frozen(params, tx).state_nbytes, int | None)
-    pm.carry_opt_state(tx, params, tx.init(params), mismatch="keep")
 
     def loss(params: Params, batch: jax.Array) -> jax.Array:
         return (params["w"] * batch).sum()
@@ -126,7 +125,6 @@ def freezing(params: Params, module: nn.Module) -> list[str]:
     assert_type(value, jax.Array)
     print(gradient["w"])
     optimizer = torch.optim.AdamW(module.parameters())
-    assert_type(pm.carry_optimizer_(optimizer, optimizer.state_dict()), torch.optim.AdamW)
     assert_type(pm.init_zero_(nn.Linear(2, 2)), nn.Linear)
     frozen = pm.freeze_(module, "encoder.**", optimizer=optimizer)
     print(frozen.did, [row.spec for row in frozen.rows], frozen.headline(), pm.unfreeze_(module, nn.Linear).to_dict())

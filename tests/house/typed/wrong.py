@@ -55,7 +55,6 @@ def freezing(params: dict[str, jax.Array], module: nn.Module) -> None:
     pm.freeze_(module, "a", optimizer=optax.adam(1e-3))  # wrong, say the types of the framework: no optimizer of torch
     pm.freeze_(module, "a").frozen  # wrong: no such list
     pm.init_zero_(torch.ones(3))  # wrong, say the types of the framework: no module
-    pm.carry_opt_state(optax.adam(1e-3), params, params, mismatch="fresh")  # wrong: no such way
     pm.graft_opt_state(params, params, mismatch="overlap")  # wrong: moments are not cut
     pm.graft_opt_state(params, params, "report")  # wrong: no report
     pm.graft_optimizer_(torch.optim.SGD(module.parameters()), {}, name=["a"])  # wrong: no such option

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from paramend.errors import BadCheckpoint, RenameClash
 from paramend.formats.files import OpenFile
-from paramend.formats.limits import MAX_PIECES, shown
+from paramend.formats.limits import MAX_PIECES, is_deep, is_within, shown
 from paramend.formats.torch.pickles import Flaw, Foreign, Name, unpickle
 from paramend.formats.torch.rebuilds import KNOWN, Tensor, TorchWords, dtype_of
-from paramend.formats.torch.recordings import Rebuilt, pickled
+from paramend.formats.torch.writer import Rebuilt, pickled
 from paramend.leaves.specs import Spec
 
 METADATA, SUFFIX = ".metadata", ".distcp"
@@ -78,19 +78,13 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a `.metadata` says.
+    """What a `.metadata` says."""
 
-    Attributes:
-        tensors: by name.
-        objects: what is not a tensor, by name.
-        paths: name → the keys of its place in the nested state dict, text and positions of lists.
-        kind: the class of it, with those of its attributes that are carried as they are.
-    """
-
-    tensors: Mapping[str, Entry]
-    objects: Mapping[str, Item] = field(default_factory=dict)
+    tensors: Mapping[str, Entry]  # by name
+    objects: Mapping[str, Item] = field(default_factory=dict)  # what is not a tensor, by name
+    # Name → the keys of its place in the nested state dict, text and positions of lists.
     paths: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
-    kind: str = f"{_METADATA}Metadata"
+    kind: str = f"{_METADATA}Metadata"  # the class of it, with those of its attributes that are carried as they are
     carried: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -146,7 +140,7 @@ def _table(node: Any, what: str) -> Iterator[tuple[str, Any]]:
     if not isinstance(node, dict):
         raise Flaw(f"{what} is {_kind(node)}, not a dict")
     for key, value in node.items():
-        if type(key) is not str or key.count(".") + key.count("/") >= MAX_PIECES:
+        if type(key) is not str or is_deep(key):
             raise Flaw(f"{what} has a key that is not text, or a name of more than {MAX_PIECES} pieces")
         yield key, value
 
@@ -158,23 +152,18 @@ def _items(node: Any) -> Iterator[tuple[tuple[str, Any], Item]]:
     for key, value in node.items():
         index, info = _fields(key, f"{_METADATA}MetadataIndex"), _fields(value, _INFO)
         name, offset = index.get("fqn"), index.get("offset")
-        file: Any = info.get("relative_path")
-        start: Any = info.get("offset")
-        nbytes: Any = info.get("length")
+        where: list[Any] = [info.get(key) for key in ("relative_path", "offset", "length")]
+        file, start, nbytes = where
         transforms = info.get("transform_descriptors") or ()
         if type(name) is not str or type(offset) not in (tuple, type(None)):
             raise Flaw("storage_data has an index without a name or offset")
-        if type(file) is not str or not _is_inside(file):
+        if type(file) is not str or not is_within(file):
             raise Flaw(f"{shown(name)} is in the file {shown(str(file))}, which is no name within the checkpoint")
         if any(type(each) is not int or not 0 <= each < 1 << 63 for each in (start, nbytes)):
             raise Flaw(f"{shown(name)} has no offset and length in {shown(file)}")
         if type(transforms) not in (list, tuple) or any(type(each) is not str for each in transforms):
             raise Flaw(f"{shown(name)} went through extensions of an unknown kind")
-        yield (name, offset), Item(file, start, nbytes, tuple(transforms))
-
-
-def _is_inside(file: str) -> bool:
-    return all(part not in ("", ".", "..") for part in file.split("/")) and "\0" not in file and "\\" not in file
+        yield (name, offset if offset is None else _wholes(offset)), Item(file, start, nbytes, tuple(transforms))
 
 
 def _paths(node: Any) -> Iterator[tuple[str, tuple[str | int, ...]]]:
@@ -184,11 +173,10 @@ def _paths(node: Any) -> Iterator[tuple[str, tuple[str | int, ...]]]:
 
 
 def _found(items: Mapping[tuple[str, Any], Item], name: str, offset: tuple[int, ...] | None) -> Item:
-    found = items.get((name, offset))
-    if found is None:
+    if (name, offset) not in items:
         where = "it" if offset is None else f"its chunk at {list(offset)}"
         raise Flaw(f"storage_data does not say where {where} is")
-    return found
+    return items[name, offset]
 
 
 def _entry(node: Any, name: str, items: Mapping[tuple[str, Any], Item]) -> Entry:
@@ -198,8 +186,7 @@ def _entry(node: Any, name: str, items: Mapping[tuple[str, Any], Item]) -> Entry
     if type(shape) is not tuple or type(listed) is not list:
         raise Flaw("it has no size or no list of chunks")
     tensor = Tensor(_wholes(shape), (0,) * len(shape), dtype)
-    flaw = tensor.flaw()
-    if flaw:
+    if flaw := tensor.flaw():
         raise Flaw(flaw)
     found: dict[tuple[Any, Any], Chunk] = {}  # what several ranks wrote, they wrote alike
     for each in listed:
@@ -270,8 +257,9 @@ def metadata_bytes(manifest: Manifest) -> bytes:
         tensors[name] = _made("BytesStorageMetadata")
         storage[_made("MetadataIndex", name)] = _info(item)
     paths = dict(manifest.paths) or None
-    carried = [_again(manifest.carried.get("storage_meta")), _VERSION]
-    carried += [_again(manifest.carried["mcore_data"])] if "mcore_data" in manifest.carried else []
+    made: dict[int, Any] = {}
+    carried = [_again(manifest.carried.get("storage_meta"), made), _VERSION]
+    carried += [_again(manifest.carried["mcore_data"], made)] if "mcore_data" in manifest.carried else []
     return pickled(Rebuilt(Name(manifest.kind), (tensors, paths, storage, *carried)))
 
 
@@ -287,12 +275,20 @@ def _info(item: Item) -> Rebuilt:
     return Rebuilt(Name(_INFO), (*item[:3], *([list(item.transforms)] if item.transforms else [])))
 
 
-def _again(node: Any) -> Any:
-    """A value that is carried, as it is written again."""
+def _again(node: Any, made: dict[int, Any]) -> Any:
+    """A value that is carried, as it is written again; one that is in many places is `made` once."""
+    if type(node) in (Foreign, dict, list, tuple) and id(node) not in made:
+        made[id(node)] = _remade(node, made)
+    return made.get(id(node), node)
+
+
+def _remade(node: Any, made: dict[int, Any]) -> Any:
     if type(node) is Foreign:
         named = _CLASSES[node.text]
         parts = list(map(_fields(node, node.text).get, named)) if named else node.parts
-        return Rebuilt(Name(node.text.replace("pathlib._local", "pathlib")), tuple(map(_again, parts)))
+        return Rebuilt(
+            Name(node.text.replace("pathlib._local", "pathlib")), tuple(_again(part, made) for part in parts)
+        )
     if isinstance(node, dict):
-        return {key: _again(value) for key, value in node.items()}
-    return type(node)(map(_again, node)) if type(node) in (list, tuple) else node
+        return {key: _again(value, made) for key, value in node.items()}
+    return type(node)(_again(each, made) for each in node)

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,10 @@ from paramend.formats.dcp.metadata import (
     moved_path,
 )
 from paramend.formats.files import OpenFile
+from paramend.formats.source import Data, Item as Leaf, Writer
 from paramend.formats.torch.rebuilds import Tensor
-from paramend.formats.torch.recordings import pickled
-from paramend.formats.torch.writer import TorchWriter, tensor
-from paramend.formats.writer import Item as Leaf
-from paramend.formats.zips.headers import ZipHeaders
+from paramend.formats.torch.writer import TorchWriter, pickled, tensor
+from paramend.formats.zips import ZipHeaders
 from paramend.leaves.outlines import Keys, Outline, Place
 from paramend.leaves.specs import Spec
 
@@ -34,43 +33,28 @@ MAX_CHUNK, MAX_FILE = 1 << 28, 1 << 32
 _PIECE = 1 << 20
 
 
-class DcpWriter:
+class DcpWriter(Writer):
     """Writes directories as `FileSystemWriter` of one rank does. Objects of an edited checkpoint are carried."""
-
-    copies_raw = False
-    flat = False
 
     def refusal(self, spec: Spec) -> str:
         return TorchWriter().refusal(spec)
 
-    def holds(self, value: Any) -> bool:
-        return False  # objects of such a checkpoint are carried by `write`
-
-    def write(
-        self,
-        folder: Path,
-        items: Sequence[Leaf],
-        data: Callable[[int], Iterator[memoryview]],
-        outline: Outline,
-        base: Any,
-    ) -> None:
+    def write(self, folder: Path, items: Sequence[Leaf], data: Data, outline: Outline, base: Any) -> None:
         """Fill an empty folder with a checkpoint; see `OrbaxWriter.write`."""
         form = getattr(base, "format", "")
         old: Manifest = base.manifest if form == "dcp" else Manifest({})
         flat = form in ("safetensors", "npz")  # their names are as they are
         places = {value.number: (keys, value) for keys, value in outline.entries if type(value) is Place}
         keys = [_keys(places[at][0]) for at in range(len(items))]
-        names = [
-            item.name if flat or form == "dcp" else ".".join(map(str, own))
-            for item, own in zip(items, keys, strict=True)
-        ]
+        named = flat or form == "dcp"
+        names = [leaf.name if named else ".".join(map(str, own)) for leaf, own in zip(items, keys, strict=True)]
         check_apart(names, old)
+        tensors: dict[str, Entry] = {}
         with contextlib.closing(_Files(folder)) as files:
             objects = {name: files.carry(base.path, item) for name, item in old.objects.items()}
-            tensors = {
-                name: Entry(Tensor(leaf.spec.shape, (), leaf.spec.dtype), tuple(files.leaf(leaf.spec, data(at))))
-                for at, (name, leaf) in enumerate(zip(names, items, strict=True))
-            }
+            for at, (name, leaf) in enumerate(zip(names, items, strict=True)):
+                whole = Tensor(leaf.spec.shape, (), leaf.spec.dtype)
+                tensors[name] = Entry(whole, tuple(files.leaf(leaf.spec, data(at))))
         paths = {name: old.paths[name] for name in objects if name in old.paths}
         before = list(old.tensors)
         for at, name in enumerate(names):
@@ -107,7 +91,6 @@ class _Files:
     target: int = -1
 
     def begin(self) -> tuple[str, int]:
-        """The file that takes the next item, and where that begins."""
         if self.target < 0 or self.at >= MAX_FILE:
             self.close()
             self.name, self.at = f"__0_{self.count}{SUFFIX}", 0
@@ -126,12 +109,9 @@ class _Files:
     def carry(self, home: Path, item: Item) -> Item:
         """An object of another checkpoint, byte for byte."""
         name, start = self.begin()
-        file = OpenFile(home / item.file)
-        try:
+        with contextlib.closing(OpenFile(home / item.file)) as file:
             for at in range(0, item.nbytes, _PIECE):
                 self.put(file.read(item.start + at, min(_PIECE, item.nbytes - at)))
-        finally:
-            file.close()
         return Item(name, start, item.nbytes, item.transforms)
 
     def leaf(self, spec: Spec, pieces: Iterator[memoryview]) -> Iterator[Chunk]:

@@ -44,11 +44,9 @@ class Cursor:
 
     @property
     def left(self) -> int:
-        """How many bytes may follow."""
         return min(self.file.size, MAX_HEADER) - self.at
 
     def take(self, nbytes: int, what: str) -> bytes:
-        """The next bytes."""
         if nbytes > self.left:
             most = "a header may have" if self.file.size > MAX_HEADER else "are there"
             raise self.bad(f"{what} takes {nbytes:,} bytes, and no more than {max(self.left, 0):,} {most}")
@@ -60,11 +58,9 @@ class Cursor:
         return self._window[first : first + nbytes]
 
     def u32(self, what: str) -> int:
-        """A whole number of 32 bits."""
         return int.from_bytes(self.take(4, what), "little")
 
     def u64(self, what: str) -> int:
-        """A whole number of 64 bits."""
         return int.from_bytes(self.take(8, what), "little")
 
     def count(self, what: str, least: int = 1) -> int:
@@ -87,9 +83,8 @@ class Cursor:
         if code == "array" and depth < 4:
             return self._array(what, depth)
         if code is None or code == "array":
-            raise self.bad(
-                f"{what} has the type {kind}, which is unknown" if code is None else f"{what} nests arrays", at
-            )
+            why = "nests arrays" if code else f"has the type {kind}, which is unknown"
+            raise self.bad(f"{what} {why}", at)
         return self._numbers(1, code, what)[0]
 
     def _array(self, what: str, depth: int) -> Any:
@@ -97,11 +92,8 @@ class Cursor:
         code = _TYPES.get(kind, "")
         if code in ("text", "array", ""):
             count = self.count(f"the length of {what}", 8 if self.wide else 4)
-            texts = code == "text"
-            return [
-                near if texts and (near := self._near()) is not None else self.value(what, kind, depth + 1)
-                for _ in range(count)
-            ]
+            near = self._near if code == "text" else lambda: None
+            return [self.value(what, kind, depth + 1) if (text := near()) is None else text for _ in range(count)]
         return self._numbers(self.count(f"the length of {what}", np.dtype(code).itemsize), code, what)
 
     def _near(self) -> str | None:
@@ -242,8 +234,7 @@ def _like(key: str, value: Any, old: Any) -> Any:
 
 def _numbers(values: list[Any], dtype: np.dtype[Any] | None, *, single: bool) -> Array | None:
     """Numbers, or bools, of a dtype, else of the first one that holds them; None if none does."""
-    kinds = [dtype] if dtype is not None else [np.dtype(code) for code in _codes(values, single=single)]
-    for kind in kinds:
+    for kind in map(np.dtype, _codes(values, single=single)) if dtype is None else [dtype]:
         with suppress(OverflowError):
             found = np.array(values, kind)
             if kind.kind == "f" or found.tolist() == values:

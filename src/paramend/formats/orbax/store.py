@@ -7,7 +7,8 @@ tensorstore is imported on first use.
 import math
 import re
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +16,7 @@ from typing import Any
 
 from paramend._optional import need
 from paramend.disk.io import write_file
-from paramend.errors import BadCheckpoint, CannotRead, CannotWrite, ParamendError
+from paramend.errors import BadCheckpoint, CannotRead, CannotWrite
 from paramend.formats.files import OpenFile
 from paramend.formats.jsontext import bad, parse_object
 from paramend.formats.limits import MAX_AXES, U64, most_elements, shown
@@ -64,16 +65,13 @@ class Store:
 
     @property
     def described(self) -> str:
-        """The key of the metadata under the name of an array."""
         return "zarr.json" if self.zarr3 else ".zarray"
 
     @property
     def driver(self) -> str:
-        """The name of the tensorstore driver for the arrays."""
         return "zarr3" if self.zarr3 else "zarr"
 
     def place(self, path: str) -> dict[str, Any]:
-        """A place in the store as a tensorstore spec."""
         if self.database:
             return {"driver": "ocdbt", "base": files(self.folder), "path": path}
         return files(self.folder, path)
@@ -85,14 +83,11 @@ class Store:
     def names(self) -> list[str]:
         """The names of all arrays. If there are none of zarr 2, those of zarr 3."""
         tensorstore = opened("read")
-        with Blame(self.folder, "the store"):
+        with blamed(self.folder, "the store"):
             store = tensorstore.KvStore.open(self.place("")).result()
             found = [key.decode("utf-8", "backslashreplace") for key in store.list().result()]
-        names = [name.removesuffix("/.zarray") for name in found if name.endswith("/.zarray")]
-        if not names:
-            names = [name.removesuffix("/zarr.json") for name in found if name.endswith("/zarr.json")]
-            self.zarr3 = True
-        return sorted(names)
+        self.zarr3 = not any(name.endswith("/.zarray") for name in found)
+        return sorted(name.removesuffix(f"/{self.described}") for name in found if name.endswith(f"/{self.described}"))
 
     def open(self, name: str, title: str) -> Any:
         """An array, opened for reading; messages call it by its title."""
@@ -100,7 +95,7 @@ class Store:
         if self.whole:
             spec["fill_missing_data_reads"] = False
         tensorstore = opened("read")
-        with Blame(self.folder, title):
+        with blamed(self.folder, title):
             return tensorstore.open(spec, open=True, read=True).result()
 
     def files_of(self, name: str) -> list[Path]:
@@ -111,7 +106,7 @@ class Store:
 
     def _said(self, names: Sequence[str]) -> Iterable[bytes]:
         tensorstore = opened("read")
-        with Blame(self.folder, "the store"):
+        with blamed(self.folder, "the store"):
             store = tensorstore.KvStore.open(self.place("")).result()
             asked = [store.read(f"{name}/{self.described}") for name in names]
             answers = [one.result() for one in asked]
@@ -156,13 +151,8 @@ def may_change(folder: Path, name: str) -> bool:
     if _OF_DATABASE.fullmatch(name):
         return True
     parts = name.split("/")
-    return any(
-        _CHUNK.fullmatch("/".join(parts[n:])) and _is_array(folder.joinpath(*parts[:n])) for n in range(1, len(parts))
-    )
-
-
-def _is_array(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (".zarray", "zarr.json"))
+    chunked = (folder.joinpath(*parts[:n]) for n in range(1, len(parts)) if _CHUNK.fullmatch("/".join(parts[n:])))
+    return any((array / said).is_file() for array in chunked for said in (".zarray", "zarr.json"))
 
 
 class Stage:
@@ -213,23 +203,22 @@ class Stage:
             metadata |= {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunks)}}}
             metadata |= {"codecs": codecs}
         self._more[name] = {"create": True, "metadata": metadata, "dtype": spec.dtype}
-        with Trouble(self.folder, name):
+        with blamed(self.folder, name, writes=True):
             self._array(name)
 
     def write(self, name: str, box: Box, values: Array) -> None:
         """Write whole chunks, those at the edge as far as they are within the array."""
-        with Trouble(self.folder, name):
+        with blamed(self.folder, name, writes=True):
             self._array(name)[box].write(values).result()
         self._held += values.nbytes
         if self._held >= BATCH:
             self.flush()
 
     def flush(self) -> None:
-        """Write everything buffered so far to the files."""
         transaction, self._transaction, self._held = self._transaction, None, 0
         if transaction is not None:
             self._arrays.clear()
-            with Trouble(self.folder, "the store"):
+            with blamed(self.folder, "the store", writes=True):
                 transaction.commit_sync()
 
     def _array(self, name: str) -> Any:
@@ -241,9 +230,8 @@ class Stage:
             # An omitted chunk of zeros would be read as a missing one.
             spec = {"driver": self.driver, "kvstore": place, "store_data_equal_to_fill_value": True}
             spec |= self._more.get(name, {"open": True})
-            self._arrays[name] = self._tensorstore.open(
-                spec, transaction=self._transaction, context=self._context
-            ).result()
+            opening = self._tensorstore.open(spec, transaction=self._transaction, context=self._context)
+            self._arrays[name] = opening.result()
             if "create" in spec:
                 del self._more[name]
         return self._arrays[name]
@@ -259,45 +247,24 @@ def opened(what: str) -> ModuleType:
     return need("tensorstore", extra="orbax", to=f"{what} Orbax checkpoints")
 
 
-class Blame:
-    """Re-raises tensorstore's errors as errors about the checkpoint: they have a dozen classes and long messages."""
-
-    error: type[ParamendError] = BadCheckpoint
-    verb = "read"
-    end = ""
-
-    def __init__(self, folder: Path, what: str) -> None:
-        self.folder, self.what = folder, what
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception):
-            said = str(error).partition(" [")[0].strip() or type(error).__name__
-            said = said if len(said) < 400 else f"{said[:400]}..."
-            raise self.error(
-                f"{self.folder}: {self.what}: tensorstore cannot {self.verb} it: {said}{self.end}"
-            ) from error
-
-
-class Trouble(Blame):
-    """Re-raises errors of tensorstore as errors about writing."""
-
-    error = CannotWrite
-    verb = "write"
-    end = "; nothing was changed"
+@contextmanager
+def blamed(folder: Path, what: str, *, writes: bool = False) -> Iterator[None]:
+    """Raise tensorstore's errors as errors about the checkpoint: they have a dozen classes and long messages."""
+    try:
+        yield
+    except Exception as error:
+        said = str(error).partition(" [")[0].strip() or type(error).__name__
+        said = said if len(said) < 400 else f"{said[:400]}..."
+        told = f"{folder}: {what}: tensorstore cannot {'write' if writes else 'read'} it: {said}"
+        raise (CannotWrite(f"{told}; nothing was changed") if writes else BadCheckpoint(told)) from error
 
 
 def content(path: Path) -> bytes:
     """The content of a small file."""
-    file = OpenFile(path)
-    try:
+    with closing(OpenFile(path)) as file:
         if file.size > MAX_JSON:
             raise BadCheckpoint(f"{path}: {file.size:,} bytes are too many for a JSON file")
         return file.read(0, file.size)
-    finally:
-        file.close()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -13,14 +13,16 @@ import numpy as np
 from paramend.disk.io import write_file
 from paramend.errors import RenameClash, Unsupported
 from paramend.formats.orbax.store import Box, Stage, content, read_json
-from paramend.formats.orbax.tree import ARRAYS, KEY, STRINGS, TREE, Keys, table_row
-from paramend.formats.writer import Item
+from paramend.formats.source import Data, Item, Writer
 from paramend.leaves.outlines import BOXED, CONTAINERS, Outline, Place
-from paramend.leaves.specs import BITS, Spec, numpy_dtype
+from paramend.leaves.specs import BITS, Array, Spec, numpy_dtype
 
 # The most bytes of a chunk, which is in memory at once.
 MAX_CHUNK = 1 << 26
-STEP = "_CHECKPOINT_METADATA"
+Keys = tuple[str | int, ...]
+TREE, STRINGS, STEP = "_METADATA", "_strings.json", "_CHECKPOINT_METADATA"
+# A folder of tables of what arrays are besides numbers; for keys, under this name, the implementation.
+ARRAYS, KEY = "array_metadatas", "random_key_impl"
 _SHARDING = "_sharding"
 _HANDLER = "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"
 # What Orbax calls entries that are not arrays; the others are "scalar".
@@ -29,7 +31,7 @@ _KINDS = {type(None): "None", str: "string", dict: "Dict", OrderedDict: "Dict", 
 _NAMELESS = frozenset({"uint4", "float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn", "float8_e4m3"})
 
 
-class OrbaxWriter:
+class OrbaxWriter(Writer):
     """Writes directories that `StandardCheckpointer` and `PyTreeCheckpointer` restore, with or without a target.
 
     An edited Orbax checkpoint keeps its layout (database or folders, version of zarr), kinds of leaves, shardings,
@@ -37,34 +39,20 @@ class OrbaxWriter:
     devices if the target says so.
     """
 
-    copies_raw = False
-    flat = False
-
     def refusal(self, spec: Spec) -> str:
-        if spec.dtype not in BITS or spec.dtype in _NAMELESS:
-            return f"Orbax cannot hold {spec.dtype}"
-        return ""
+        return f"Orbax cannot hold {spec.dtype}" if spec.dtype not in BITS or spec.dtype in _NAMELESS else ""
 
     def holds(self, value: Any) -> bool:
-        if isinstance(value, np.generic):
-            value = value.item()
+        value = value.item() if isinstance(value, np.generic) else value
         if isinstance(value, list | tuple):
             return all(map(self.holds, value))
         if type(value) is int:
             return -(1 << 63) <= value < 1 << 63
         return type(value) in (bool, float, str, type(None)) or (type(value) in CONTAINERS and not value)
 
-    def write(
-        self,
-        folder: Path,
-        items: Sequence[Item],
-        data: Callable[[int], Iterator[memoryview]],
-        outline: Outline,
-        base: Any,
-    ) -> None:
-        """Fill an empty folder with a checkpoint. The engine creates it, makes it durable and gives it its name. `data`
-        gives the bytes of the leaf at a position, in pieces of bounded size. The layout of `base` is kept, if it has
-        this format."""
+    def write(self, folder: Path, items: Sequence[Item], data: Data, outline: Outline, base: Any) -> None:
+        """Fill an empty folder with a checkpoint. The engine creates it, makes it durable and gives it its name. The
+        layout of `base` is kept, if it has this format."""
         orbax = getattr(base, "format", "") == "orbax"
         database, zarr3 = (base.store.database, base.store.zarr3) if orbax else (True, False)
         given = "" if orbax else base.metadata.get("paramend.separator")
@@ -72,10 +60,8 @@ class OrbaxWriter:
         if all(type(value) in _KINDS for _, value in entries):
             raise Unsupported("Orbax checkpoints hold at least one array or number", hint="a .msgpack file")
         stage = Stage(None, folder, database=database, zarr3=zarr3)
-        rows: dict[str, Any] = {}
-        texts: dict[str, str] = {}
+        rows, texts, places = dict[str, Any](), dict[str, str](), list[tuple[Place, str]]()
         names = _names([keys for keys, _ in entries])
-        places: list[tuple[Place, str]] = []
         for name, (keys, value) in zip(names, entries, strict=True):
             if type(value) is Place:
                 item, chunks = items[value.number], chunk_shape(items[value.number].spec)
@@ -130,17 +116,13 @@ def chunk_shape(spec: Spec) -> tuple[int, ...]:
     return tuple(reversed(found))
 
 
-def _cut(
-    spec: Spec, pieces: Iterator[memoryview], chunks: tuple[int, ...]
-) -> Iterator[tuple[Box, np.ndarray[Any, Any]]]:
+def _cut(spec: Spec, pieces: Iterator[memoryview], chunks: tuple[int, ...]) -> Iterator[tuple[Box, Array]]:
     dtype, rest = numpy_dtype(spec.dtype), memoryview(b"")
     grid = [range(0, length, chunk) for length, chunk in zip(spec.shape, chunks, strict=True)]
     for corner in np.ndindex(*map(len, grid)) if spec.size else ():
         starts = [axis[n] for axis, n in zip(grid, corner, strict=True)]
-        box = tuple(
-            slice(start, min(start + chunk, length))
-            for start, chunk, length in zip(starts, chunks, spec.shape, strict=True)
-        )
+        stops = [min(start + chunk, length) for start, chunk, length in zip(starts, chunks, spec.shape, strict=True)]
+        box = tuple(map(slice, starts, stops))
         values = np.empty([part.stop - part.start for part in box], dtype)
         view, at = values.reshape(-1).view(np.uint8).data, 0
         while at < len(view):
@@ -154,11 +136,10 @@ def _cut(
 
 def _put_keys(folder: Path, keys: Sequence[tuple[Place, str, Spec]]) -> None:
     """Say of the numbers of typed PRNG keys what they are. Orbax makes keys of them only where it knows a device."""
-    rows = [
-        {"param_name": name, "write_shape": list(spec.shape), "chunk_shape": list(spec.shape)}
-        | {"ext_metadata": {KEY: place.key}}
-        for place, name, spec in keys
-    ]
+    rows = []
+    for place, name, spec in keys:
+        shape = list(spec.shape)
+        rows.append({"param_name": name, "write_shape": shape, "chunk_shape": shape, "ext_metadata": {KEY: place.key}})
     if rows:
         (folder / ARRAYS).mkdir()
         _put(folder / ARRAYS / "process_0", {"array_metadatas": [{"array_metadata": row} for row in rows]})
@@ -205,9 +186,8 @@ def _names(keys: Sequence[Keys]) -> list[str]:
     for key in keys:
         name = ".".join(map(str, key))
         if name in names:
-            raise RenameClash(
-                f"{'/'.join(map(str, key))} and {'/'.join(map(str, names[name]))} are both named {name} in Orbax"
-            )
+            both = " and ".join("/".join(map(str, each)) for each in (key, names[name]))
+            raise RenameClash(f"{both} are both named {name} in Orbax")
         names[name] = key
     return list(names)
 
@@ -218,3 +198,12 @@ def _code(name: str) -> str:
 
 def _put(path: Path, table: dict[str, Any]) -> None:
     write_file(path, json.dumps(table).encode())
+
+
+def table_row(keys: Keys, kind: str, shape: tuple[int, ...] | None) -> tuple[str, dict[str, Any]]:
+    """The title and row of a leaf, as Orbax writes them; without a shape, those of an entry that is not an array."""
+    value: dict[str, Any] = {"value_type": kind, "skip_deserialize": shape is None and kind != "string"}
+    if shape is not None and kind != "scalar":
+        value["write_shape"] = list(shape)
+    listed = [{"key": str(key), "key_type": 1 if type(key) is int else 2} for key in keys]
+    return str(tuple(map(str, keys))), {"key_metadata": listed, "value_metadata": value}

@@ -38,21 +38,17 @@ def foreign(module: str, name: str) -> Name:
         raise Flaw(f"it holds {text}, {_PARTS[name]}", hint=_WHOLE)
     known = name in _BUILTINS if top == "builtins" else top in _DATA or top not in _CODE
     if not known or "." in name or not module:
-        raise Flaw(
-            f"{text} is not among the names allowed in a checkpoint",
-            hint="ask for the weights alone: torch.save(model.state_dict(), path)",
-        )
+        hint = "ask for the weights alone: torch.save(model.state_dict(), path)"
+        raise Flaw(f"{text} is not among the names allowed in a checkpoint", hint=hint)
     # A defaultdict is the dict that its entries are then put into.
     return Name(text, (lambda *factory: {}) if text == "collections.defaultdict" else partial(Foreign, text))
 
 
 def check_whole(structure: Any, path: Path) -> None:
     """Raise `BadCheckpoint` for a pickled module, or what holds one: its weights are inside an object."""
-    new = path.with_name(f"{path.stem}-new{path.suffix}")
-    resave = (
-        f"torch.save(torch.load({str(path)!r}, weights_only=False).state_dict(), {str(new)!r})"
-        "  # runs code of the file: only if you trust it"
-    )
+    new = str(path.with_name(f"{path.stem}-new{path.suffix}"))
+    resave = f"torch.save(torch.load({str(path)!r}, weights_only=False).state_dict(), {new!r})"
+    resave += "  # runs code of the file: only if you trust it"
     if type(structure) is Foreign and not _is_module(structure):
         hint = resave if structure.text.startswith("torch.") else "torch.save(model.state_dict(), path)"
         raise BadCheckpoint(f"{path}: it is a pickled {structure.text}, not a dict of tensors", hint=hint)

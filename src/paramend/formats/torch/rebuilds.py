@@ -4,6 +4,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -19,26 +20,10 @@ _BYTES = ("float4_e2m1fn_x2", "qint8", "quint8", "bits8", "bits1x8", "bits2x4", 
 _RAW_BITS |= dict.fromkeys((*_BYTES, *(f"{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8))), 8)
 _DTYPES = {name: bits for name, bits in BITS.items() if bits % 8 == 0} | _RAW_BITS
 # Names of storage classes → the dtype of their elements; "" if only the tensors say.
-STORAGES = {
-    "Double": "float64",
-    "Float": "float32",
-    "Half": "float16",
-    "BFloat16": "bfloat16",
-    "Long": "int64",
-    "Int": "int32",
-    "Short": "int16",
-    "Char": "int8",
-    "Byte": "uint8",
-    "Bool": "bool",
-    "ComplexDouble": "complex128",
-    "ComplexFloat": "complex64",
-    "QInt8": "qint8",
-    "QUInt8": "quint8",
-    "QInt32": "qint32",
-    "QUInt4x2": "quint4x2",
-    "QUInt2x4": "quint2x4",
-    "Untyped": "",
-}
+STORAGES = {"Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "Bool": "bool"}
+STORAGES |= {"Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8"}
+STORAGES |= {"ComplexDouble": "complex128", "ComplexFloat": "complex64", "Untyped": ""}
+STORAGES |= {name: name.lower() for name in ("QInt8", "QUInt8", "QInt32", "QUInt4x2", "QUInt2x4")}
 _LAYOUTS = ("strided", "sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc", "jagged", "_mkldnn")
 _SCHEMES = ("tensor_affine", "tensor_symmetric", "channel_affine", "channel_symmetric", "channel_affine_float_qparams")
 _NUMPY_CODES = frozenset(["b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16"])
@@ -148,14 +133,13 @@ class TorchWords:
 
     def resolve(self, reference: Any) -> Storage:
         """The storage of a persistent id ("storage", class, key, device, number of elements)."""
-        if type(reference) is not tuple or len(reference) not in (5, 6) or reference[0] != "storage":
-            raise Flaw("a persistent id refers to something other than a storage")
+        known = type(reference) is tuple and len(reference) in (5, 6) and reference[0] == "storage"
+        _check(known, "a persistent id refers to something other than a storage")
         kind, key, _, count = reference[1:5]
         dtype = _STORAGE_NAMES.get(kind.text) if type(kind) is Name else None
         if dtype is None or type(key) is not str:
             raise Flaw("a storage of an unknown kind")
-        if reference[5:] not in ((), (None,)):
-            raise Flaw("a storage is part of another")
+        _check(reference[5:] in ((), (None,)), "a storage is part of another")
         nbytes = self._storages.get(key)
         if nbytes is None:
             raise Flaw(f"storage {key!r:.100} is not in the file")
@@ -166,10 +150,8 @@ class TorchWords:
 
     def build(self, thing: Any, state: Any) -> None:
         """Check the state of a numpy dtype; nothing else has one."""
-        if type(thing) is not _NumpyDtype:
-            raise Flaw(f"{type(thing).__name__.lower()} takes no state")
-        if type(state) is not tuple or len(state) < 2:
-            raise Flaw("a numpy dtype of an unknown kind")
+        _check(type(thing) is _NumpyDtype, f"{type(thing).__name__.lower()} takes no state")
+        _check(type(state) is tuple and len(state) > 1, "a numpy dtype of an unknown kind")
         thing.swapped = state[1] not in ("<", "|", "=")
 
 
@@ -180,6 +162,11 @@ class TorchWords:
 class _NumpyDtype:
     code: str
     swapped: bool = False
+
+
+def _check(sound: bool, otherwise: str) -> None:
+    if not sound:
+        raise Flaw(otherwise)
 
 
 def _whole(value: Any, what: str) -> int:
@@ -208,23 +195,19 @@ def _strided(shape: Any, stride: Any) -> tuple[tuple[int, ...], tuple[int, ...]]
 def dtype_of(value: Any) -> str:
     """The name of a dtype in torch's spelling, without "torch."; `Flaw` for anything else."""
     name = value.text.removeprefix("torch.") if type(value) is Name else ""
-    if name not in _DTYPES:
-        raise Flaw("a dtype is expected")
+    _check(name in _DTYPES, "a dtype is expected")
     return name
 
 
 def _tensor(
     storage: Any, offset: Any, shape: Any, stride: Any, dtype: str | None = None, flags: Any = None, sealed: str = ""
 ) -> Tensor:
-    if type(storage) is not Storage:
-        raise Flaw("a tensor without a storage")
-    dtype = dtype or storage.dtype
-    if not dtype:
-        raise Flaw("a tensor without a dtype")
+    _check(type(storage) is Storage, "a tensor without a storage")
+    dtype, flags = dtype or storage.dtype, {} if flags is None else flags
+    _check(bool(dtype), "a tensor without a dtype")
     shape, stride = _strided(shape, stride)
-    if flags is not None and (type(flags) is not dict or flags.keys() - {"conj", "neg"}):
-        raise Flaw("a tensor has unknown properties")
-    conj, neg = (bool((flags or {}).get(flag)) for flag in ("conj", "neg"))
+    _check(type(flags) is dict and flags.keys() <= {"conj", "neg"}, "a tensor has unknown properties")
+    conj, neg = (bool(flags.get(flag)) for flag in ("conj", "neg"))
     if not sealed and dtype not in BITS:
         sealed = f"its dtype, torch.{dtype}, has no counterpart in numpy: its bytes can only be copied"
     return Tensor(shape, stride, dtype, storage, _whole(offset, "the offset of a tensor"), conj, neg, sealed)
@@ -233,8 +216,7 @@ def _tensor(
 def _rebuild_sparse(layout: Any, data: Any) -> Tensor:
     parts = [part for part in data if type(part) is Tensor and not part.parts] if type(data) is tuple else []
     shapes = [part for part in data if type(part) is tuple] if parts else []
-    if len(data) > 5 or len(shapes) != 1 or type(layout) is not Name:
-        raise Flaw("a sparse tensor of an unknown kind")
+    _check(len(data) <= 5 and len(shapes) == 1 and type(layout) is Name, "a sparse tensor of an unknown kind")
     shape = _wholes(shapes[0], "the shape of a tensor")
     name = layout.text.removeprefix("torch.")
     sealed = f"it is sparse ({name}): its bytes can only be copied"
@@ -242,8 +224,8 @@ def _rebuild_sparse(layout: Any, data: Any) -> Tensor:
 
 
 def _rebuild_nested(buffer: Any, *tables: Any) -> Tensor:
-    if not all(type(part) is Tensor and not part.parts for part in (buffer, *tables)) or len(tables) > MAX_AXES:
-        raise Flaw("a nested tensor of an unknown kind")
+    known = all(type(part) is Tensor and not part.parts for part in (buffer, *tables)) and len(tables) <= MAX_AXES
+    _check(known, "a nested tensor of an unknown kind")
     sealed = "it is a nested tensor: its bytes can only be copied"
     return Tensor(buffer.shape, buffer.stride, buffer.dtype, sealed=sealed, parts=(buffer, *tables))
 
@@ -261,19 +243,17 @@ def _parameter(data: Any, grad: Any, hooks: Any, state: Any = None) -> Tensor:
 
 def _typed(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
     """A tensor that has attributes; these stay in the pickle."""
-    if type(function) is not Name or function.call is None or not function.text.startswith("torch._utils._rebuild"):
-        raise Flaw("a tensor is rebuilt by an unknown function")
+    known = type(function) is Name and function.call is not None and function.text.startswith("torch._utils._rebuild")
+    _check(known, "a tensor is rebuilt by an unknown function")
     if type(kind) is not Name or kind.text not in ("torch.Tensor", "torch.nn.parameter.Parameter"):
         what = f", {kind.text:.100}" if type(kind) is Name else ""
         raise Flaw(f"a tensor of an unknown class{what}", hint="save plain tensors: tensor.as_subclass(torch.Tensor)")
-    if type(arguments) is not tuple:
-        raise Flaw("the arguments of a function must be a tuple")
+    _check(type(arguments) is tuple, "the arguments of a function must be a tuple")
     return function.call(*arguments)
 
 
 def _ordered(pairs: Any = ()) -> "OrderedDict[Any, Any]":
-    if pairs != ():
-        raise Flaw("an OrderedDict is filled by its call")
+    _check(pairs == (), "an OrderedDict is filled by its call")
     return OrderedDict()
 
 
@@ -282,36 +262,31 @@ def _size(lengths: Any = ()) -> tuple[int, ...]:
 
 
 def _counter(counts: Any = None) -> dict[Any, Any]:
-    if counts is not None and type(counts) is not dict:
-        raise Flaw("a counter is made from something that is not a dict")
+    _check(type(counts) in (dict, type(None)), "a counter is made from something that is not a dict")
     return dict(counts or {})
 
 
 def _set(values: Any = ()) -> set[Any]:
-    if type(values) not in (list, tuple):
-        raise Flaw("a set is made from something that is not a list")
+    _check(type(values) in (list, tuple), "a set is made from something that is not a list")
     for value in values:
-        if type(value) not in (str, bytes, bool, int, float, type(None), Foreign) or (
-            type(value) is int and abs(value) >= _I63
-        ):
-            raise Flaw("a set contains something other than plain values")
+        small = abs(value) < _I63 if type(value) is int else type(value) in (str, bytes, bool, float, NoneType, Foreign)
+        _check(small, "a set contains something other than plain values")
     return set(values)
 
 
 def _complex(real: Any, imaginary: Any) -> complex:
-    if type(real) is not float or type(imaginary) is not float:
-        raise Flaw("a complex number is not made from two floats")
+    _check(type(real) is type(imaginary) is float, "a complex number is not made from two floats")
     return complex(real, imaginary)
 
 
 def _encode(text: Any, encoding: Any = "latin1") -> bytes:
     """Bytes as protocol 2 writes them."""
-    if type(text) is not str or encoding not in ("latin1", "latin-1"):
-        raise Flaw("bytes in an unknown encoding")
     try:
-        return text.encode("latin1")
+        if type(text) is str and encoding in ("latin1", "latin-1"):
+            return text.encode("latin1")
     except UnicodeEncodeError:
-        raise Flaw("bytes in an unknown encoding") from None
+        pass
+    raise Flaw("bytes in an unknown encoding")
 
 
 def _bytearray(value: Any = b"", encoding: Any = "latin1") -> bytearray:
@@ -319,33 +294,27 @@ def _bytearray(value: Any = b"", encoding: Any = "latin1") -> bytearray:
 
 
 def _device(kind: Any, index: Any = None) -> Name:
-    if type(kind) is not str or not kind.isidentifier() or type(index) not in (int, type(None)):
-        raise Flaw("a device of an unknown kind")
+    known = type(kind) is str and kind.isidentifier() and type(index) in (int, type(None))
+    _check(known, "a device of an unknown kind")
     return Name(f"torch.device('{kind[:100]}'{'' if index is None else f', {index}'})")
 
 
 def _layout(name: Any) -> Name:
-    if name not in _LAYOUT_NAMES:
-        raise Flaw("an unknown layout")
+    _check(name in _LAYOUT_NAMES, "an unknown layout")
     return _LAYOUT_NAMES[name]
 
 
 def _numpy_dtype(code: Any, align: Any = False, copy: Any = False) -> _NumpyDtype:
-    if type(code) is not str:
-        raise Flaw("a numpy dtype without a name")
+    _check(type(code) is str, "a numpy dtype without a name")
     return _NumpyDtype(code)
 
 
 def _numpy_scalar(dtype: Any, raw: Any) -> Any:
-    if type(dtype) is not _NumpyDtype or type(raw) is not bytes:
-        raise Flaw("a numpy scalar of an unknown kind")
-    if dtype.code not in _NUMPY_CODES:
-        raise Flaw("a numpy dtype is not a plain number")
-    if dtype.swapped:
-        raise Flaw("a numpy dtype is not little-endian")
+    _check(type(dtype) is _NumpyDtype and type(raw) is bytes, "a numpy scalar of an unknown kind")
+    _check(dtype.code in _NUMPY_CODES, "a numpy dtype is not a plain number")
+    _check(not dtype.swapped, "a numpy dtype is not little-endian")
     found = np.dtype(dtype.code)
-    if len(raw) != found.itemsize:
-        raise Flaw(f"a numpy scalar has {len(raw):,} bytes instead of {found.itemsize}")
+    _check(len(raw) == found.itemsize, f"a numpy scalar has {len(raw):,} bytes instead of {found.itemsize}")
     return np.frombuffer(raw, found)[0]
 
 

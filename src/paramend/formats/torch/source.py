@@ -19,11 +19,10 @@ from paramend.formats.limits import shown
 from paramend.formats.source import check_readable, in_numpy
 from paramend.formats.structure import Walk
 from paramend.formats.torch.foreign import check_whole
-from paramend.formats.torch.pickles import unpickle
+from paramend.formats.torch.pickles import Vocabulary, unpickle
 from paramend.formats.torch.rebuilds import Tensor, TorchWords
-from paramend.formats.torch.recordings import Rebuilt, Recorder
-from paramend.formats.torch.writer import TorchWriter
-from paramend.formats.zips.archive import STORED, Archive, Member, ZipSource
+from paramend.formats.torch.writer import Rebuilt, Recorder, TorchWriter
+from paramend.formats.zips import STORED, Archive, Member, ZipSource
 from paramend.leaves.nested import folded
 from paramend.leaves.origins.origin import Extent
 from paramend.leaves.outlines import Outline, outline
@@ -63,22 +62,22 @@ class TorchFile(ZipSource):
         return outline(self._structure, lambda node: next(numbers) if type(node) is Tensor else None)
 
     def recorded(self) -> tuple[Any, list[Any]]:
-        """The structure with an array of its number for each leaf, and the calls that rebuild leaves: see `recordings`.
+        """The structure with an array of its number for each leaf, and the calls that rebuild leaves: see `Recorder`.
         `Unsupported` if the pickle holds objects that are carried unread."""
         if self.carried:
-            raise Unsupported(
-                f"{self.path} also holds objects of {wording.listing(self.carried, 4)}, which are carried unread: they "
-                "stay when values change, and not when leaves get other names or specs",
-                hint="a name that ends in .safetensors leaves them out",
-            )
+            what = f"{self.path} also holds objects of {wording.listing(self.carried, 4)}, which are carried unread"
+            why = "they stay when values change, and not when leaves get other names or specs"
+            raise Unsupported(f"{what}: {why}", hint="a name that ends in .safetensors leaves them out")
         calls: list[Any] = []
+
+        def fits(node: Any, seen: Any) -> bool:
+            return isinstance(node, dict) or (type(node) in (list, tuple) and type(seen) is type(node))
 
         def children(pair: tuple[Any, Any]) -> Iterable[tuple[Any, Any]]:
             node, seen = pair
             if type(seen) is Rebuilt and isinstance(node, dict):  # a counter, whose entries are in its call
                 seen = seen.arguments[0] if seen.arguments else {}
-            fits = isinstance(node, dict) or (type(node) in (list, tuple) and type(seen) is type(node))
-            return zip(_children(node), _children(seen), strict=True) if fits else ()
+            return zip(_children(node), _children(seen), strict=True) if fits(node, seen) else ()
 
         def close(pair: tuple[Any, Any], made: list[Any]) -> Any:
             node, seen = pair
@@ -87,13 +86,9 @@ class TorchFile(ZipSource):
                 return np.array(len(calls) - 1)
             if type(seen) is Rebuilt and isinstance(node, dict):
                 return Rebuilt(seen.function, (_like(node, made, {}),)) if seen.arguments else seen
-            if isinstance(node, dict) or (type(node) in (list, tuple) and type(seen) is type(node)):
-                return _like(node, made, vars(seen) if type(node) is OrderedDict else {})
-            return seen
+            return _like(node, made, vars(seen) if type(node) is OrderedDict else {}) if fits(node, seen) else seen
 
-        words = Recorder(TorchWords({}))
-        seen = unpickle(self.archive.read(self._pickle.name), words, file=str(self.path), place="data.pkl")
-        return folded((self._structure, seen), children, close), calls
+        return folded((self._structure, self._read_pickle(Recorder(TorchWords({})))), children, close), calls
 
     def member(self, number: int) -> Member | None:
         """The member of the zip that holds the elements of a leaf; None if they are in several, or nowhere."""
@@ -157,13 +152,15 @@ class TorchFile(ZipSource):
             raise self.archive.bad(self._pickle.name, f"a pickle of {self._pickle.nbytes:,} bytes is too long")
         folder = f"{self.folder}/data/"
         members = self.archive.members.values()
-        storages = {member.name[len(folder) :]: member.nbytes for member in members if member.name.startswith(folder)}
-        data, words = self.archive.read(self._pickle.name), TorchWords(storages)
-        found = unpickle(data, words, file=str(self.path), place="data.pkl")
+        words = TorchWords({each.name[len(folder) :]: each.nbytes for each in members if each.name.startswith(folder)})
+        found = self._read_pickle(words)
         self.carried = tuple(dict.fromkeys(words.carried))
         if self.carried:
             check_whole(found, self.path)
         return found
+
+    def _read_pickle(self, words: Vocabulary) -> Any:
+        return unpickle(self.archive.read(self._pickle.name), words, file=str(self.path), place="data.pkl")
 
     def _place(self, key: str) -> int:
         return self.archive.offsets(f"{self.folder}/data/{key}").start
@@ -178,7 +175,6 @@ class TorchFile(ZipSource):
         return {key: np.array(rows, np.int64) for key, rows in found.items() if len(rows) > 1}
 
     def _bytes(self, tensor: Tensor) -> Array:
-        """The elements of a tensor as untyped memory, which is never touched."""
         assert tensor.storage is not None
         start = self._place(tensor.storage.key) + tensor.offset * tensor.bits // 8
         if tensor.bits % 8 or len(tensor.shape) > 32:
@@ -220,9 +216,9 @@ def _children(node: Any) -> Iterable[Any]:
 
 
 def _like(node: Any, values: list[Any], attributes: Mapping[str, Any]) -> Any:
-    """A container with other values, and with attributes; anything else as it is."""
+    """A container with other values, and with attributes."""
     if not isinstance(node, dict):
-        return type(node)(values) if type(node) in (list, tuple) else node
+        return type(node)(values)
     made = type(node)(zip(node, values, strict=True))
     if attributes:
         vars(made).update(attributes)
@@ -235,27 +231,24 @@ def _check_kind(file: OpenFile) -> None:
         return
     if not head:
         raise BadCheckpoint(f"{file.path}: the file is empty")
-    reason = "it is not a file of torch.save (not a zip file)"
+    reason, hint = "it is not a file of torch.save (not a zip file)", ""
     if head[257:262] == b"ustar":
         reason = "it is a tar archive: the first, old format of torch.save, or a bundle with a checkpoint in it"
-        raise BadCheckpoint(f"{file.path}: {reason}", hint=f"tar -xf {file.path}, or {_resave(file.path)}")
-    if head.startswith(_LEGACY):
-        raise BadCheckpoint(
-            f"{file.path}: it is in the old format of torch.save, which is not a zip file", hint=_resave(file.path)
-        )
-    if head.startswith(b"\x80"):
-        raise BadCheckpoint(f"{file.path}: it is a Python pickle, not a file of torch.save (not a zip file)")
-    if head.startswith(b"version https://git-lfs"):
-        reason = "it is a Git LFS pointer, not the file itself"
-        raise BadCheckpoint(f"{file.path}: {reason}", hint="git lfs pull")
-    if head[8:9] == b"{":
+        hint = f"tar -xf {file.path}, or {_resave(file.path)}"
+    elif head.startswith(_LEGACY):
+        reason, hint = "it is in the old format of torch.save, which is not a zip file", _resave(file.path)
+    elif head.startswith(b"\x80"):
+        reason = "it is a Python pickle, not a file of torch.save (not a zip file)"
+    elif head.startswith(b"version https://git-lfs"):
+        reason, hint = "it is a Git LFS pointer, not the file itself", "git lfs pull"
+    elif head[8:9] == b"{":
         reason = "it is a safetensors file, not one of torch.save"
-    raise BadCheckpoint(f"{file.path}: {reason}")
+    raise BadCheckpoint(f"{file.path}: {reason}", hint=hint)
 
 
-def _resave(path: Path) -> str:
+def _resave(path: Path, loaded: str = "torch.load({!r}, weights_only=True)") -> str:
     new = str(path.with_name(f"{path.stem}-new{path.suffix}"))
-    return f"torch.save(torch.load({str(path)!r}, weights_only=True), {new!r})"
+    return f"torch.save({loaded.format(str(path))}, {new!r})"
 
 
 def _root(archive: Archive) -> str:
@@ -268,8 +261,7 @@ def _root(archive: Archive) -> str:
         raise BadCheckpoint(f"{path}: a file of torch.save has one member data.pkl in a folder, but here is {what}")
     root = roots[0]
     if f"{root}/constants.pkl" in archive.members or any(name.startswith(f"{root}/code/") for name in archive.members):
-        new = str(path.with_name(f"{path.stem}-new{path.suffix}"))
-        hint = f"torch.save(torch.jit.load({str(path)!r}).state_dict(), {new!r})"
+        hint = _resave(path, "torch.jit.load({!r}).state_dict()")
         raise BadCheckpoint(f"{path}: it is a TorchScript archive, a program with its tensors", hint=hint)
     for member in archive.members.values():
         if not member.name.startswith(f"{root}/"):

@@ -10,10 +10,9 @@ from flax import nnx
 from paramend.errors import Unsupported
 from paramend.freezing.places import dtype_of
 from paramend.grafting.numbers import Counted
-from paramend.grafting.report import GraftReport, GraftRow
+from paramend.grafting.report import GraftReport, GraftRow, refuse_left
 from paramend.grafting.states.carry_optax import carried
 from paramend.grafting.states.moments import Survey
-from paramend.grafting.states.refusals import refuse_left
 from paramend.leaves.leaves import Editable
 from paramend.leaves.specs import Spec
 from paramend.reports.wording import described

@@ -17,8 +17,7 @@ import numpy as np
 from paramend.arrays.registry import backend
 from paramend.errors import BadArgument
 from paramend.freezing.places import dtype_of, named
-from paramend.grafting.report import GraftReport, GraftRow
-from paramend.grafting.states.refusals import refuse_misfits
+from paramend.grafting.report import GraftReport, GraftRow, refuse_misfits
 from paramend.leaves.paths import write_path
 from paramend.leaves.specs import Spec
 from paramend.reports import wording
@@ -28,27 +27,17 @@ Path = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Leaf:
-    """A leaf of an optimizer state.
+    """A leaf of an optimizer state."""
 
-    Attributes:
-        path: its path in the state.
-        record: the path of its record, without wrappers.
-        field: its field in the record.
-        param: its path in the parameters; `()` for a count.
-        value: the array.
-        place: its place in JAX's order.
-    """
-
-    path: Path
-    record: Path
-    field: Path
-    param: Path
+    path: Path  # in the state
+    record: Path  # the path of its record, without wrappers
+    field: Path  # its field in the record
+    param: Path  # its path in the parameters; `()` for a count
     value: Any
-    place: int
+    place: int  # its place in JAX's order
 
     @property
     def name(self) -> tuple[Path, Path, Path]:
-        """Its name without wrappers."""
         return self.record, self.field, self.param
 
 
@@ -81,10 +70,8 @@ def carried(fresh_state: Any, state: Any, params: set[Path], mismatch: str) -> t
         hint = 'pm.graft_opt_state(state, old_state, mismatch="keep") starts these as tx.init makes them'
         refuse_misfits([f"{row.path} {row.did}" for row in report.mismatched], hint)
     if fresh and not used:
-        raise BadArgument(
-            f"nothing in this state belongs to this optimizer: it has {_shown(old)}, the optimizer {_shown(fresh)}",
-            hint="tx.init(params) starts anew",
-        )
+        said = f"nothing in this state belongs to this optimizer: it has {_shown(old)}, the optimizer {_shown(fresh)}"
+        raise BadArgument(said, hint="tx.init(params) starts anew")
     return structure.unflatten(values), report
 
 
@@ -186,9 +173,7 @@ def without_wrappers(path: Path) -> Path:
 
 def _kinds(leaves: list[Leaf]) -> dict[Path, frozenset[Path]]:
     """The fields of each record, which tell its kind."""
-    return {
-        record: frozenset(fields) for record, fields in _grouped((leaf.record, leaf.field) for leaf in leaves).items()
-    }
+    return {record: frozenset(each) for record, each in _grouped((leaf.record, leaf.field) for leaf in leaves).items()}
 
 
 def _grouped(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, list[Any]]:

@@ -6,19 +6,18 @@ moments of one parameter in one record (`mu` and `nu` of Adam) are carried toget
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from paramend.arrays.registry import backend
 from paramend.errors import BadArgument, GraftRefused, Unsupported
 from paramend.grafting.engine import planned, values
-from paramend.grafting.links import Link, Links, Path
 from paramend.grafting.mismatches import overlapping
 from paramend.grafting.numbers import Counted
 from paramend.grafting.options import Options
 from paramend.grafting.plan import GraftPlan, Move
-from paramend.grafting.report import PARTS, GraftReport, GraftRow
+from paramend.grafting.report import PARTS, GraftReport, GraftRow, Link, Links, Path
 from paramend.grafting.states.carry_optax import Leaf, Sources
 from paramend.grafting.states.moments import OWN, States, Survey, numbers_of, prefix_of
 from paramend.leaves.paths import write_path
@@ -30,42 +29,24 @@ from paramend.trees.tree import Tree
 _ANEW = "tx.init(params) starts anew"
 
 
-@dataclass
-class Grafted:
-    """The result of a graft: the new leaves by number, and the report."""
-
-    values: dict[int, Any]
-    report: GraftReport
+Grafted: TypeAlias = tuple[dict[int, Any], GraftReport]  # the new leaves by number, and the report
 
 
 def graft_state(target: Counted, source: Any, report: GraftReport, unused: str) -> Grafted:
-    """A state whose moments follow the parameters as the report of their graft says.
-
-    Raises:
-        GraftRefused: the states are of different optimizers, or the report does not cover all parameters.
-        Unsupported: the target is not a state.
-    """
+    """A state whose moments follow the parameters as the report of their graft says."""
     source = _read(source)
     work = _Work(target, source, Survey.of(target), Survey.of(source))
     if not work.ours.roots:
-        raise Unsupported(
-            f"{wording.described(target.root)} is not an optimizer state, as optax or NNX build them",
-            hint="state, report = pm.graft_opt_state(tx.init(params), old_state, report)",
-        )
+        why = f"{wording.described(target.root)} is not an optimizer state, as optax or NNX build them"
+        raise Unsupported(why, hint="state, report = pm.graft_opt_state(tx.init(params), old_state, report)")
     if work.holds_parameters:
-        raise BadArgument(
-            "this holds the parameters as well as the optimizer's state",
-            hint="pm.graft(state, old_state, rename=...) grafts both",
-        )
+        why = "this holds the parameters as well as the optimizer's state"
+        raise BadArgument(why, hint="pm.graft(state, old_state, rename=...) grafts both")
     return work.follow(Links(report), Options(unused=unused), work.ours.outside, work.theirs.outside)
 
 
 def graft_whole(target: Counted, source: Any, options: Options) -> Grafted | None:
-    """A graft of a tree with optimizer states in it, or None if the source has nothing for these.
-
-    Raises:
-        GraftRefused: the two do not fit.
-    """
+    """A graft of a tree with optimizer states in it, or None if the source has nothing for these."""
     ours = Survey.of(target)
     typed = isinstance(source, Tree) and Survey.of(source).fields
     if not typed and not any(ours.is_state(source.index.pieces(number)) for number in source.index.numbers):
@@ -78,10 +59,10 @@ def graft_whole(target: Counted, source: Any, options: Options) -> Grafted | Non
     new, report = values(plan), plan.report()
     numbers = numbers_of(target)
     places = {number: numbers[plan.target.index.pieces(number)] for number in plan.target.index.numbers}
-    done = work.follow(Links(report), options, (), ())
+    states, told = work.follow(Links(report), options, (), ())
     for name in PARTS:
-        getattr(report, name).extend(getattr(done.report, name))
-    return Grafted({**{places[n]: value for n, value in new.items()}, **done.values}, report)
+        getattr(report, name).extend(getattr(told, name))
+    return {places[n]: value for n, value in new.items()} | states, report
 
 
 @dataclass
@@ -118,8 +99,6 @@ class _Work:
             return prefix_of(set(self.ours.outside), self.ours.parameters) is not None
         return any(self.target.spec(number).shape for number in self.arrays(self.target, self.ours).values())
 
-    # -- the parameters
-
     def report_of_moments(self, options: Options) -> GraftReport:
         """The report of a graft of the parameters, made from their moments, since the parameters are not here."""
         if self.from_file:
@@ -140,10 +119,8 @@ class _Work:
 
     def plan_of_rest(self, options: Options) -> GraftPlan:
         """The plan of a graft of everything outside the states; rules may be written for the parameters alone."""
-        rest, other = (
-            _flat_part(tree, self.arrays(tree, survey))
-            for tree, survey in ((self.target, self.ours), (self.source, self.theirs))
-        )
+        both = (self.target, self.ours), (self.source, self.theirs)
+        rest, other = (_flat_part(tree, self.arrays(tree, survey)) for tree, survey in both)
         ours = prefix_of(set(self.ours.outside), self.ours.parameters) or ()
         theirs = prefix_of(set(self.theirs.outside), self.theirs.parameters) or ours
         rename: dict[str, str | None] = {}
@@ -156,13 +133,10 @@ class _Work:
         return planned(rest, other, replace(options, rename=rename or None))
 
     def arrays(self, tree: Tree, survey: Survey) -> dict[Path, int]:
-        """The leaves outside the states, in their order."""
         numbers = {tree.index.pieces(number): number for number in tree.index.numbers}
         skipped = self.from_file and survey is self.theirs
         outside = (path for path in survey.outside if not (skipped and self.ours.is_state(path)))
         return {path: numbers[path] for path in outside if path in numbers}
-
-    # -- the states
 
     def follow(self, links: Links, options: Options, ours: Sequence[Path], theirs: Sequence[Path]) -> Grafted:
         """The states, with what the earlier ones have for them; numbers outside the states, at the paths `ours` and
@@ -249,7 +223,7 @@ class _Work:
             if leaf.place not in used:
                 spec, path = _spec(leaf.value), write_path(leaf.path)
                 report.unused.append(GraftRow.of(path, spec, _left(leaf, arrived), path, spec))
-        return Grafted(found, report)
+        return found, report
 
 
 def _spec(value: Any) -> Spec:
@@ -301,7 +275,6 @@ def _together(pairs: Iterable[_Pair]) -> None:
 
 
 def _read(source: Any) -> Counted:
-    """A tree in memory; a checkpoint is read."""
     if isinstance(source, Counted):
         return source
     read = getattr(source, "bare", source.read)

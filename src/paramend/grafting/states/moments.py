@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from paramend.grafting.links import Path, without
+from paramend.grafting.report import Path, without
 from paramend.grafting.states.carry_optax import Leaf, split, without_wrappers
 from paramend.leaves.paths import labels, text_of
 from paramend.trees.kind import ELIDED
@@ -30,36 +30,27 @@ def is_record(kind: type) -> bool:
 
 @dataclass
 class Survey:
-    """Where a tree holds optimizer states.
-
-    Attributes:
-        tree: the tree.
-        outside: the paths of the leaves outside optimizer states.
-        fields: path of a field of a record → the paths of the leaves in it.
-        absent: the paths of masked parameters.
-        roots: the paths of the outermost records.
-    """
+    """Where a tree holds optimizer states."""
 
     tree: Tree
-    outside: list[Path] = field(default_factory=list)
+    outside: list[Path] = field(default_factory=list)  # the paths of the leaves outside optimizer states
+    # Path of a field of a record → the paths of the leaves in it.
     fields: dict[Path, list[Path]] = field(default_factory=dict)
-    absent: set[Path] = field(default_factory=set)
-    roots: list[Path] = field(default_factory=list)
+    absent: set[Path] = field(default_factory=set)  # the paths of masked parameters
+    roots: list[Path] = field(default_factory=list)  # the paths of the outermost records
 
     @classmethod
     def of(cls, tree: Tree) -> "Survey":
-        """The survey of a tree."""
         survey = cls(tree)
         survey._visit(tree.root, (), False, set())
         return survey
 
-    def _visit(self, node: Any, path: Path, inside: bool, above: set[int]) -> bool:
-        """Whether there are records in a node, after entering its leaves."""
+    def _visit(self, node: Any, path: Path, inside: bool, above: set[int]) -> None:
         kind = find_kind(node)
-        if kind is None or id(node) in above:
-            if kind is None:
-                self._enter(path, [path], inside)
-            return False
+        if kind is None:
+            return self._enter(path, [path], inside)
+        if id(node) in above:
+            return None
         found = is_record(type(node))
         if found and not inside:
             self.roots.append(path)
@@ -69,11 +60,10 @@ class Survey:
         for key, child in kind.entries(node):
             below[path if key is ELIDED else (*path, *map(text_of, labels(key)))] = child
         if not found and not any(_leads_to_record(child, above) for child in below.values()):
-            self._enter(path, list(_paths(node, path, self.absent, len(path), above - {id(node)})), inside)
-            return False
+            return self._enter(path, list(_paths(node, path, self.absent, len(path), above - {id(node)})), inside)
         for here, child in below.items():
             self._visit(child, here, inside, above)
-        return True
+        return None
 
     def _enter(self, path: Path, leaves: list[Path], inside: bool) -> None:
         if inside:
@@ -128,19 +118,14 @@ class Survey:
 
 @dataclass
 class States:
-    """The leaves of optimizer states.
+    """The leaves of optimizer states."""
 
-    Attributes:
-        leaves: the leaves, each with the path by which its parameter is known as `param`.
-        unknown: the paths of moments of unknown parameters.
-        heads: path of a leaf → the path of its field, or of the leaf itself if it is a number.
-        rests: path of a parameter → its path in the trees of moments.
-    """
-
+    # The leaves, each with the path by which its parameter is known as `param`.
     leaves: list[Leaf] = field(default_factory=list)
-    unknown: list[Path] = field(default_factory=list)
+    unknown: list[Path] = field(default_factory=list)  # the paths of moments of unknown parameters
+    # Path of a leaf → the path of its field, or of the leaf itself if it is a number.
     heads: dict[Path, Path] = field(default_factory=dict)
-    rests: dict[Path, Path] = field(default_factory=dict)
+    rests: dict[Path, Path] = field(default_factory=dict)  # path of a parameter → its path in the trees of moments
     _moments: dict[Path, set[str]] = field(default_factory=dict)
 
     def add(self, path: Path, head: Path, param: Path, number: int, tree: Tree) -> None:
@@ -161,12 +146,10 @@ class States:
                 self.add(path, path, (), number, tree)
 
     def kind(self, leaf: Leaf) -> frozenset[str]:
-        """The fields of moments in the record of a leaf, which tell the kind of optimizer."""
         return frozenset(self._moments.get(self.heads[leaf.path][:-1], ()))
 
     @property
     def kinds(self) -> dict[frozenset[str], None]:
-        """The kinds of all records with moments."""
         return {frozenset(fields): None for fields in self._moments.values()}
 
     @classmethod
@@ -210,11 +193,7 @@ def _paths(node: Any, path: Path, absent: set[Path], depth: int, above: set[int]
 
 
 def prefix_of(known: set[Path], paths: Iterable[Path], near: Path = ()) -> Path | None:
-    """The prefix below which most of these paths are known; of several, the one with most in common with `near`.
-
-    >>> prefix_of({("params", "a", "w"), ("params", "b", "w")}, [("a", "w"), ("b", "w")])
-    ('params',)
-    """
+    """The prefix below which most of these paths are known; of several, the one with most in common with `near`."""
     wanted = sorted(paths, key=len)[-64:]
     for rest in reversed(wanted):
         found: dict[Path, tuple[int, int]] = {}

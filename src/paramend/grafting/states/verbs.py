@@ -1,6 +1,5 @@
 """Optimizer states that follow a model: by the report of a graft, or by the names of their parameters."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
@@ -10,8 +9,7 @@ from paramend.errors import BadArgument, Unsupported
 from paramend.grafting import engine
 from paramend.grafting.numbers import Counted
 from paramend.grafting.options import Options, Unused
-from paramend.grafting.report import GraftReport
-from paramend.grafting.states.refusals import refuse_left
+from paramend.grafting.report import GraftReport, refuse_left
 from paramend.grafting.states.widened import widened, widened_torch
 from paramend.leaves.specs import AnyTree
 from paramend.reports.wording import described
@@ -19,12 +17,10 @@ from paramend.resize.widths import Widths
 from paramend.trees.tree import Tree
 
 if TYPE_CHECKING:
-    import optax
     import torch
     from flax import nnx
 
 T = TypeVar("T")
-Optimizer = TypeVar("Optimizer", bound="torch.optim.Optimizer | nnx.Optimizer[Any]")
 Carried: TypeAlias = Literal["error", "keep"]
 
 
@@ -57,12 +53,6 @@ def graft_opt_state(
     - Counts, schedules and injected hyperparameters go on. So does the step of `until=` and `since=`; it is 0 if the
       earlier state had none.
 
-    A moment belongs to the record of fields that it is in, wherever that is in a chain: `mu`, `nu` and `count` are
-    together, as in Adam, in one place of each state.
-
-    A count goes on for fresh parameters too: Adam then no longer corrects their young moments, and their first update
-    is (1 - b1) / sqrt(1 - b2) times the rate: 3.2 times it for b2=0.999, 0.4 times for b2=0.95.
-
     Args:
         state: the state to start warm, from `tx.init(params)` of the new parameters: of optax, also under `pm.freeze`,
             or an `nnx.Optimizer`.
@@ -92,13 +82,6 @@ def graft_opt_state(
     >>> state, report = graft_opt_state(tx.init(params), old_state, report)
     >>> state[0].mu["b"], state[0].mu["c"], int(state[0].count)
     (Array([0.1, 0.1], dtype=float32), Array([0., 0., 0.], dtype=float32), 1)
-
-    >>> from paramend.freezing.freeze import freeze
-    >>> frozen = freeze(tx, "b")
-    >>> _, old_state = frozen.update(new, frozen.init(new), new)
-    >>> thawed, report = graft_opt_state(tx.init(new), old_state)
-    >>> thawed[0].count.tolist(), thawed[0].mu["b"].tolist(), bool((thawed[0].mu["c"] > 0).all())
-    (1, [0.0, 0.0], True)
     """
     Options(unused=unused or "error")  # checks it
     if isinstance(report, Widths):
@@ -117,9 +100,9 @@ def graft_opt_state(
     tree = Counted(state)
     from paramend.grafting.states.graft_optax import graft_state  # imports jax
 
-    done = graft_state(tree, engine.leaves_of(old_state), report, unused)
-    engine.refuse_abstract(tree, done.values, done.report)
-    return tree.with_leaves(done.values), done.report
+    new, done = graft_state(tree, engine.leaves_of(old_state), report, unused)
+    engine.refuse_abstract(tree, new, done)
+    return tree.with_leaves(new), done
 
 
 def _refuse_barren(*states: Any) -> None:
@@ -131,12 +114,9 @@ def _refuse_barren(*states: Any) -> None:
 
 
 def _by_path(state: Any, old_state: Any, unused: "Unused", mismatch: str) -> tuple[Any, GraftReport]:
-    """A state with what an earlier one has under the same names, and the report."""
     if mismatch not in ("error", "keep"):
-        raise BadArgument(
-            f"mismatch={mismatch!r} is neither 'error' nor 'keep'",
-            hint='pm.graft_opt_state(state, old_state, mismatch="keep")',
-        )
+        why = f"mismatch={mismatch!r} is neither 'error' nor 'keep'"
+        raise BadArgument(why, hint='pm.graft_opt_state(state, old_state, mismatch="keep")')
     need("optax", extra="jax", to="graft an optimizer state")
     from paramend.grafting.states import carry_optax  # imports jax
     from paramend.grafting.states.moments import Survey
@@ -144,16 +124,12 @@ def _by_path(state: Any, old_state: Any, unused: "Unused", mismatch: str) -> tup
     _refuse_barren(state, old_state)
     tree = Tree(state)
     if hasattr(tree.root, "opt_state"):
-        raise Unsupported(
-            f"{described(state)} changes in place, and holds more than a state",
-            hint="pm.graft_optimizer_(optimizer, old_optimizer)",
-        )
+        why = f"{described(state)} changes in place, and holds more than a state"
+        raise Unsupported(why, hint="pm.graft_optimizer_(optimizer, old_optimizer)")
     survey = Survey.of(tree)
     if tree.values and not survey.roots:
-        raise Unsupported(
-            f"{described(state)} is not an optimizer state, as optax builds them",
-            hint="state, report = pm.graft_opt_state(tx.init(params), old_state)",
-        )
+        why = f"{described(state)} is not an optimizer state, as optax builds them"
+        raise Unsupported(why, hint="state, report = pm.graft_opt_state(tx.init(params), old_state)")
     new, report = carry_optax.carried(state, old_state, {*survey.parameters, *survey.absent}, mismatch)
     refuse_left(report, unused)
     return new, report
@@ -218,14 +194,6 @@ def graft_optimizer_(
     >>> new = torch.optim.AdamW(big.parameters(), lr=1e-4)
     >>> print(graft_optimizer_(new, old, report).headline())
     graft: 6 of 8 leaves copied, 14 of 17 parameters; 0 leaves of the source unused
-
-    >>> head = torch.optim.AdamW(big[1].parameters(), lr=0.5)
-    >>> big(torch.ones(1, 2)).sum().backward()
-    >>> head.step()
-    >>> new = torch.optim.AdamW(big.parameters())
-    >>> _ = graft_optimizer_(new, head)
-    >>> [int(state["step"]) for state in new.state.values()], new.param_groups[0]["lr"]
-    ([1, 1], 0.5)
     """
     Options(unused=unused or "error")  # checks it
     if isinstance(report, Widths):
@@ -243,9 +211,9 @@ def graft_optimizer_(
     tree = Counted(optimizer)
     from paramend.grafting.states.graft_optax import graft_state  # imports jax
 
-    done = graft_state(tree, engine.leaves_of(old), report, unused)
-    engine.put_in(tree, done.values)
-    return done.report
+    values, done = graft_state(tree, engine.leaves_of(old), report, unused)
+    engine.put_in(tree, values)
+    return done
 
 
 def _by_name_(
@@ -257,22 +225,17 @@ def _by_name_(
         if carry_nnx.is_optimizer(optimizer):
             return carry_nnx.carry_optimizer_(optimizer, old, unused)
     if not hasattr(optimizer, "param_groups") or isinstance(optimizer, type):
-        raise Unsupported(
-            f"graft_optimizer_ takes an optimizer of torch or NNX, and this is {described(optimizer)}",
-            hint="for optax: state, report = pm.graft_opt_state(tx.init(params), old_state)",
-        )
+        why = f"graft_optimizer_ takes an optimizer of torch or NNX, and this is {described(optimizer)}"
+        raise Unsupported(why, hint="for optax: state, report = pm.graft_opt_state(tx.init(params), old_state)")
     if not hasattr(old, "param_groups") and not (isinstance(old, dict) and {"state", "param_groups"} <= old.keys()):
-        raise Unsupported(
-            f"the earlier state is neither a torch optimizer nor the state dict of one, but {described(old)}",
-            hint="pm.graft_optimizer_(optimizer, old), or old.state_dict() as it was saved",
-        )
-    from paramend.grafting.states import carry_torch  # imports torch
+        why = f"the earlier state is neither a torch optimizer nor the state dict of one, but {described(old)}"
+        raise Unsupported(why, hint="pm.graft_optimizer_(optimizer, old), or old.state_dict() as it was saved")
+    from paramend.grafting.states import graft_torch  # imports torch
 
-    return carry_torch.carry_optimizer_(optimizer, old, modules, names, unused)
+    return graft_torch.carry_optimizer_(optimizer, old, modules, names, unused)
 
 
 def _wider_(optimizer: Any, old: Any, report: Widths, modules: tuple[Any, Any], unused: Unused) -> GraftReport:
-    """The report, after an optimizer has taken over moments of parameters that were not as wide."""
     if not hasattr(optimizer, "param_groups"):
         return _by_name_(optimizer, widened(old, report), modules, None, unused)
     ends = (None, None) if report.ends is None else (report.ends.target, report.ends.source)
@@ -282,44 +245,3 @@ def _wider_(optimizer: Any, old: Any, report: Widths, modules: tuple[Any, Any], 
     for group, mine in zip(optimizer.param_groups, settings, strict=True):
         group.update(mine)
     return done
-
-
-def carry_opt_state(
-    tx: "optax.GradientTransformation", params: AnyTree, state: AnyTree, *, mismatch: Carried = "error"
-) -> AnyTree:
-    """Deprecated: `pm.graft_opt_state(tx.init(params), state)`, which also returns a report.
-
-    >>> import optax, warnings
-    >>> with warnings.catch_warnings(action="ignore"):
-    ...     carry_opt_state(optax.sgd(0.1), {"w": np.ones(2)}, ())
-    (EmptyState(), EmptyState())
-    """
-    call = "pm.graft_opt_state(tx.init(params), state)"
-    warnings.warn(f"pm.carry_opt_state(tx, params, state) is now {call}", DeprecationWarning, stacklevel=2)
-    if isinstance(tx, type) or not all(callable(getattr(tx, verb, None)) for verb in ("init", "update")):
-        raise Unsupported(
-            f"carry_opt_state takes an optax transformation, which has `init` and `update`; this is {described(tx)}",
-            hint=call,
-        )
-    return graft_opt_state(tx.init(params), state, mismatch=mismatch)[0]
-
-
-def carry_optimizer_(
-    optimizer: Optimizer,
-    old: "torch.optim.Optimizer | nnx.Optimizer[Any] | Mapping[str, object]",
-    *,
-    module: "torch.nn.Module | None" = None,
-    names: Sequence[str] | None = None,
-) -> Optimizer:
-    """Deprecated: `pm.graft_optimizer_(optimizer, old)`, which returns a report and not the optimizer.
-
-    >>> import torch, warnings
-    >>> one, other = (torch.optim.SGD([torch.ones(2)], lr=lr) for lr in (0.1, 0.2))
-    >>> with warnings.catch_warnings(action="ignore"):
-    ...     carry_optimizer_(one, other).param_groups[0]["lr"]
-    0.2
-    """
-    call = "pm.graft_optimizer_(optimizer, old)"
-    warnings.warn(f"pm.carry_optimizer_(optimizer, old) is now {call}", DeprecationWarning, stacklevel=2)
-    graft_optimizer_(optimizer, old, target=module, names=names)
-    return optimizer

@@ -35,24 +35,22 @@ def widened(state: Any, report: Widths) -> Any:
 
 def widened_torch(old: Any, report: Widths, module: Any) -> dict[str, Any]:
     """The state dict of a torch optimizer, with names, and with moments of the shapes of the new parameters."""
-    from paramend.grafting.states.carry_torch import names_of  # imports torch
-    from paramend.grafting.states.graft_torch import entries
+    from paramend.grafting.states.graft_torch import (
+        entries,
+        names_of,  # imports torch
+    )
 
     _check(report)
     groups = old["param_groups"] if isinstance(old, Mapping) else old.param_groups
     names = names_of(groups, module)
     if not names:
-        raise BadArgument(
-            "it is unknown which parameters the earlier state belongs to: it has no names",
-            hint="pm.graft_optimizer_(optimizer, old, report, source=old_module)",
-        )
+        why = "it is unknown which parameters the earlier state belongs to: it has no names"
+        raise BadArgument(why, hint="pm.graft_optimizer_(optimizer, old, report, source=old_module)")
     states: dict[int, dict[str, Any]] = {}
     places = iter(range(len(names)))
     numbers = [[next(places) for _ in group["params"]] for group in groups]
-    named = [
-        {**group, "params": mine, "param_names": [names[place] for place in mine]}
-        for group, mine in zip(groups, numbers, strict=True)
-    ]
+    pairs = zip(groups, numbers, strict=True)
+    named = [{**group, "params": mine, "param_names": [names[place] for place in mine]} for group, mine in pairs]
     for place, entry in enumerate(entries(old)):
         grown = report.growths.get(tuple(str(names[place]).split(".")))
         states[place] = {key: _moment(key, value, grown) for key, value in entry.state.items()}
@@ -72,8 +70,6 @@ def _moment(name: str, value: Any, grown: Growth | None) -> Any:
     if grown is None or not grown.shape or tuple(getattr(value, "shape", ())) != grown.shape:
         return value
     if name not in _FIRST | _SECOND:
-        raise Unsupported(
-            f"how {name} of a parameter follows when that grows is not known",
-            hint="start a new optimizer; its first steps are larger",
-        )
+        why = f"how {name} of a parameter follows when that grows is not known"
+        raise Unsupported(why, hint="start a new optimizer; its first steps are larger")
     return grown.moment(value, squared=name in _SECOND)

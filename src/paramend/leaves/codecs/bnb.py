@@ -4,22 +4,16 @@ import json
 import math
 
 from paramend.errors import Unsupported
-from paramend.leaves.codecs.codec import Codec, Parts
+from paramend.leaves.codecs.codec import Codec, Parts, Stated, disagree
 from paramend.leaves.codecs.codes import codes_of
 from paramend.leaves.codecs.fields import Field, Packing
 from paramend.leaves.codecs.scalings import Nested, Plain, Rows
-from paramend.leaves.codecs.stated import Stated, disagree
 from paramend.leaves.specs import BITS, Spec, dtype_name
 
 
 def bnb4(scheme: str, parts: Parts, stated: Stated) -> Codec:
     """The codec of nf4 and fp4: two codes in a byte, the first one above, and a scale for 64 or so of them in a row.
-
-    Shape, dtype and sizes of blocks are in a leaf of JSON.
-
-    Raises:
-        SpecMismatch: what it says is not what is there.
-    """
+    Shape, dtype and sizes of blocks are in a leaf of JSON."""
     payload, scale = parts["payload"], parts["scale"]
     try:
         state = json.loads(parts["state"].read().tobytes())
@@ -49,12 +43,7 @@ def bnb4(scheme: str, parts: Parts, stated: Stated) -> Codec:
 
 
 def bnb8(scheme: str, parts: Parts, stated: Stated) -> Codec:
-    """The codec of int8: code · scale of the row · 1/127, float32 as the library has it.
-
-    Raises:
-        SpecMismatch: there are not as many scales as rows.
-        Unsupported: the codes are in an order of tiles.
-    """
+    """The codec of int8: code · scale of the row · 1/127, float32 as the library has it."""
     payload, scale = parts["payload"], parts["scale"]
     rows = payload.spec.shape[0]
     if scale.spec.size != rows:

@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from paramend.errors import SpecMismatch
 from paramend.leaves.codecs.codes import Codes
 from paramend.leaves.codecs.fields import NO_GROUPS, Field, Groups
 from paramend.leaves.origins.boxes import Box
@@ -24,6 +25,31 @@ Terms: TypeAlias = list[tuple[np.ufunc, Array]]
 _GROUPED = ("scale", "zero")
 
 
+@dataclass(frozen=True, slots=True)
+class Stated:
+    """What a configuration says of one weight; None where it says nothing."""
+
+    method: str = ""  # `quant_method`, "" if there is none
+    bits: int | None = None  # of a code
+    group: int | None = None  # how many inputs share a scale; -1 for all
+    block: tuple[int, int] | None = None  # how many outputs and inputs share a scale
+    symmetric: bool | None = None  # whether there are no zero points
+    form: str = ""  # how a method stores it, such as `checkpoint_format` of GPTQ, or `version` of AWQ
+    ignored: str = ""  # the entry of an ignore list that names the module, "" if none does
+    # Whether outputs are the last axis, as in kernels of JAX; they are the first of weights of torch.
+    outputs_last: bool = False
+
+
+NOTHING = Stated()
+
+
+def disagree(here: str, there: str, *leaves: Origin, hint: str = "") -> SpecMismatch:
+    """The error for leaves that are not as the configuration, or another leaf, says."""
+    rows = "\n".join(f"    {leaf}  {leaf.spec}" for leaf in leaves)
+    way = hint or "correct the configuration, or open the file with raw=True to see what is stored"
+    return SpecMismatch(f"a quantised weight and what is said of it disagree: {here}, and {there}\n\n{rows}", hint=way)
+
+
 class Scaling(ABC):
     """What the values of codes are multiplied by: made of the leaves with scales."""
 
@@ -33,14 +59,8 @@ class Scaling(ABC):
 
     @abstractmethod
     def fitted(self, greatest: Array, limit: float, spec: Spec, grids: Grids) -> Array:
-        """The scales, as they are stored, with which the greatest code is for the greatest magnitude of a block.
-
-        Args:
-            greatest: the greatest magnitude of each block, float32.
-            limit: the greatest code's value.
-            spec: that of the stored scales.
-            grids: what stays, as scales of scales.
-        """
+        """The scales, stored by a spec, with which the greatest code, of value `limit`, is for the greatest magnitude
+        of each block; `grids` is what stays, as scales of scales."""
 
     def through(self, factor: float) -> tuple[str, float] | None:
         """The role of the leaf that takes a factor of the weight, and the factor for it; None if none can."""
@@ -57,26 +77,16 @@ class Scaling(ABC):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Codec:
-    """How one weight is made of codes and scales. It holds no values.
+    """How one weight is made of codes and scales. It holds no values."""
 
-    Attributes:
-        scheme: the name of the scheme.
-        spec: shape and dtype of the weight, its axes in the order of storage; the dtype is that of the library.
-        fields: role → how the leaf lies over the weight.
-        codes: what the codes of the payload stand for.
-        scaling: what they are multiplied by.
-        zeros: what the codes of the zero points stand for; None if there are none.
-        axes: for each axis of the weight in its model, that of storage; empty if they are the same.
-        shape: the shape of the weight in its model, if its elements are stored as one row.
-    """
-
-    scheme: str
-    spec: Spec
-    fields: Mapping[str, Field]
-    codes: Codes
-    scaling: Scaling
-    zeros: Codes | None = None
-    axes: tuple[int, ...] = ()
+    scheme: str  # the name of the scheme
+    spec: Spec  # shape and dtype of the weight, its axes in the order of storage; the dtype is that of the library
+    fields: Mapping[str, Field]  # role → how the leaf lies over the weight
+    codes: Codes  # what the codes of the payload stand for
+    scaling: Scaling  # what they are multiplied by
+    zeros: Codes | None = None  # what the codes of the zero points stand for; None if there are none
+    axes: tuple[int, ...] = ()  # for each axis of the weight in its model, that of storage; empty if they are the same
+    # The shape of the weight in its model, if its elements are stored as one row.
     shape: tuple[int, ...] = field(default=())
 
     @property
@@ -100,12 +110,7 @@ class Codec:
         return permute_axes(stored, self.axes) if self.axes else stored
 
     def decode(self, views: Parts, box: Box) -> Array:
-        """The values of a box, float32: nothing is rounded but by the operations of float32.
-
-        Args:
-            views: the leaves, from `views`.
-            box: the places, in axes of storage.
-        """
+        """The values of a box, in axes of storage, float32: nothing is rounded but by the operations of float32."""
         return self.values(self.stored_codes(views, box), self.scales(views, box), box, self.groups(views))
 
     def values(self, codes: Array, scales: Grids, box: Box, groups: Groups) -> Array:
@@ -161,10 +166,7 @@ class Codec:
 
     @property
     def block(self) -> str:
-        """How many places of the weight share a scale, along each axis that has several blocks; "" if there is one.
-
-        An axis of which a block has all, or one place alone, is not said.
-        """
+        """How many places of the weight share a scale, along each axis of which a block has several, but not all."""
         lengths = [self.fields["scale"].every[axis] for axis in (self.axes or range(len(self.spec.shape)))]
         return "×".join(str(each) for each in lengths if each > 1)
 

@@ -22,15 +22,10 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Codes:
-    """What codes stand for.
+    """What codes stand for."""
 
-    Attributes:
-        name: a dtype of one byte, "e2m1", "nf4", "fp4", or the first and the last integer, as "-8..7".
-        values: code → value, float32.
-    """
-
-    name: str
-    values: Array
+    name: str  # a dtype of one byte, "e2m1", "nf4", "fp4", or the first and the last integer, as "-8..7"
+    values: Array  # code → value, float32
 
     def __reduce__(self) -> tuple[object, ...]:
         return codes_of, (self.name,)

@@ -20,17 +20,11 @@ _STEP = 1 << 15
 
 
 class Bounds(NamedTuple):
-    """What scales are chosen by: for each place of their grid, of the values there.
+    """What scales are chosen by: for each place of their grid, of the values there."""
 
-    Attributes:
-        low: the least one, or 0.
-        high: the greatest one, or 0.
-        changed: whether one is not as it was.
-    """
-
-    low: Array
-    high: Array
-    changed: Array
+    low: Array  # the least one, or 0
+    high: Array  # the greatest one, or 0
+    changed: Array  # whether one is not as it was
 
     @property
     def greatest(self) -> Array:
@@ -41,18 +35,13 @@ class Bounds(NamedTuple):
 
 @dataclass(slots=True)
 class Misfit:
-    """How far codes are from the values that they are for, measured band by band.
+    """How far codes are from the values that they are for, measured band by band."""
 
-    Attributes:
-        bands: where a band begins → the squares of its values, those of the differences, the greatest difference, and
-            how many blocks have new values.
-        blocks: how many blocks there are.
-        new: how many have new values, where bands do not hold whole blocks.
-    """
-
+    # Where a band begins → the squares of its values, those of the differences, the greatest difference, and how many
+    # blocks have new values.
     bands: dict[tuple[int, ...], tuple[float, float, float, int]] = field(default_factory=dict)
-    blocks: int = 0
-    new: int = 0
+    blocks: int = 0  # how many blocks there are
+    new: int = 0  # how many have new values, where bands do not hold whole blocks
 
     def measure(self, at: tuple[int, ...], wanted: Array, found: Array, new: int) -> None:
         """Enter a band, once or again."""
@@ -106,10 +95,8 @@ def finite(codec: Codec, views: Parts) -> bool:
 
 
 def unit(codec: Codec) -> tuple[int, ...]:
-    """Along each axis, how many places of the weight are encoded together at least: a block, and whole words.
-
-    Axes of which a block has all count by their words alone.
-    """
+    """Along each axis, how many places of the weight are encoded together at least: a block, and whole words. Axes of
+    which a block has all count by their words alone."""
     fields = [codec.fields[role] for role in codec.encodes]
     return tuple(
         math.lcm(*(each.every[axis] or 1 for each in fields), *(_codes(each, axis) for each in fields))
@@ -143,17 +130,9 @@ def middle(codec: Codec) -> int:
 def scales_for(
     codec: Codec, bounds: Bounds, box: Box, views: Parts, tops: Mapping[str, Array], *, keep: bool, even: bool
 ) -> Grids:
-    """Scales and zero points for the blocks of a box, as they are stored, one for each place of their grid.
-
-    Args:
-        codec: the codec.
-        bounds: the bounds at these places.
-        box: the box.
-        views: the leaves that there are; those of blocks without changes are kept.
-        tops: scales of scales where they are new, too.
-        keep: whether scales are kept where they can be: those that are finite.
-        even: whether there are no zero points, or none that depend on values.
-    """
+    """Scales and zero points for the blocks of a box, as they are stored, one for each place of their grid. Those of
+    blocks without changes are kept; `keep` keeps all that are finite. `tops` are scales of scales where they are new,
+    too; `even` says that no zero points depend on values."""
     field, there = codec.fields["scale"], codec.scales(views, box) | dict(tops)
     if keep and np.isfinite(factor_of(codec, there)).all():
         return {}
@@ -186,18 +165,8 @@ def scales_for(
 
 
 def codes_for(codec: Codec, values: Array, scales: Grids, box: Box, groups: Groups) -> Array:
-    """The nearest codes of the values of a box.
-
-    Args:
-        codec: the codec.
-        values: the values, float32, which are computed with in place.
-        scales: scales and zero points, one for each place of their grid.
-        box: the box.
-        groups: what `g_idx` says.
-
-    Raises:
-        Unsupported: there is no code for a value: it is not finite, or it is 0.
-    """
+    """The nearest codes of the values of a box, float32, which are computed with in place; `Unsupported` if there is no
+    code for one: it is not finite, or it is 0."""
     field, factor = codec.fields["scale"], factor_of(codec, scales)
     if np.isinf(values).any() or (np.isnan(values).any() and not np.isnan(codec.codes.values).any()):
         raise Unsupported(

@@ -19,16 +19,11 @@ NO_GROUPS: Groups = {}
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """Several codes in a word.
+    """Several codes in a word."""
 
-    Attributes:
-        axis: the axis along which they are packed.
-        bits: of one code.
-        order: where each code of a word stands, from the lowest bits up; empty for one after the other.
-    """
-
-    axis: int
-    bits: int
+    axis: int  # the axis along which they are packed
+    bits: int  # of one code
+    # Where each code of a word stands, from the lowest bits up; empty for one after the other.
     order: tuple[int, ...] = ()
 
     def lump(self, itemsize: int) -> tuple[int, int]:
@@ -85,17 +80,12 @@ class Packing:
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A stored leaf as a grid: an axis for each one of the weight, a place for each block of it.
+    """A stored leaf as a grid: an axis for each one of the weight, a place for each block of it."""
 
-    Attributes:
-        spec: that of the stored leaf, with the axes of the grid.
-        every: the number of places of the weight, along each axis, that share one of the grid; 0 where all do.
-        packing: how its codes are packed; None for a word each.
-    """
-
-    spec: Spec
+    spec: Spec  # that of the stored leaf, with the axes of the grid
+    # The number of places of the weight, along each axis, that share one of the grid; 0 where all do.
     every: tuple[int, ...]
-    packing: Packing | None = None
+    packing: Packing | None = None  # how its codes are packed; None for a word each
 
     def view(self, origin: Origin) -> Origin:
         """The leaf with the axes of the grid."""
@@ -120,13 +110,7 @@ class Field:
         return (*grid[:axis], lumps, *grid[axis + 1 :])
 
     def read(self, origin: Origin, box: Box, groups: Groups = NO_GROUPS) -> Array:
-        """What each place of a box of the weight has: an array that broadcasts to the box.
-
-        Args:
-            origin: the stored leaf, with the axes of the grid.
-            box: the box.
-            groups: the places of the grid for axes that `g_idx` tells of.
-        """
+        """What each place of a box of the weight has: an array that broadcasts to the box."""
         grid = self.places(box, groups)
         return self.spread(self.codes(origin.read_box(self.words(grid)), grid), box, groups)
 

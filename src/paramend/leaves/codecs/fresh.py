@@ -8,10 +8,9 @@ from functools import partial
 import numpy as np
 
 from paramend.errors import BadArgument, SpecMismatch
-from paramend.leaves.codecs.codec import Codec
+from paramend.leaves.codecs.codec import NOTHING, Codec, Stated
 from paramend.leaves.codecs.codes import codes_of
 from paramend.leaves.codecs.ggml import WRITABLE as WRITABLE_BLOCKS
-from paramend.leaves.codecs.stated import NOTHING, Stated
 from paramend.leaves.origins.origin import Origin
 from paramend.leaves.origins.stored import Held, Made
 from paramend.leaves.schemes import IN_BLOCKS, SCHEMES
@@ -25,18 +24,11 @@ _Leaf = tuple[str, str, Sequence[int]]
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Layout:
-    """The leaves of a new group.
+    """The leaves of a new group, by role."""
 
-    Attributes:
-        names: role → name of the leaf, with "*" for the name of the weight.
-        specs: role → its spec.
-        known: the leaves that do not depend on the values of the weight, by role.
-        stated: what a configuration says of it.
-    """
-
-    names: Mapping[str, str]
+    names: Mapping[str, str]  # with "*" for the name of the weight
     specs: Mapping[str, Spec]
-    known: Mapping[str, Array]
+    known: Mapping[str, Array]  # those that do not depend on the values of the weight
     stated: Stated
 
 
@@ -68,14 +60,7 @@ def layout_of(scheme: str, weight: Spec, group: int | None = None, block: tuple[
 
 
 def check_scheme(scheme: str) -> None:
-    """Raise if no scheme of this name can be written.
-
-    >>> check_scheme("fp8blok")
-    Traceback (most recent call last):
-    paramend.errors.BadArgument: 'fp8blok' is no scheme that a weight can be quantised to
-    <BLANKLINE>
-    hint: fp8-block
-    """
+    """Raise if no scheme of this name can be written."""
     if scheme not in _LAYOUTS:
         near = wording.closest(scheme, _LAYOUTS, limit=1)
         raise BadArgument(
@@ -90,15 +75,13 @@ def codec_for(scheme: str, layout: Layout) -> Codec:
     rows = [IN_BLOCKS[scheme]] if layout.specs["payload"].dtype in BLOCKS else SCHEMES
     row = next(row for row in rows if row.name == name and layout.names["payload"] in row.payload and row.codec)
     parts: dict[str, Origin] = {
-        role: Held(layout.known[role]) if role in layout.known else Made(spec, partial(_nothing, spec))
+        role: Held(layout.known[role])
+        if role in layout.known
+        else Made(spec, partial(np.zeros, spec.shape, numpy_dtype(spec.dtype)))
         for role, spec in layout.specs.items()
     }
     assert row.codec is not None
     return row.codec(scheme, parts, layout.stated)
-
-
-def _nothing(spec: Spec) -> Array:
-    return np.zeros(spec.shape, numpy_dtype(spec.dtype))
 
 
 def _layout(known: Mapping[str, Array] | None = None, stated: Stated = NOTHING, **leaves: _Leaf) -> Layout:

@@ -11,11 +11,10 @@ import numpy as np
 
 from paramend._optional import need
 from paramend.errors import Unsupported
-from paramend.leaves.codecs.codec import Codec, Parts
+from paramend.leaves.codecs.codec import Codec, Parts, Stated
 from paramend.leaves.codecs.codes import codes_of
 from paramend.leaves.codecs.fields import Field
 from paramend.leaves.codecs.scalings import Plain
-from paramend.leaves.codecs.stated import Stated
 from paramend.leaves.origins.boxes import Box, Places, evenly
 from paramend.leaves.specs import BLOCKS, Array, Spec, numpy_dtype
 
@@ -93,11 +92,7 @@ class Blocks(Codec):
         return found.reshape(*blocks.shape[:-1], -1)
 
     def blocks(self, values: Array) -> Array:
-        """The blocks of values, each to the nearest.
-
-        Raises:
-            Unsupported: a value is not finite, or too large for the scale of a block.
-        """
+        """The blocks of values, each to the nearest; `Unsupported` if one is not finite, or too large for a scale."""
         rows = np.ascontiguousarray(values, _F32).reshape(-1, self.size)
         found: Array = np.empty(len(rows), self.dtype)
         for at in range(0, len(rows), _STEP):

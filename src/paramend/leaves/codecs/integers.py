@@ -2,11 +2,10 @@
 
 import numpy as np
 
-from paramend.leaves.codecs.codec import Codec, Parts
+from paramend.leaves.codecs.codec import Codec, Parts, Stated, disagree
 from paramend.leaves.codecs.codes import codes_of
 from paramend.leaves.codecs.fields import Field, Packing
 from paramend.leaves.codecs.scalings import Plain
-from paramend.leaves.codecs.stated import Stated, disagree
 from paramend.leaves.specs import Spec
 
 # The bits that a layout may have if nothing says which, likely ones first.
@@ -16,13 +15,8 @@ _AWQ = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 def packed(scheme: str, parts: Parts, stated: Stated) -> Codec:
-    """The codec of what compressed-tensors calls pack-quantized: (code - 2^(bits-1) - zero point) · scale.
-
-    The dtype is that of the scales, as there.
-
-    Raises:
-        SpecMismatch: bits, groups and shapes disagree.
-    """
+    """The codec of what compressed-tensors calls pack-quantized: (code - 2^(bits-1) - zero point) · scale. The dtype is
+    that of the scales, as there."""
     payload, scale = parts["payload"], parts["scale"]
     words, grid, last = payload.spec.shape, scale.spec.shape, payload.spec.ndim - 1
     shape = tuple(map(int, parts["shape"].read().reshape(-1))) if "shape" in parts else ()
@@ -55,21 +49,14 @@ def packed(scheme: str, parts: Parts, stated: Stated) -> Codec:
 
 
 def gptq(scheme: str, parts: Parts, stated: Stated) -> Codec:
-    """The codec of GPTQ: (code - zero point) · scale, with zero points stored one lower in its first version.
-
-    Raises:
-        SpecMismatch: bits, groups and shapes disagree, or the zero points and what says their version.
-    """
+    """The codec of GPTQ: (code - zero point) · scale, with zero points stored one lower in its first version."""
     _check_matrix(parts)
     payload, scale = parts["payload"], parts["scale"]
     (rows, outputs), groups = payload.spec.shape, scale.spec.shape[0]
     bits = _gptq_bits(parts, stated)
     inputs = rows * 32 // bits
     every = (_group(parts, inputs, groups, stated), 1)
-    fields = {
-        "payload": Field(payload.spec, (1, 1), Packing(0, bits)),
-        "scale": Field(scale.spec, every),
-    }
+    fields = {"payload": Field(payload.spec, (1, 1), Packing(0, bits)), "scale": Field(scale.spec, every)}
     first = 0
     if "zero" in parts:
         fields["zero"] = Field(parts["zero"].spec, every, Packing(1, bits))
@@ -88,21 +75,14 @@ def gptq(scheme: str, parts: Parts, stated: Stated) -> Codec:
 
 
 def awq(scheme: str, parts: Parts, stated: Stated) -> Codec:
-    """The codec of AWQ: (code - zero point) · scale, packed along the outputs in an order of their own.
-
-    Raises:
-        SpecMismatch: bits, groups and shapes disagree.
-    """
+    """The codec of AWQ: (code - zero point) · scale, packed along the outputs in an order of their own."""
     _check_matrix(parts)
     payload, scale = parts["payload"], parts["scale"]
     inputs, groups = payload.spec.shape[0], scale.spec.shape[0]
     if stated.bits not in (None, 4):
         raise disagree("there are 8 codes in a word", f"the configuration says {stated.bits} bits", payload, scale)
     every = (_group(parts, inputs, groups, stated), 1)
-    fields = {
-        "payload": Field(payload.spec, (1, 1), Packing(1, 4, _AWQ)),
-        "scale": Field(scale.spec, every),
-    }
+    fields = {"payload": Field(payload.spec, (1, 1), Packing(1, 4, _AWQ)), "scale": Field(scale.spec, every)}
     if "zero" in parts:
         fields["zero"] = Field(parts["zero"].spec, every, Packing(1, 4, _AWQ))
     codes = codes_of("0..15" if "zero" in parts else "-8..7")
@@ -171,10 +151,8 @@ def _gptq_bits(parts: Parts, stated: Stated) -> int:
 
 
 def _version(parts: Parts, field: Field, outputs: int, bits: int, stated: Stated) -> int:
-    """What is added to stored zero points: 1 in the first version of GPTQ, 0 in the second.
-
-    A symmetric model has one zero point, in the middle, so that it tells the version.
-    """
+    """What is added to stored zero points: 1 in the first version of GPTQ, 0 in the second. A symmetric model has one
+    zero point, in the middle, so that it tells the version."""
     groups = parts["zero"].spec.shape[0]
     zeros = np.unique(field.read(parts["zero"], (range(groups * max(field.every[0], 1)), range(outputs))))
     middle = 1 << bits - 1

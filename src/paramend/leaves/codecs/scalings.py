@@ -66,13 +66,9 @@ class Powers(Plain):
 
 @dataclass(frozen=True, slots=True)
 class Twice(Scaling):
-    """A scale for each block, and one for the scales, which come together first.
+    """A scale for each block, and one for the scales, which come together first."""
 
-    Attributes:
-        divides: whether the scales are divided by that of the scales, as in compressed-tensors, not multiplied.
-    """
-
-    divides: bool
+    divides: bool  # the scales by that of the scales, as in compressed-tensors; else they are multiplied
 
     def factors(self, grids: Grids) -> tuple[Array, ...]:
         scale, top = grids["scale"].astype(_F32), grids["global"].astype(_F32)
@@ -108,15 +104,10 @@ class Twice(Scaling):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Nested(Scaling):
-    """Scales that are codes themselves, in blocks with scales of their own.
+    """Scales that are codes themselves, in blocks with scales of their own."""
 
-    Attributes:
-        map: code → value.
-        offset: what is added to all.
-    """
-
-    map: Array
-    offset: float
+    map: Array  # code → value
+    offset: float  # added to all
 
     def factors(self, grids: Grids) -> tuple[Array, ...]:
         return (self.map[grids["scale"]] * grids["nested scale"] + _F32(self.offset),)

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from paramend.leaves.origins.boxes import Box, contiguous, select, shape_of
-from paramend.leaves.origins.origin import CHUNK, Given, Namer, Origin
+from paramend.leaves.origins.origin import CHUNK, Given, Namer, Origin, Unstored
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 
 # A leaf as matrices, in C order: how many there are, their rows, their columns.
@@ -21,27 +21,16 @@ _Terms: TypeAlias = list[tuple[Array, Array | None]]
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """`scale * u[n] @ v[n]` for each of n matrices of a leaf, at some of their rows and columns.
+    """`scale * u[n] @ v[n]` for each of n matrices of a leaf, at some of their rows and columns."""
 
-    Attributes:
-        scale: the factor.
-        u: of shape (n, rows, rank).
-        v: of shape (n, rank, columns).
-        first: the number of the first matrix.
-        rows: the rows that it is added to; None for all.
-        columns: the columns; None for all.
-        magnitude: the norms that these rows, or columns, have afterwards; None if they keep theirs.
-        along: what the norms are those of: 0 for rows, 1 for columns.
-    """
-
-    scale: float
-    u: Origin
-    v: Origin
-    first: int = 0
-    rows: range | None = None
-    columns: range | None = None
-    magnitude: Origin | None = None
-    along: int = 0
+    scale: float  # the factor
+    u: Origin  # of shape (n, rows, rank)
+    v: Origin  # of shape (n, rank, columns)
+    first: int = 0  # the number of the first matrix
+    rows: range | None = None  # the rows that it is added to; None for all
+    columns: range | None = None  # the columns; None for all
+    magnitude: Origin | None = None  # the norms that these rows, or columns, have afterwards; None if they keep theirs
+    along: int = 0  # what the norms are those of: 0 for rows, 1 for columns
 
     @property
     def children(self) -> tuple[Origin, ...]:
@@ -75,28 +64,13 @@ class _Ready:
         self.gain = np.divide(magnitude, norms, out=np.ones_like(norms), where=norms > 0)
 
 
-class Combined(Given):
-    """A leaf with products added, in float32, or float64 if that is a dtype of it; then it is rounded once.
+class Combined(Unstored, Given):
+    """A leaf with products added, in float32, or float64 if that is a dtype of it; then it is rounded once. Products
+    come in passes. Those of one are added together; then rows and columns get the norms that it wants, which are
+    measured on the leaf with the products of this pass alone. By default the leaf is viewed as one matrix, and keeps
+    its dtype."""
 
-    Products come in passes. Those of one are added together; then rows and columns get the norms that it wants, which
-    are measured on the leaf with the products of this pass alone.
-
-    Args:
-        base: the leaf before.
-        passes: the products.
-        view: the leaf as matrices; by default it is one.
-        dtype: that of the result; by default that of the leaf.
-
-    >>> from paramend.leaves.origins.stored import Held
-    >>> column = np.array([[[1.0], [2.0]]])
-    >>> product = Product(0.5, Held(column), Held(column.reshape(1, 1, 2)))
-    >>> Combined(Held(np.zeros((2, 2), np.float32)), [[product]]).read().tolist()
-    [[0.5, 1.0], [1.0, 2.0]]
-    """
-
-    moves = False
     tile = 4 * CHUNK  # so many are computed while those before are written
-    extents = None
 
     def __init__(
         self, base: Origin, passes: Sequence[Sequence[Product]], view: View | None = None, dtype: str = ""

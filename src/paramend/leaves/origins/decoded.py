@@ -7,7 +7,7 @@ import numpy as np
 
 from paramend.leaves.codecs.codec import Codec
 from paramend.leaves.origins.boxes import Box, shape_of
-from paramend.leaves.origins.origin import Namer, Origin
+from paramend.leaves.origins.origin import Namer, Origin, Unstored
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 
 # Elements that are put together while those before are written.
@@ -17,19 +17,12 @@ _CACHED = 1 << 17
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Decoded(Origin):
-    """The values of a weight with the axes that it is stored with; `decoded` gives it as its model has it.
-
-    Attributes:
-        codec: how they are made.
-        parts: role → leaf of the group, with the axes of the weight.
-        dtype: that of the values, which are computed in float32 and rounded once.
-    """
+class Decoded(Unstored):
+    """The values of a weight with the axes that it is stored with; `decoded` gives it as its model has it."""
 
     codec: Codec
-    parts: Mapping[str, Origin]
-    dtype: str
-    moves = False
+    parts: Mapping[str, Origin]  # role → leaf of the group, with the axes of the weight
+    dtype: str  # to which values, computed in float32, are rounded once
 
     @property
     def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
@@ -46,10 +39,6 @@ class Decoded(Origin):
     @property
     def tile(self) -> int:
         return max(_TILE, *(child.tile for child in self.children))
-
-    @property
-    def extents(self) -> None:
-        """None: the bytes are computed."""
 
     def read_box(self, box: Box) -> Array:
         shape = shape_of(box)
@@ -87,12 +76,6 @@ class Decoded(Origin):
 
 
 def decoded(codec: Codec, parts: Mapping[str, Origin], dtype: str = "") -> Origin:
-    """A quantised weight as its model has it: the name of its axes, and values.
-
-    Args:
-        codec: from `codec_of`.
-        parts: role → leaf of the group.
-        dtype: that of the values; the library's by default.
-    """
+    """A quantised weight as its model has it, of leaves by role, in a dtype, by default that of the library."""
     stored = Decoded(codec, codec.views(parts), dtype or codec.spec.dtype)
     return codec.weight(stored)

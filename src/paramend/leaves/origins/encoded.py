@@ -8,6 +8,7 @@ from itertools import product
 
 import numpy as np
 
+from paramend.errors import Quantized
 from paramend.leaves.codecs.codec import Codec, Grids, Parts
 from paramend.leaves.codecs.encoding import (
     Bounds,
@@ -21,10 +22,9 @@ from paramend.leaves.codecs.encoding import (
     unit,
 )
 from paramend.leaves.codecs.ggml import Blocks
-from paramend.leaves.origins.blocked import encoded_blocks
-from paramend.leaves.origins.boxes import Box, ends, select, shape_of, whole
+from paramend.leaves.origins.boxes import Box, ends, select, shape_of, shifted, whole
 from paramend.leaves.origins.moved import permute_axes, reshape
-from paramend.leaves.origins.origin import CHUNK, Namer, Origin
+from paramend.leaves.origins.origin import CHUNK, Namer, Origin, Unstored
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 
 # Bytes of scales that are kept until their leaf is read; they are computed again where there are more.
@@ -39,32 +39,21 @@ class _Shared(dict[Box, Grids]):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Encoded(Origin):
-    """A leaf of a group with the axes of the weight; `encoded` gives it as it is stored.
+class Encoded(Unstored):
+    """A leaf of a group with the axes of the weight; `encoded` gives it as it is stored."""
 
-    Attributes:
-        codec: how values are encoded.
-        values: the weight, with the axes of storage.
-        role: the leaf: "payload", "scale", "zero", or that of scales of scales.
-        kept: the leaves as they are, of an edited weight: blocks without a change keep their bytes.
-        keep: whether scales are kept, and only codes change.
-        even: whether no zero points depend on the values.
-        free: whether a scale of scales may grow, if a block needs that: then all blocks are encoded anew.
-        misfit: what is measured while codes are read.
-        made: box → scales and zero points there, which all leaves of the weight share, as far as they are few.
-    """
-
-    codec: Codec
-    values: Origin
-    role: str
+    codec: Codec  # how values are encoded
+    values: Origin  # the weight, with the axes of storage
+    role: str  # the leaf: "payload", "scale", "zero", or that of scales of scales
+    # The leaves as they are, of an edited weight: blocks without a change keep their bytes.
     kept: Parts = field(default_factory=dict)
-    keep: bool = False
-    even: bool = True
-    free: bool = False
-    misfit: Misfit | None = None
+    keep: bool = False  # whether scales are kept, and only codes change
+    even: bool = True  # whether no zero points depend on the values
+    free: bool = False  # whether a scale of scales may grow, if a block needs that: then all blocks are encoded anew
+    misfit: Misfit | None = None  # what is measured while codes are read
+    # Box → scales and zero points there, which all leaves of the weight share, as far as they are few.
     made: _Shared = field(default_factory=_Shared, compare=False)
     _last: tuple[Box, Array] | None = field(default=None, init=False, compare=False)
-    moves = False
     together = True
 
     @property
@@ -78,10 +67,6 @@ class Encoded(Origin):
     @property
     def bits(self) -> int:
         return 8 * numpy_dtype(self.spec.dtype).itemsize
-
-    @property
-    def extents(self) -> None:
-        """None: the bytes are computed."""
 
     def text(self, name: Namer) -> str:
         how = ", scales kept" if self.keep else ""
@@ -103,7 +88,7 @@ class Encoded(Origin):
             if self._last is None or self._last[0] != places:
                 object.__setattr__(self, "_last", (places, self._encoded(places)))
             found[tuple(old)] = self._last[1][tuple(new)]  # type: ignore[index]
-        near = (_moved(places, low.start) for places, low in zip(box, cover, strict=True))
+        near = (shifted(places, low.start) for places, low in zip(box, cover, strict=True))
         return np.array(select(found, tuple(near)))
 
     def _encoded(self, box: Box) -> Array:
@@ -241,6 +226,46 @@ class Encoded(Origin):
         }
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class Blocked(Unstored):
+    """The blocks for some values, each encoded when it is read."""
+
+    codec: Blocks
+    values: Origin
+    kept: Origin | None = None  # the blocks as they are, of an edited weight: those whose values stay keep their bytes
+    misfit: Misfit | None = None  # what is measured while blocks are read
+
+    @property
+    def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
+        return (self.values,) if self.kept is None else (self.values, self.kept)
+
+    @property
+    def spec(self) -> Spec:
+        return self.codec.fields["payload"].spec
+
+    @property
+    def tile(self) -> int:
+        return max(CHUNK // self.codec.size, 1)
+
+    def text(self, name: Namer) -> str:
+        return f"encode({self.codec.scheme}, {self.values.text(name)})"
+
+    def read_box(self, box: Box) -> Array:
+        values = self.values.read_box((*box[:-1], self.codec.around(box[-1]))).astype(np.float32)
+        parts = values.reshape(*values.shape[:-1], -1, self.codec.size)
+        changed = np.ones(parts.shape[:-1], np.bool_)
+        old = None if self.kept is None else self.kept.read_box(box)
+        if old is not None:
+            before = self.codec.of(old).reshape(parts.shape)
+            changed = (parts.view(np.uint32) != before.view(np.uint32)).any(axis=-1)
+        found: Array = np.empty(changed.shape, self.codec.dtype) if old is None else np.array(old)
+        found[changed] = self.codec.blocks(parts[changed].reshape(1, -1))[0] if changed.any() else found[changed]
+        if self.misfit is not None and changed.size:
+            start = tuple(int(places[0]) for places in box)
+            self.misfit.measure(start, values, self.codec.of(found), int(changed.sum()))
+        return found
+
+
 def encoded(
     codec: Codec,
     weight: Origin,
@@ -259,12 +284,10 @@ def encoded(
         specs: role → spec of the leaf as it is stored.
         kept: the leaves as they are, of an edited weight: blocks whose values are what these decode to keep their
             bytes. Of a new weight, the leaves that are known without its values.
-        keep: whether scales and zero points stay, but for scales that are inf or NaN, so that only codes change.
-        free: whether a scale of scales may grow.
-        misfit: what measures how far the values of the codes are from the weight, as they are read.
+        keep, free, misfit: as in `Encoded`.
     """
     if isinstance(codec, Blocks):
-        return encoded_blocks(codec, weight, kept or {}, misfit)
+        return _blocks(codec, weight, kept or {}, misfit)
     views = codec.views(kept or {})
     axes = [codec.axes.index(axis) for axis in range(len(codec.axes))]
     values = reshape(weight, codec.spec.shape) if codec.shape else permute_axes(weight, axes) if axes else weight
@@ -278,5 +301,9 @@ def encoded(
     return {role: reshape(Encoded(codec, values, role, views, *how), specs[role].shape) for role in roles}
 
 
-def _moved(places: range | Array, low: int) -> range | Array:
-    return range(places.start - low, places.stop - low, places.step) if isinstance(places, range) else places - low
+def _blocks(codec: Blocks, weight: Origin, kept: Mapping[str, Origin], misfit: Misfit | None) -> dict[str, Origin]:
+    """The blocks for new values of a weight, as the leaves of its group."""
+    if not codec.writes:
+        said = f"a weight in {codec.scheme} would be encoded, which is only decoded"
+        raise Quantized(said, scheme=codec.scheme, payload="", hint='pm.dequantize(tree, selector, dtype="float16")')
+    return {"payload": Blocked(codec, reshape(weight, codec.spec.shape), kept.get("payload"), misfit)}

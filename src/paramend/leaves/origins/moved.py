@@ -13,7 +13,7 @@ import numpy as np
 
 from paramend.errors import SpecMismatch
 from paramend.leaves.origins.boxes import Box, Places, Runs, bare, boxes_of, chosen, cut, evenly, shape_of
-from paramend.leaves.origins.origin import PAGE, TILE, Namer, Origin
+from paramend.leaves.origins.origin import PAGE, TILE, Namer, OfOne, OfParts, Origin, Unstored
 from paramend.leaves.origins.texts import listed, written
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 
@@ -23,21 +23,10 @@ _BAND = 1 << 17
 How = Literal["concat", "stack", "interleave"]
 
 
-class _Whole(Origin):
-    """The elements of one other origin, elsewhere."""
-
-    whole: Origin
-
-    @property
-    def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
-        return (self.whole,)
-
-
 @dataclass(frozen=True, eq=False, repr=False)
-class Taken(_Whole):
+class Taken(OfOne):
     """Some places along an axis, in their order, each perhaps often: a slice, one layer of a stack, permuted rows."""
 
-    whole: Origin
     axis: int
     places: Places
 
@@ -70,20 +59,12 @@ class Taken(_Whole):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Joined(Origin):
-    """Several origins along an axis, which "stack" makes.
+class Joined(OfParts):
+    """Several origins along an axis, which "stack" makes. Element i of part j comes to j·n + i for "concat", to i·k + j
+    for "interleave", n places and k parts; for "stack" part j is place j."""
 
-    Element i of part j comes to j·n + i for "concat", to i·k + j for "interleave", n places and k parts; for "stack"
-    part j is place j.
-    """
-
-    parts: tuple[Origin, ...]
     axis: int
     how: How
-
-    @property
-    def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
-        return self.parts
 
     @property
     def spec(self) -> Spec:
@@ -155,10 +136,9 @@ class Joined(Origin):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Permuted(_Whole):
+class Permuted(OfOne):
     """The axes in another order, as by numpy's `transpose`."""
 
-    whole: Origin
     axes: tuple[int, ...]
 
     @property
@@ -209,17 +189,8 @@ class Permuted(_Whole):
         return f"transpose({self.whole.text(name)}, {list(self.axes)})"
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Summed(Origin):
+class Summed(Unstored, OfParts):
     """The sum of origins of one spec, the only ones here whose bytes are new."""
-
-    moves = False
-
-    parts: tuple[Origin, ...]
-
-    @property
-    def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
-        return self.parts
 
     @property
     def spec(self) -> Spec:
@@ -231,14 +202,11 @@ class Summed(Origin):
             found = found + part.read_box(box)
         return found
 
-    def trace(self, runs: Runs, most: int) -> Traced | None:
-        return None
-
     def text(self, name: Namer) -> str:
         return f"({' + '.join(part.text(name) for part in self.parts)})"
 
 
-class Reshape(_Whole):
+class Reshape(OfOne):
     """The same elements in the same order, with other axes."""
 
     def read_range(self, start: int, stop: int) -> Array:
@@ -258,7 +226,6 @@ class Reshape(_Whole):
 class Merged(Reshape):
     """Some axes as one: `count` from the first on; 0 makes an axis of one place."""
 
-    whole: Origin
     axis: int
     count: int
 
@@ -308,7 +275,6 @@ class Merged(Reshape):
 class Split(Reshape):
     """One axis as several of these lengths; none for an axis of one place that goes."""
 
-    whole: Origin
     axis: int
     lengths: tuple[int, ...]
 

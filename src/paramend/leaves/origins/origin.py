@@ -37,11 +37,9 @@ Namer: TypeAlias = Callable[["Origin"], str]
 
 
 class Origin(Unread, ABC):
-    """Where a leaf comes from: its spec is known without data, its elements are read box by box.
-
-    An origin never changes. Its text is the expression, as dry runs and records show it. One without children is a leaf
-    of a source, or made; `says` is what it is called in a text.
-    """
+    """Where a leaf comes from: its spec is known without data, its elements are read box by box. An origin never
+    changes. Its text is the expression, as dry runs and records show it. One without children is a leaf of a source, or
+    made; `says` is what it is called in a text."""
 
     children: tuple["Origin", ...] = ()
     says: str = ""
@@ -162,24 +160,58 @@ class Given(Origin):
         return self._spec
 
 
+class Unstored(Origin):
+    """An origin whose bytes are computed, and in no file."""
+
+    moves = False
+    extents = None
+
+
 @dataclass(frozen=True, eq=False, repr=False)
-class Computed(Origin):
-    """Elements that are computed from those of another origin, box by box; its spec, unless a kind says otherwise."""
+class OfOne(Origin):
+    """An origin that is made of another."""
 
     whole: Origin
-    moves = False
 
     @property
     def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
         return (self.whole,)
 
+
+@dataclass(frozen=True, eq=False, repr=False)
+class OfParts(Origin):
+    """An origin that is made of several."""
+
+    parts: tuple[Origin, ...]
+
+    @property
+    def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
+        return self.parts
+
+
+class Computed(Unstored, OfOne):
+    """Elements that are computed from those of another origin, box by box; its spec, unless a kind says otherwise."""
+
     @property
     def spec(self) -> Spec:
         return self.whole.spec
 
+
+class Partly(Unstored):
+    """New values of a leaf, of which an engine that writes in place writes only what is not what it was."""
+
     @property
-    def extents(self) -> None:
-        """None: the bytes are computed."""
+    def changed(self) -> Array:
+        """The bytes of the leaf that are not what they were, as (start, stop), ascending."""
+        raise NotImplementedError
+
+    def data(self, start: int, stop: int, old: Callable[[], bytearray]) -> bytes | memoryview:
+        """Some bytes of the leaf; `old` reads those that it had there."""
+        raise NotImplementedError
+
+    def contents(self) -> Iterator[memoryview]:
+        """All bytes, in pieces, also of what cannot be read as an array."""
+        raise NotImplementedError
 
 
 def _extents(traced: Sequence[tuple[Origin, Runs]]) -> list[Extent] | None:

@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from paramend.leaves.origins.boxes import Box, contiguous, select, shape_of
-from paramend.leaves.origins.origin import Namer, Origin
+from paramend.leaves.origins.origin import Namer, OfParts, Unstored
 from paramend.leaves.specs import Array, Spec, numpy_dtype
 
 X = TypeVar("X")
@@ -59,17 +59,11 @@ def abreast(work: Callable[[X], Y], items: Iterable[X]) -> Iterator[Y]:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Reduced(Origin):
+class Reduced(Unstored, OfParts):
     """The elements of several leaves of one shape, reduced to one each."""
 
-    parts: tuple[Origin, ...]
     how: Reduction
     dtype: str
-    moves = False
-
-    @property
-    def children(self) -> tuple[Origin, ...]:  # type: ignore[override]
-        return self.parts
 
     @property
     def spec(self) -> Spec:
@@ -86,10 +80,6 @@ class Reduced(Origin):
     @property
     def tile(self) -> int:
         return max(_TILE, self.how.align)
-
-    @property
-    def extents(self) -> None:
-        """None: the bytes are computed."""
 
     def ranges(self) -> Iterator[tuple[int, int]]:
         step = self.tile - self.tile % self.how.align

@@ -1,4 +1,4 @@
-"""`Rescaled` and `Flipped`: the leaves of a group with which its weight is multiplied by a number, codes kept."""
+"""The leaves of a group with which its weight is multiplied by a number: other scales, or blocks with other scales."""
 
 import math
 from collections.abc import Mapping
@@ -9,7 +9,6 @@ import numpy as np
 from paramend.leaves.codecs.codec import Codec
 from paramend.leaves.codecs.ggml import Blocks
 from paramend.leaves.codecs.scalings import powers
-from paramend.leaves.origins.blocked import times
 from paramend.leaves.origins.boxes import Box
 from paramend.leaves.origins.origin import Computed, Namer, Origin
 from paramend.leaves.specs import Array, numpy_dtype
@@ -19,11 +18,7 @@ _POWERS = ("uint8", "float8_e8m0fnu")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Rescaled(Computed):
-    """Scales, each multiplied by a number in float32; exponents, with one added.
-
-    Attributes:
-        factor: the number.
-    """
+    """Scales, each multiplied by a number in float32; exponents, with one added."""
 
     factor: float
 
@@ -57,11 +52,7 @@ class Rescaled(Computed):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Flipped(Computed):
-    """Codes with some bits of each byte flipped, as those of their signs.
-
-    Attributes:
-        mask: the bits.
-    """
+    """Codes with some bits of each byte flipped, as those of their signs."""
 
     mask: int
 
@@ -73,19 +64,36 @@ class Flipped(Computed):
         return f"{self.whole.text(name)}.multiply(-1)"
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class Times(Computed):
+    """Blocks of which the scales are multiplied by a number."""
+
+    codec: Blocks
+    factor: float
+
+    def read_box(self, box: Box) -> Array:
+        found = self.codec.times(self.whole.read_box(box), self.factor)
+        assert found is not None
+        return found
+
+    def text(self, name: Namer) -> str:
+        return f"{self.whole.text(name)}.multiply({self.factor:g})"
+
+
+def _times(codec: Blocks, parts: Mapping[str, Origin], factor: float) -> dict[str, Origin] | None:
+    """The blocks of a weight times a number, if the scales of all of them can take it; else None."""
+    payload = parts["payload"]
+    if not factor or any(codec.times(payload.read_range(*each), factor) is None for each in payload.ranges()):
+        return None
+    return {"payload": Times(payload, codec, factor)}
+
+
 def rescaled(codec: Codec, parts: Mapping[str, Origin], factor: float) -> dict[str, Origin] | None:
-    """The leaves that change for a weight multiplied by a number, where its scales can take it; else None.
-
-    Scales of float32 take it to one rounding, powers of two take powers of two. A negative number flips the signs of
-    codes, if they have signs.
-
-    Args:
-        codec: the codec of the weight.
-        parts: role → leaf of the group.
-        factor: the number.
-    """
+    """The leaves that change for a weight multiplied by a number, where its scales can take it; else None. Scales of
+    float32 take it to one rounding, powers of two take powers of two. A negative number flips the signs of codes, if
+    they have signs."""
     if isinstance(codec, Blocks):
-        return times(codec, parts, factor)
+        return _times(codec, parts, factor)
     found: dict[str, Origin] = {}
     through = codec.scaling.through(abs(factor)) if factor and math.isfinite(factor) else None
     if through is None or (factor < 0 and not codec.codes.sign):

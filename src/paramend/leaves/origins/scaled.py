@@ -16,14 +16,10 @@ Term: TypeAlias = tuple[float, tuple[Array | None, ...]]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Scaled(Computed):
-    """The elements times the sum of some terms, computed in float32, of float64 in float64, and rounded once.
-
-    Attributes:
-        shift: what is added before and taken away after: 1 for gains that their norm adds to 1.
-    """
+    """The elements times the sum of some terms, computed in float32, of float64 in float64, and rounded once."""
 
     terms: tuple[Term, ...]
-    shift: float = 0.0
+    shift: float = 0.0  # added before and taken away after: 1 for gains that their norm adds to 1
 
     def read_box(self, box: Box) -> Array:
         stored = self.whole.read_box(box)

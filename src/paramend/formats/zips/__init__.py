@@ -1,1 +1,0 @@
-"""Zip archives whose members are uncompressed: where each is, and the headers around it."""

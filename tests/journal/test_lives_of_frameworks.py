@@ -1,0 +1,11 @@
+"""Lives of checkpoints, as in test_lives.py, whose formats torch, gguf and flax define."""
+
+import pytest
+
+from support.stateful import live
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, about itself
+@pytest.mark.parametrize(("kind", "steps"), [("torch", 40), ("gguf", 40), ("dcp", 20), ("msgpack", 20)])
+def test_lives(kind, steps):
+    live(kind, steps, each=20)
