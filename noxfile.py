@@ -95,7 +95,7 @@ def oldest(session, what):
     lowest = "--resolution=lowest-direct"
     if what == "plain":
         install(session, [], lowest)
-        run_tests(session, files(()))
+        run_tests(session, files(()), "-m", "not slow")
         return
     paths = of_jax(session, lowest)
     # Old packages warn of what newer ones dropped; the package gguf has learned these types later.
