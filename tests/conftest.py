@@ -37,6 +37,8 @@ ON_DEMAND = {
 }
 # What XLA optimizes is not what is tested, and costs a fifth of the time; `tests/portable.py` compiles as users do.
 HOST = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+# A program that two workers compile, processes that tests start, or the next run: once is enough.
+COMPILED = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 # torch needs some of the memory too.
 ACCELERATOR = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 LEFT_OUT = pytest.StashKey[dict[str, int]]()
@@ -44,8 +46,12 @@ LEFT_OUT = pytest.StashKey[dict[str, int]]()
 
 def pytest_configure(config):
     asked = re.search(r"(?<!not )\bgpu\b", config.option.markexpr)
-    for name, value in (ACCELERATOR if asked else HOST).items():
+    for name, value in (ACCELERATOR if asked else HOST | COMPILED).items():
         os.environ.setdefault(name, value)
+    if not asked and hasattr(config, "cache"):
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("compiled")))
+    # A program that another process is just writing is compiled.
+    config.addinivalue_line("filterwarnings", "ignore:Error (read|writ)ing persistent compilation cache:UserWarning")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -150,7 +150,7 @@ FORMS = [(name, mistake, form) for name in NAMES for mistake in TAUGHT[name].mis
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_reference_passes(name):
-    verdict = grade(TAUGHT[name], TAUGHT[name].reference, trials=3)
+    verdict = grade(TAUGHT[name], TAUGHT[name].reference, trials=3, seed=1)
     assert verdict.passed and not verdict.failures and not verdict.likeness
     assert f"{name}: passed on" in str(verdict)
 
