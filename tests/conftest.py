@@ -37,6 +37,8 @@ ON_DEMAND = {
 }
 # What XLA optimizes is not what is tested, and costs a fifth of the time; `tests/portable.py` compiles as users do.
 HOST = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+# Threads of torch spin while they wait for each other, and workers fill the cores: models took it four times as long.
+HOST |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 # A program that two workers compile, processes that tests start, or the next run: once is enough.
 COMPILED = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 # torch needs some of the memory too.
