@@ -60,7 +60,9 @@ def files(has, of=()):
 
 
 def install(session, extras, *options, more=()):
-    session.install(*options, f".[{','.join(extras)}]", *(LINES[module] for module in sorted(TOOLS | set(more))))
+    session.install(
+        *options, f".[{','.join(extras)}]" if extras else ".", *(LINES[module] for module in sorted(TOOLS | set(more)))
+    )
 
 
 def run_tests(session, paths, *options):
