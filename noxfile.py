@@ -1,6 +1,6 @@
 """Paramend on other Pythons, with the oldest and the newest releases of what it uses, and without each extra.
 
-    pip install nox uv
+    pip install nox        # and uv, for oldest_frameworks
     nox --list
     nox -s plain frameworks-3.13 oldest                            # environments are in .nox: delete them afterwards
     nox -s "without(extra='orbax')" -- tests/house/test_extras.py  # arguments of pytest, in place of the files chosen
@@ -22,7 +22,7 @@ ABOVE_JAX = {"equinox", "haiku", "cloudpickle"}
 MODULES = {"orbax-checkpoint": "orbax", "dm-haiku": "haiku", "scikit-learn": "sklearn"}  # others: the package's name
 
 nox.needs_version = ">=2025.2.9"
-nox.options.default_venv_backend = "uv"
+nox.options.default_venv_backend = "venv"  # pip: uv would bring torch with gigabytes of CUDA
 nox.options.download_python = "never"
 nox.options.sessions = ["plain", "oldest"]
 
@@ -60,7 +60,9 @@ def files(has, of=()):
 
 
 def install(session, extras, *options, more=()):
-    session.install(*options, f".[{','.join(extras)}]", *(LINES[module] for module in sorted(TOOLS | set(more))))
+    session.install(
+        *options, f".[{','.join(extras)}]" if extras else ".", *(LINES[module] for module in sorted(TOOLS | set(more)))
+    )
 
 
 def run_tests(session, paths, *options):
@@ -89,21 +91,22 @@ def frameworks(session):
 
 
 @nox.session(python=PYTHONS[0])
-@nox.parametrize("what", ["plain", "frameworks"])
-def oldest(session, what):
-    """With each release that pyproject.toml names as the first, as far as the others allow it."""
-    lowest = "--resolution=lowest-direct"
-    if what == "plain":
-        install(session, [], lowest)
-        run_tests(session, files(()))
-        return
-    paths = of_jax(session, lowest)
+def oldest(session):
+    """With numpy and what Paramend itself needs, each in the first release that pyproject.toml names."""
+    install(session, [], *(line.replace(">=", "==") for line in TOML["project"]["dependencies"]))
+    run_tests(session, files(()), "-m", "not slow")
+
+
+@nox.session(python=PYTHONS[0], venv_backend="uv")
+def oldest_frameworks(session):
+    """With JAX and all beside it in the first releases that pyproject.toml names, as far as the others allow it."""
+    paths = of_jax(session, "--resolution=lowest-direct")
     # Old packages warn of what newer ones dropped; the package gguf has learned these types later.
     late = ["-W", "default::DeprecationWarning", "-k", "not mxfp4 and not nvfp4"]
     run_tests(session, paths, *late, "-m", "not slow")
 
 
-@nox.session(python=PYTHONS[0], venv_backend="venv")  # pip: uv would bring torch with gigabytes of CUDA
+@nox.session(python=PYTHONS[0])
 @nox.parametrize("extra", FOR_USERS)
 def without(session, extra):
     """With every other extra: what needs this one says so, and the rest works."""

@@ -544,7 +544,7 @@ def test_errors_of_the_system_change_nothing(model, monkeypatch, where):
 
     def failing(*args, **options):
         count[0] += 1
-        if count[0] == {"rename": 2, "fsync": 5}.get(where, 1):
+        if where == "mkdir" or count[0] == {"rename": 2, "fsync": 5}.get(where, 1):
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(*args, **options)
 

@@ -8,7 +8,17 @@ import pytest
 
 from support import fuzzing, guided
 
-COUNTS = {"gguf": 500, "safetensors": 500, "index": 400, "torch": 500, "npz": 400, "msgpack": 500, "orbax": 150}
+COUNTS = {
+    "gguf": 500,
+    "dcp": 200,
+    "sharded": 300,
+    "safetensors": 500,
+    "index": 400,
+    "torch": 500,
+    "npz": 400,
+    "msgpack": 500,
+    "orbax": 150,
+}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:orbax")
@@ -23,13 +33,14 @@ def test_damage_gives_errors_of_our_own_and_nothing_else(kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", guided.KINDS)
 def test_damage_that_reaches_new_lines_gives_errors_of_our_own(kind):
-    assert not guided.search(kind, seconds=0, seed=1, count=50)
+    assert not guided.search(kind, seconds=0, seed=1, count=10 if kind == "steps" else 50)
 
 
 CASES = [
     *(("rewrite", "shards", 2), ("rewrite", "structure", 9)),
     *(
         ("patch", "delta", 9),
+        ("patch", "dcp-names", 9),
         ("patch", "gguf", 9),
         ("patch", "gguf-long", 9),
         ("patch", "shards", 9),
@@ -43,7 +54,18 @@ CASES = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("engine", "kind", "signum"), CASES)
 def test_a_stopped_writer_leaves_the_old_state_or_the_new_one(engine, kind, signum):
-    command = [sys.executable, Path(__file__).parents[1] / "support" / "killing.py", engine, kind, "12", str(signum)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    kill(engine, kind, 12, signum)
+
+
+@pytest.mark.far
+@pytest.mark.parametrize("kind", ["shards", "gguf", "torch"])
+def test_a_stopped_run_is_taken_up_until_it_is_whole(kind):
+    kill("resume", kind, 1, 9)
+
+
+def kill(engine, kind, rounds, signum):
+    script = Path(__file__).parents[1] / "support" / "killing.py"
+    command = [sys.executable, script, engine, kind, str(rounds), str(signum)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
-    assert "12 rounds" in done.stdout
+    assert f"{rounds} rounds" in done.stdout

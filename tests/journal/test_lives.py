@@ -1,6 +1,6 @@
 """Lives of checkpoints, in any order of patches, undos, kills, copies and moves; and what long ones have found."""
 
-import os
+import contextlib
 import shutil
 
 import numpy as np
@@ -10,7 +10,7 @@ import paramend as pm
 from paramend.journal.undo import recover
 from support.crashing import Crash, Machine
 from support.kinds import CONFIG, KINDS
-from support.stateful import Inserted, bits, live, records_of, visible
+from support.stateful import Inserted, bits, live, names_in, records_of, visible
 
 
 @pytest.mark.parametrize("kind", ["file", "shards", "npz"])
@@ -22,15 +22,13 @@ def more(path):
     return pm.patch(path, Inserted("more", np.arange(5, dtype="float32")))
 
 
-def dies(action, stop, path, *, power=None):
+def dies(action, stop, path):
     """Whether a program was killed at a call of the system."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        machine = Machine(monkeypatch, stop, power=power)
-        try:
-            action(path)
-        except Crash:
-            return True
+    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.suppress(Crash):
+        Machine(monkeypatch, stop)
+        action(path)
         return False
+    return True
 
 
 @pytest.mark.parametrize("kind", ["single", "shards"])
@@ -88,7 +86,7 @@ def test_a_file_that_is_renamed_with_its_records_can_be_taken_back(tmp_path, kin
     new = path.rename(path.with_name(f"another{path.suffix}"))
     records_of(path).rename(records_of(new))
     assert [pm.undo(new).left for _ in range(2)] == [1, 0]
-    assert new.read_bytes() == before and os.listdir(tmp_path) == [new.name]
+    assert new.read_bytes() == before and names_in(tmp_path) == {new.name}
 
 
 def test_records_that_are_copied_beside_another_file_are_not_for_it(tmp_path):
@@ -116,7 +114,7 @@ def test_nothing_stays_of_a_patch_that_was_killed_when_it_began_or_when_it_was_t
         dies(recover, stop % 7 + 1, path)
         pm.open(path).close()
         if visible(path) == before:
-            assert os.listdir(folder) == [path.name] and not records_of(path).exists()
+            assert names_in(folder) == {path.name} and not records_of(path).exists()
         if not dead:
             break
     assert stop > 15

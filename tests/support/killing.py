@@ -1,15 +1,17 @@
 """Writers that are stopped at random moments: what is left is the old state or the new one, never a third.
 
-    python tests/support/killing.py rewrite|patch KIND ROUNDS [SIGNAL] [SEED]      KIND: file, shards, torch, structure,
-    inserted, split, delta, gguf, gguf-long
+    python tests/support/killing.py rewrite|patch|resume KIND ROUNDS [SIGNAL] [SEED]      KIND: file, shards, torch,
+    structure, inserted, split, delta, gguf, gguf-long, dcp, dcp-names
 
-A child writes and is killed. Then the output is looked at, and the next writer must leave nothing of the killed one.
+A child writes and is killed. Then the output is looked at, and the next writer must leave nothing of the killed one;
+one that resumes makes what an undisturbed one makes.
 """
 
 import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -66,6 +68,12 @@ def make(folder, kind):
         return folder / "model"
     import torch
 
+    if kind.startswith("dcp"):
+        from support import distributed
+
+        halves = [((0, 0), (128, 256)), ((128, 0), (128, 256))]
+        tensors = {name: (torch.from_numpy(leaf), halves) for name, leaf in tree().items()}
+        return distributed.write(folder / "model.dcp", tensors)
     torch.save({"model": {k: torch.from_numpy(v) for k, v in tree().items()}, "epoch": 3}, folder / "model.pt")
     return folder / "model.pt"
 
@@ -79,6 +87,8 @@ def edit(kind):
     if kind.startswith("gguf"):
         name = "eman" if kind == "gguf" else "a longer name " * 9
         return lambda t: pm.config(pm.at(t, "**").add(1)).set({"general.name": name})
+    if kind == "dcp-names":
+        return lambda t: pm.at(pm.at(t, "**").add(1), "layers.0.w").rename("first")
     if kind in ("inserted", "split"):
         return lambda t: pm.insert(t, {"new": tree()}, "**")[0]
     if kind == "delta":
@@ -151,6 +161,36 @@ def rewrites(folder, kind, rounds, signum, rng):
     return seen
 
 
+def resumed(folder, kind, rounds, signum, rng):
+    """Runs with two workers, each killed and taken up until one comes to its end."""
+    from paramend.rewriting import jobs
+
+    jobs._COMPUTED, jobs._COPIED = 1 << 18, 1 << 18  # each leaf is a job
+    source = make(folder, kind)
+    whole, out = (folder / f"{name}{source.suffix}" for name in ("whole", "out"))
+    change = edit(kind)
+    change(pm.open(source)).save(whole)
+    (folder / "other").mkdir()
+    whole = whole.rename(folder / "other" / out.name)
+    kept = sorted(path.name for path in folder.iterdir())
+
+    def save():
+        change(pm.open(source)).save(out, resume=True, workers=2)
+
+    took, seen = timed(save), Counter()
+    for _ in range(rounds):
+        shutil.rmtree(out) if out.is_dir() else out.unlink()
+        longest = took
+        while not out.exists():
+            seen["at work"] += stopped(save, rng.random() * longest, signum)
+            longest *= 1.5
+            seen["taken up"] += any(folder.glob(".paramend-*.jsonl"))
+        assert content(out) == content(whole), "another outcome"
+        left = [name for name in sorted(path.name for path in folder.iterdir()) if name not in (*kept, out.name)]
+        assert not left, f"left behind: {left}"
+    return seen
+
+
 def patches(folder, kind, rounds, signum, rng):
     path = make(folder, kind)
     change, old = edit(kind), content(path)
@@ -185,7 +225,7 @@ def patches(folder, kind, rounds, signum, rng):
 
 
 def main(engine, kind, rounds, signum="9", seed="0"):
-    run = {"rewrite": rewrites, "patch": patches}[engine]
+    run = {"rewrite": rewrites, "patch": patches, "resume": resumed}[engine]
     # Opened lazily: not in the child.
     assert all((pm.patch, pm.undo, pm.history, pm.open, pm.config, pm.insert))
     with tempfile.TemporaryDirectory() as folder:

@@ -34,17 +34,13 @@ def leaves(*, without=(), bfloat16="bfloat16"):
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of checkpoint: `make` writes leaves into a folder and says where; `read` returns (leaves, configuration)."""
+    """A kind of checkpoint: `make` writes one into a folder and says where; `read` returns (leaves, configuration)."""
 
     make: Callable[[Path], Path]
     read: Callable[[Path], tuple[dict[str, np.ndarray], dict]]
     settings: tuple[dict, ...] = ()  # of a configuration that changes in place
     inserts: bool = False  # whether leaves can come to it in place
     relabels: bool = False  # whether leaves can go, and get other names, in place
-
-
-def is_of_json(path):
-    return path.name.endswith(".json")
 
 
 # ---- safetensors ---------------------------------------------------------------------------------------------------
@@ -94,8 +90,7 @@ def read_shards(path):
     table = None if single.exists() else json.loads(index.read_text())
     files = {single.name} if table is None else set(table["weight_map"].values())
     beside = {"config.json"} | ({index.name} if table else set())
-    inside = {file.name for file in path.iterdir() if file.is_file()}
-    assert inside == files | beside, inside ^ (files | beside)
+    assert {file.name for file in path.iterdir() if file.is_file()} == files | beside
     found = {}
     for file in sorted(files):
         inside = read_file(path / file)[0]

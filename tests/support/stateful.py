@@ -48,6 +48,10 @@ def visible(path):
     return {str(name): file.read_bytes() for name, file in inside.items() if ".undo" not in name.parts}
 
 
+def names_in(folder):
+    return {path.name for path in folder.iterdir()}
+
+
 def records_of(path):
     return path / ".undo" if path.is_dir() else path.with_name(f".{path.name}.undo")
 
@@ -417,7 +421,7 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: self.held is not None and self.sure())
     @rule(close=st.booleans())
     def read_held(self, close):
-        """A program that opened it before finds what was there then or since, or an error; a save is never a mixture."""
+        """A program that opened it before finds what was there then or since, or an error; no save is a mixture."""
         out = self.root / f"held{self.path.suffix}"
         try:
             for name in self.since[0].tree:
@@ -431,7 +435,7 @@ class Life(RuleBasedStateMachine):
             assert any(bits(tree) == bits(state.tree) and config == state.config for state in self.since)
         finally:
             remove(out)
-        assert not [name for name in os.listdir(self.root) if name.startswith(".paramend-")]
+        assert not [*self.root.glob(".paramend-*")]
         if close:
             self.held.close()
             self.held = None
@@ -483,6 +487,7 @@ class Life(RuleBasedStateMachine):
             if self.sure() and beside:
                 assert pm.history(new) == []
             new.rename(self.path)
+            self.since.append(self.stack[-1])
             return
         if beside and how == "alone":
             shutil.rmtree(records)
@@ -633,10 +638,10 @@ class Life(RuleBasedStateMachine):
         assert [named(row) for row in pm.history(self.path)] == [each.named for each in self.stack[1:]]
         records = records_of(self.path)
         beside = {self.path.name, "neighbour"} | ({records.name} if self.patched() and self.path.is_file() else set())
-        assert set(os.listdir(self.folder)) == beside, os.listdir(self.folder)
+        assert names_in(self.folder) == beside
         assert records.exists() == (len(self.stack) > 1)
         if records.exists():
-            numbers = sorted(set(os.listdir(records)) - {"lock"})
+            numbers = names_in(records) - {"lock"}
             assert len(numbers) == len(self.stack) - 1 and all(name.endswith(".done") for name in numbers)
             with UndoStore.of(self.path).locked():  # nobody has it
                 pass
@@ -666,7 +671,7 @@ def remove(path):
 
 
 def live(kind, steps, *, forks=False, number=None, each=30, shrinks=True):
-    """Run lives of a kind of checkpoint for about so many steps; the same ones unless there is a number to draw from."""
+    """Run lives of a kind of checkpoint for about so many steps, the same ones without a number to draw from."""
     made = type(f"Life_{kind}", (Life,), {"kind": KINDS[kind], "forks": forks})
     run = made if number is None else seed(number)(made)
     patient = settings(

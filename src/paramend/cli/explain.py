@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from importlib import resources
+from textwrap import indent
 
 import click
 
@@ -56,4 +57,5 @@ def explain(code: str | None) -> None:
         near = wording.closest(name, pages, limit=1)
         hint = f"Did you mean {near[0]!r}?" if near else "To list them: paramend explain"
         raise click.UsageError(f"There is no error {code!r}. {hint}")
-    click.echo(f"error[{name}]\n\n{pages[name]}")
+    page = re.sub(r"```\w*\n(.*?)```", lambda code: indent(code[1], "    ").rstrip(), pages[name], flags=re.DOTALL)
+    click.echo(f"error[{name}]\n\n{page}")

@@ -8,7 +8,7 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from paramend.errors import BadCheckpoint
 
@@ -71,10 +71,10 @@ def shrunk(path: Path) -> BadCheckpoint:
     return BadCheckpoint(f"{path}: the file became shorter while it was being read")
 
 
-def release(descriptor: Readable) -> None:
+def release(descriptor: Readable, system: Any = os, ignoring: Any = contextlib.suppress) -> None:
     """Close a file that was only read, or whose content is durable: what the system says then changes nothing."""
-    with contextlib.suppress(OSError):
-        os.close(descriptor) if isinstance(descriptor, int) else descriptor.close()
+    with ignoring(OSError):  # arguments: as Python ends, names of modules are gone before what they opened
+        system.close(descriptor) if isinstance(descriptor, int) else descriptor.close()
 
 
 def status_of(descriptor: Readable) -> os.stat_result:

@@ -94,14 +94,11 @@ class Row:
         return str(self.made) if self.made else ""
 
     def to_dict(self) -> dict[str, Any]:
-        return picked(self, *_FIELDS) | (data_of(self.coding) or {})
+        return picked(self, "path", *_SPECS, "edits", *_MORE) | (data_of(self.coding) or {})
 
 
-_FIELDS = (
-    *("path", "spec.dtype", "spec.shape", "spec.nbytes", "before.dtype as dtype_before"),
-    *("before.shape as shape_before", "edits", "was as renamed_from?", "added as inserted_from?"),
-    *("origin?", "damage.overflowed?", "damage.lost?"),
-)
+_SPECS = "spec.dtype", "spec.shape", "spec.nbytes", "before.dtype as dtype_before", "before.shape as shape_before"
+_MORE = "was as renamed_from?", "added as inserted_from?", "origin?", "damage.overflowed?", "damage.lost?"
 
 
 def _said(edit: Call) -> str:

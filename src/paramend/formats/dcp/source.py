@@ -214,6 +214,7 @@ class DcpCheckpoint(Assembled):
     """A directory of `torch.distributed.checkpoint` as `Leaves`: `.metadata`, and files of chunks."""
 
     format = "dcp"
+    steps = ()
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         path = path_of(path)

@@ -159,7 +159,7 @@ def _read_header(file: OpenFile) -> tuple[dict[str, Any], list[GgufEntry], int]:
         at, key = cursor.at, cursor.text("a key")
         if key in metadata:
             raise cursor.bad(f"the key {shown(key)} is there twice", at)
-        if key.count(".") >= MAX_PIECES:
+        if is_deep(key):
             raise cursor.bad(f"the key {shown(key)} has more than {MAX_PIECES} pieces", at)
         metadata[key] = cursor.value(f"the value of {shown(key)}")
     try:
