@@ -889,6 +889,7 @@ def test_a_written_file_is_read_by_torch(tmp_path, monkeypatch, wide):
 
 
 @pytest.mark.slow
+@pytest.mark.far
 def test_more_records_than_a_plain_zip_counts(tmp_path):
     path = tmp_path / "out.pt"
     items = [item((f"w{i}",), torch.ones(1)) for i in range(3)] * 22_000
