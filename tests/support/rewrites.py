@@ -109,7 +109,8 @@ def wider(path):
 
 
 def file_of(path, given):
-    pm.save(given, path, force=True)
+    if not path.exists():  # another file would be another donor
+        pm.save(given, path)
     return path
 
 

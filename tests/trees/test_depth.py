@@ -42,6 +42,6 @@ def test_a_tree_deeper_than_the_calls_that_are_left():
     with pytest.raises(Unsupported, match="the tree is nested deeper than the calls that are left"):
         with_few_calls_left(150, lambda: pm.at([tree], "**").zero())
     with pytest.raises(Unsupported, match="the tree is nested deeper than the calls that are left"):
-        with_few_calls_left(300, lambda: pm.at([tree], "**/w").rename("**/v"))
+        with_few_calls_left(160, lambda: pm.at([tree], "**/w").rename("**/v"))
     (leaf,) = with_few_calls_left(120, lambda: pm.at([{"a": np.ones(2)}], "**").zero())
     assert leaf["a"].tolist() == [0, 0]
