@@ -1,5 +1,6 @@
 """A slice of the random damage of tests/support/fuzzing.py, and of the random kills of tests/support/killing.py."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -63,9 +64,12 @@ def test_a_stopped_run_is_taken_up_until_it_is_whole(kind):
     kill("resume", kind, 1, 9)
 
 
+SUPPORT = Path(__file__).parents[1] / "support"
+ENV = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(SUPPORT.parent), os.environ.get("PYTHONPATH")]))}
+
+
 def kill(engine, kind, rounds, signum):
-    script = Path(__file__).parents[1] / "support" / "killing.py"
-    command = [sys.executable, script, engine, kind, str(rounds), str(signum)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    command = [sys.executable, SUPPORT / "killing.py", engine, kind, str(rounds), str(signum)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=ENV)
     assert done.returncode == 0, done.stderr
     assert f"{rounds} rounds" in done.stdout

@@ -309,7 +309,8 @@ def test_a_file_of_orbax_that_another_program_replaces_in_the_midst_of_an_exchan
     def renamed(old, new, **options):
         if str(new).startswith(str(path)) and ".undo" not in str(new) and not sync:
             sync.append(Path(new))
-            others = [file for file in path.rglob("*") if file.name == "0" and file != Path(new)]
+            others = sorted(file for file in path.rglob("*") if file.name == "0" and ".undo" not in file.parts)
+            others.remove(Path(new))
             others[-1].unlink()
             others[-1].write_bytes(b"another")
             sync.append(others[-1])

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 
 import paramend.lessons as lessons
-from paramend.cli.learn import lesson as command
+from paramend.cli.main import cli
 from paramend.errors import BadArgument, MissingExtra
 from paramend.lessons.grading import draw, grade
 from paramend.lessons.lesson import ROWS, Case, Lesson, find
@@ -529,7 +529,7 @@ def test_a_file_is_run_as_a_module_and_read_anew(tmp_path):
 
 
 def run(*args):
-    return CliRunner().invoke(command, [str(arg) for arg in args])
+    return CliRunner().invoke(cli, ["lesson", *map(str, args)])
 
 
 def test_the_list():

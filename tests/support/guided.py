@@ -221,7 +221,7 @@ def undo(folder, name):
 
     files = files_of(folder)
     changed = [file for file in files if file.endswith(".done")]
-    return Kind(files, changed, of_frames, "model.safetensors", told(use))
+    return Kind(files, changed, of_frames, "model.safetensors", told(use), stays=False)
 
 
 SELECTOR = (
