@@ -32,7 +32,7 @@ def _seeded():
 ON_DEMAND = {
     "browser": "in a browser",
     "mounts": "on file systems that they mount",
-    "far": "with Ray, a server of objects, several processes of jax and torch, or gigabytes",
+    "far": "with Ray, a server of objects, several processes, kills at random moments, or gigabytes",
     "gpu": "on an accelerator",
 }
 # What XLA optimizes is not what is tested, and costs a fifth of the time; `tests/portable.py` compiles as users do.

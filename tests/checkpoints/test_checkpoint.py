@@ -591,7 +591,7 @@ for line in sys.stdin:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.far
 def test_killed_at_any_moment_a_directory_is_old_or_new(tmp_path):
     tree = {f"layers.{i}.w": np.full(500_000, i, "float32") for i in range(4)}
     source, out = write_model(tmp_path / "in", tree, shards=4), tmp_path / "out"

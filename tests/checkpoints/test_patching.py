@@ -886,7 +886,7 @@ KILLER = """
 """
 
 
-@pytest.mark.slow
+@pytest.mark.far
 @pytest.mark.parametrize(("signum", "rounds"), [(signal.SIGKILL, 30), (signal.SIGINT, 20)], ids=["kill -9", "ctrl-c"])
 def test_stopped_at_random_moments(tmp_path, signum, rounds):
     path = tmp_path / "model.safetensors"

@@ -616,7 +616,7 @@ KILLER = """
 """
 
 
-@pytest.mark.slow
+@pytest.mark.far
 @pytest.mark.parametrize(
     ("name", "signum", "rounds"),
     [("ocdbt", signal.SIGKILL, 12), ("zarr", signal.SIGKILL, 12), ("ocdbt", signal.SIGINT, 5)],

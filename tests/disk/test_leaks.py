@@ -178,7 +178,7 @@ def test_nothing_stays_where_a_disk_is_full(desk, monkeypatch, verb):
 
 
 @pytest.mark.parametrize(
-    ("what", "count"), [("opens", 1000), ("errors", 100), *(pytest.param(w, 300, marks=pytest.mark.slow) for w in MANY)]
+    ("what", "count"), [("opens", 1000), ("errors", 100), *(pytest.param(w, 300, marks=pytest.mark.far) for w in MANY)]
 )
 def test_memory_does_not_grow(tmp_path, what, count):
     path = make_file(tmp_path)

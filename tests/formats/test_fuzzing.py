@@ -52,7 +52,7 @@ CASES = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.far
 @pytest.mark.parametrize(("engine", "kind", "signum"), CASES)
 def test_a_stopped_writer_leaves_the_old_state_or_the_new_one(engine, kind, signum):
     kill(engine, kind, 12, signum)

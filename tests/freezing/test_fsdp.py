@@ -57,7 +57,7 @@ PROGRAM = dedent(
 )
 
 
-@pytest.mark.slow
+@pytest.mark.far
 @pytest.mark.parametrize("when", ["before", "midrun"])
 def test_two_processes(when, tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", PROGRAM]

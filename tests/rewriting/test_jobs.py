@@ -524,7 +524,7 @@ def test_permissions_are_those_of_one_run(mask, tmp_path, monkeypatch):
     assert stat[0] == stat[1] and content(tmp_path / "out") == content(tmp_path / "one")
 
 
-@pytest.mark.slow
+@pytest.mark.far
 @pytest.mark.parametrize("options", [[], ["--resume"]])
 def test_a_killed_run_is_resumed(options, tmp_path):
     """A command and one of its workers are killed with work under way, and the next one goes on from there."""
@@ -551,7 +551,7 @@ def _children(pid):
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
-@pytest.mark.slow
+@pytest.mark.far
 def test_killed_workers_do_not_change_the_bytes(tmp_path):
     code = """
         import os, random, sys, threading, time

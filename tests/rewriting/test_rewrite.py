@@ -584,7 +584,7 @@ pm.at(checkpoint, "b").multiply(2).save(sys.argv[2], force=True)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.far
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_killed_at_any_moment_the_output_is_old_or_new(tmp_path, how):
     source, out = tmp_path / "in", tmp_path / "out"
