@@ -158,7 +158,7 @@ def test_the_reference_passes(name):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "mistake", "form"), FORMS, ids=[f"{n}-{m.name}" for n, m, _ in FORMS])
 def test_every_mistake_fails_and_is_named(name, mistake, form):
-    verdict = grade(TAUGHT[name], form, trials=1, seed=1)
+    verdict = grade(TAUGHT[name], form, trials=2, seed=1)
     assert not verdict.passed
     names = [like.mistake.name for like in verdict.likeness]
     assert mistake.name in names and all(like.everywhere for like in verdict.likeness)
