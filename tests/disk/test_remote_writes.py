@@ -300,7 +300,10 @@ def test_a_server_that_stops(tmp_path, way, direction):
 @pytest.mark.slow
 def test_a_killed_writer_leaves_no_object(proxy, server, model):
     proxy.fault = lambda method, path, number: time.sleep(0.05)
-    code = "import paramend as pm, sys; pm.at(pm.open(sys.argv[1]), '**').multiply(2).save('s3://models/out')"
+    code = (  # what runs in the background of a shell begins without Ctrl-C
+        "import paramend as pm, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "pm.at(pm.open(sys.argv[1]), '**').multiply(2).save('s3://models/out')"
+    )
     for after in (0.6, 0.8, 1.0):
         ran = subprocess.Popen([sys.executable, "-c", code, str(model)])
         time.sleep(after)
@@ -322,7 +325,10 @@ def test_some_shards_are_no_model(proxy, server, model):
 
 def test_an_interrupted_writer_leaves_no_object(proxy, server, model):
     proxy.fault = lambda method, path, number: time.sleep(0.1)
-    code = "import paramend as pm, sys; pm.at(pm.open(sys.argv[1]), '**').multiply(2).save('s3://models/out')"
+    code = (  # what runs in the background of a shell begins without Ctrl-C
+        "import paramend as pm, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "pm.at(pm.open(sys.argv[1]), '**').multiply(2).save('s3://models/out')"
+    )
     ran = subprocess.Popen([sys.executable, "-c", code, str(model)], stderr=subprocess.PIPE, text=True)
     while not any(method == "PUT" for method, _, _ in proxy.seen):
         time.sleep(0.01)
