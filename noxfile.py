@@ -66,7 +66,7 @@ def install(session, extras, *options, more=()):
 
 
 def run_tests(session, paths, *options):
-    base = ["-q", "-p", "no:cacheprovider", f"--basetemp={session.create_tmp()}/pytest"]
+    base = ["-q", "-p", "no:cacheprovider", f"--basetemp={session.virtualenv.location}/pytest"]
     session.run("python", "-m", "pytest", *base, *options, *(session.posargs or paths), env={"PYTHONPATH": None})
 
 
