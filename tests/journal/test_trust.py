@@ -1,6 +1,7 @@
 """Whom undo records are believed: only a user's own are carried out unasked, and none writes elsewhere or elsewise."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from click.testing import CliRunner
 import paramend as pm
 from paramend.cli.main import cli
 from paramend.disk.locks import locked
-from paramend.errors import BadCheckpoint, Busy, CannotWrite, ParamendError
+from paramend.errors import BadCheckpoint, Busy, CannotRead, CannotWrite, ParamendError
 from paramend.journal import claims
 from paramend.journal.records import DONE, PENDING
 from paramend.journal.store import UndoStore
@@ -580,3 +582,14 @@ def test_a_save_that_fails_keeps_the_records(tmp_path, monkeypatch):
         with pytest.raises(CannotWrite, match="disk is full"):
             pm.save(tree(1), path, force=True)
     assert len(history(path)) == 1 and undo(path).left == 0
+
+
+@pytest.mark.parametrize("call", [pm.history, pm.undo, lambda path: pm.patch(path, lambda tree: tree)])
+@pytest.mark.parametrize("name", ["m.safetensors", "m", "m.safetensors.index.json"])
+def test_a_folder_that_one_may_not_enter(tmp_path, monkeypatch, call, name):
+    def closed(path, **_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "stat", closed)
+    with pytest.raises(CannotRead, match="Permission denied"):
+        call(tmp_path / name)

@@ -14,7 +14,7 @@ from paramend.disk.locks import is_held, locked
 from paramend.disk.permissions import access_of, of_folder, settle
 from paramend.disk.publishing import drop_spare_names, is_other, look, sync_folder
 from paramend.disk.urls import Url, path_of
-from paramend.errors import BadCheckpoint, Busy, CannotWrite, ParamendError, Unsupported
+from paramend.errors import BadCheckpoint, Busy, CannotRead, CannotWrite, ParamendError, Unsupported
 from paramend.formats.orbax.store import may_change
 from paramend.formats.registry import files_of, home_of, tree_format, weight_files
 from paramend.journal import claims
@@ -46,9 +46,10 @@ class UndoStore:
         if isinstance(path, Url):
             hint = f"the same edit with `-o OUT`, or pm.open({str(path)!r}) ... .save(out)"
             raise Unsupported(f"{path}: it is in a remote store, where no checkpoint is changed in place", hint=hint)
-        if path.name.endswith(".index.json") and not path.is_dir():
-            return cls(path.parent)
-        return cls(home_of(path))
+        try:
+            return cls(path.parent if path.name.endswith(".index.json") and not path.is_dir() else home_of(path))
+        except PermissionError as error:
+            raise CannotRead(f"{path}: {error.strerror}", hint=f"ls -ld {path.parent}") from None
 
     @property
     def related(self) -> "list[UndoStore]":
