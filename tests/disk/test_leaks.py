@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import subprocess
 import tempfile
 import threading
 
@@ -224,7 +225,18 @@ def left_temporary(path):
     return tempfile.NamedTemporaryFile(dir=path.parent, prefix=".paramend-")
 
 
-@pytest.mark.parametrize("leak", [left_open, left_mapped, left_locked, left_at_work, left_temporary])
+def left_half(path):
+    path.with_name("000001.pending").touch()
+
+
+def left_child(path):
+    child = subprocess.Popen(["sleep", "600"])
+    return Ended(child.kill, child.wait)
+
+
+@pytest.mark.parametrize(
+    "leak", [left_open, left_mapped, left_locked, left_at_work, left_temporary, left_half, left_child]
+)
 def test_what_stays_is_seen(tmp_path, monkeypatch, leak):
     path = make_file(tmp_path)
     with pytest.raises(AssertionError), leaving_nothing(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from support.stateful import Inserted, bits, live, names_in, records_of, visible
 
 @pytest.mark.parametrize("kind", ["file", "shards", "npz"])
 def test_lives(kind):
-    live(kind, 60, each=20)
+    live(kind, 200, each=20)
 
 
 def more(path):

@@ -6,6 +6,6 @@ from support.stateful import live
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch, about itself
-@pytest.mark.parametrize(("kind", "steps"), [("torch", 20), ("gguf", 40), ("dcp", 20), ("msgpack", 20)])
+@pytest.mark.parametrize(("kind", "steps"), [("torch", 40), ("gguf", 60), ("dcp", 40), ("msgpack", 40)])
 def test_lives(kind, steps):
     live(kind, steps, each=20)

@@ -1,6 +1,6 @@
 """Random damage for every format: only errors of our own may come out, nothing is written, time and memory are bounded.
 
-    python tests/support/fuzzing.py KIND COUNT [SEED]        one kind, or "all"
+    PYTHONPATH=tests python tests/support/fuzzing.py KIND COUNT [SEED]        one kind, or "all"
 
 Each kind takes good files that the real libraries wrote, and changes bytes, text and structure: lengths, offsets,
 shapes, dtypes, names and nesting, with checksums made true again where a reader would stop at them.

@@ -1,6 +1,6 @@
 """Damage that learns: inputs which reach new lines of the package are changed further.
 
-    python tests/support/guided.py KIND SECONDS [SEED] [--keep FOLDER] [--blind]    one kind or "all"; of CPU time
+    PYTHONPATH=tests python tests/support/guided.py KIND SECONDS [SEED] [--keep FOLDER] [--blind]    of CPU time
 
 A loop of its own rather than atheris: it needs no wheel for the Python at hand, changes structure with the functions
 of `support.damaging`, and follows only the package's own lines, which `sys.settrace` tells everywhere.

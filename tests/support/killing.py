@@ -1,7 +1,8 @@
 """Writers that are stopped at random moments: what is left is the old state or the new one, never a third.
 
-    python tests/support/killing.py rewrite|patch|resume KIND ROUNDS [SIGNAL] [SEED]      KIND: file, shards, torch,
-    structure, inserted, split, delta, gguf, gguf-long, dcp, dcp-names
+    PYTHONPATH=tests python tests/support/killing.py rewrite|patch|resume KIND ROUNDS [SIGNAL] [SEED]
+
+KIND is file, shards, torch, structure, inserted, split, delta, gguf, gguf-long, dcp or dcp-names.
 
 A child writes and is killed. Then the output is looked at, and the next writer must leave nothing of the killed one;
 one that resumes makes what an undisturbed one makes.
